@@ -1,0 +1,85 @@
+"""The contract of a compression method. docs/add_a_method.md walks through it with `magnitude` as the example.
+
+A method is a pure function first (`quantize_int8(model, ...) -> model`), a thin frozen dataclass second. The runner
+knows no method by name: it reads what is declared here and calls the hooks in this order
+
+    preflight (model on meta) -> prepare -> [fit with callbacks and loss, if trains] -> finalize
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Callback
+    from torch import nn
+
+    from pipeline.models.base import Architecture
+
+Kind = Literal["quantization", "pruning", "distillation"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the runner hands to a method. Nothing here is mutable; a method keeps its state in its callbacks."""
+
+    stage: str
+    """The link's name in the chain (equal to the method's unless it is repeated under another)."""
+    architecture: Architecture
+    device: str
+    steps: int
+    """Optimizer steps of this link's own fit; 0 where it does not train."""
+    seed: int
+    calibration: Callable[[], Iterable[dict[str, torch.Tensor]]] | None = None
+    """Batches of model inputs, disjoint from evaluation; set where `needs_calibration`."""
+    teacher: Callable[[dict[str, torch.Tensor]], Any] | None = None
+    """The teacher's forward; set where `needs_teacher`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Settings of one link. Subclasses add their fields without defaults: YAML owns the values."""
+
+    kind: ClassVar[Kind]
+    needs_calibration: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = True
+    """What the receipt may demand: the artifact is smaller than before."""
+    cannot_follow: ClassVar[frozenset[str]] = frozenset()
+    """Kinds or method names that must not stand before this one in a chain."""
+    must_follow: ClassVar[frozenset[str]] = frozenset()
+    sharded: ClassVar[Literal["no", "blockwise", "native"]] = "no"
+
+    name: str
+
+    def preflight(self, model: nn.Module, context: Context) -> list[str]:
+        """Problems that need the model's shapes (a group size that does not divide, a pattern that matches no layer).
+
+        `model` is on the meta device. Each message names the key (`compression.<stage>.<key>`), value and fix.
+        """
+        return []
+
+    def prepare(self, model: nn.Module, context: Context) -> nn.Module:
+        """Before the link's own fit: masks, fake-quant, the student."""
+        return model
+
+    def callbacks(self, context: Context) -> list[Callback]:
+        """Lightning callbacks for schedules; mutable state lives there and in their state_dict."""
+        return []
+
+    def loss(self, context: Context) -> Callable[[nn.Module, dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None:
+        """A replacement for the task's loss in the link's fit, as distillation needs: (model, batch, task loss) -> loss."""
+        return None
+
+    @abstractmethod
+    def finalize(self, model: nn.Module, context: Context) -> nn.Module:
+        """The compressed model. Raises on a NaN weight (naming the layer) and where there was no effect at all."""
+
+    def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
+        """JSON facts for `stages[].detail` of result.json: layers touched, kernel, measured sparsity, ..."""
+        return {}

@@ -1,0 +1,41 @@
+"""The errors a user meets. Each message names the key, the value and the fix; `exit_code` is what the program returns.
+
+0 done · 1 failed while running · 2 bad config · 3 a receipt, gate or verification not met.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LeanfitError(Exception):
+    """Root of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(LeanfitError):
+    """A config that cannot run: every problem found, one line each."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ArtifactError(LeanfitError):
+    """An artifact that is truncated, altered, or of a schema this version does not know."""
+
+
+class ReceiptError(LeanfitError):
+    """A receipt, a gate or `job=verify` that was not met."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'int8'?"` for the nearest allowed word, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

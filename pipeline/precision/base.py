@@ -1,0 +1,41 @@
+"""What every precision choice offers: the dtype of weights and compute, and the Lightning plugin that does it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch.plugins.precision import Precision as LightningPrecision
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+BITS: dict[Dtype, str] = {"float16": "16", "bfloat16": "bf16", "float32": "32", "float64": "64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """A `precision` choice."""
+
+    name: str
+    dtype: Dtype
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The field's name of what runs: '16-mixed', 'bf16-true', ..."""
+
+    @property
+    @abstractmethod
+    def weight_dtype(self) -> torch.dtype:
+        """dtype in which weights live, and in which the model is evaluated and saved."""
+
+    @abstractmethod
+    def plugin(self, device: str) -> LightningPrecision:
+        """The Lightning plugin for `device` ('cpu', 'cuda', 'mps')."""
+
+    @abstractmethod
+    def evaluation_context(self, device: str) -> AbstractContextManager[object]:
+        """Entered around evaluation of a plain model: changes which kernels run, never the arithmetic's dtype."""
