@@ -1,0 +1,185 @@
+"""Where things are in a model: one description that pruning, quantization, checkpointing and sharding plans read.
+
+`describe` knows layouts, not models: the names that attention and feed-forward projections go by, tried in turn in each
+block. So Llama, Mistral and Qwen are one layout, and a quantized copy of a model, whose linears were replaced in place,
+is described as the model was. Nothing but names, shapes and the config is read: the meta device will do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pipeline.models.base import Architecture, Attention, Block, FeedForward
+
+
+class _AttentionLayout(NamedTuple):
+    query: str
+    key: str
+    value: str
+    output: str
+
+
+class _FeedForwardLayout(NamedTuple):
+    up: str
+    down: str
+    gate: str | None = None
+
+
+ATTENTION_LAYOUTS = (
+    _AttentionLayout("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Mistral, Qwen
+    _AttentionLayout("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART
+    _AttentionLayout("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),  # Phi-3
+    _AttentionLayout("query_key_value", "query_key_value", "query_key_value", "dense"),  # GPT-NeoX, BLOOM, Falcon
+    _AttentionLayout("c_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2
+    _AttentionLayout("self.query", "self.key", "self.value", "output.dense"),  # BERT
+)
+"""Projections by their names below the attention module; equal names are one fused projection."""
+
+FEED_FORWARD_LAYOUTS = (
+    _FeedForwardLayout("up_proj", "down_proj", "gate_proj"),  # Llama, Mistral, Qwen
+    _FeedForwardLayout("fc1", "fc2"),  # OPT, BART, Phi
+    _FeedForwardLayout("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
+    _FeedForwardLayout("c_fc", "c_proj"),  # GPT-2
+    _FeedForwardLayout("intermediate.dense", "output.dense"),  # BERT
+)
+"""Linears by their names below the feed-forward module, or below the block where they stand in it directly."""
+
+
+def describe(model: nn.Module) -> Architecture:
+    """The architecture of `model`; every name in it is one of `model.named_modules()` (`tied`: `named_parameters()`).
+
+    Blocks are those of the model's main stack: the `ModuleList` or `Sequential` with most parameters whose members have
+    one class. Parts of a block that follow no known layout are left None; a model without such a stack has no blocks.
+    """
+    stack = _main_stack(model)
+    names = [f"{stack}.{i}" if stack else str(i) for i in range(len(_members(model.get_submodule(stack))))] if (
+        stack is not None
+    ) else []
+    blocks = tuple(_block(name, model.get_submodule(name), getattr(model, "config", None)) for name in names)
+    inside = tuple(f"{name}." for name in names)
+    outside = [
+        (name, module) for name, module in model.named_modules() if name and not name.startswith(inside) and name not in names
+    ]
+    return Architecture(
+        blocks=blocks,
+        embeddings=tuple(name for name, module in outside if _is_embedding(module)),
+        final_norm=_final_norm(outside, inside, model),
+        head=_head(model, outside),
+        tied=_tied(model),
+    )
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    return [child for _, child in module.named_children()]
+
+
+def _main_stack(model: nn.Module) -> str | None:
+    """Name of the container of the blocks; None where the model repeats nothing."""
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        children = _members(module)
+        # A leaf is a layer, not a block: Sequential(Linear, Linear) is a multilayer perceptron.
+        if not children or any(not _members(child) for child in children):
+            continue
+        if len({type(child) for child in children}) == 1:
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    # The first of equals is the outer one, as a module comes before what it holds.
+    return max(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def _block(name: str, block: nn.Module, config: Any) -> Block:
+    modules = dict(block.named_modules())
+    attention = _attention(name, modules, config)
+    feed_forward = _feed_forward(name, modules, attention)
+    norms = tuple(f"{name}.{child}" for child, module in modules.items() if _is_norm(module) and child.count(".") == 0)
+    return Block(name=name, attention=attention, feed_forward=feed_forward, norms=_in_forward_order(norms, block))
+
+
+def _attention(name: str, modules: dict[str, nn.Module], config: Any) -> Attention | None:
+    for layout in ATTENTION_LAYOUTS:
+        for parent in modules:
+            if all(_join(parent, part) in modules for part in layout):
+                heads = _config_value(config, "num_attention_heads", "n_head", "num_heads")
+                if heads is None:
+                    return None
+                groups = _config_value(config, "num_key_value_heads", "num_kv_heads") or heads
+                return Attention(
+                    *(f"{name}.{_join(parent, part)}" for part in layout), heads=heads, key_value_heads=groups
+                )
+    return None
+
+
+def _feed_forward(name: str, modules: dict[str, nn.Module], attention: Attention | None) -> FeedForward | None:
+    taken = {attention.output} if attention else set()
+    for layout in FEED_FORWARD_LAYOUTS:
+        for parent in modules:
+            parts = [_join(parent, part) for part in layout if part is not None]
+            found = [f"{name}.{part}" for part in parts]
+            if all(part in modules for part in parts) and not taken & set(found):
+                return FeedForward(up=found[0], down=found[1], gate=found[2] if layout.gate else None)
+    return None
+
+
+def _in_forward_order(norms: tuple[str, ...], block: nn.Module) -> tuple[str, ...]:
+    """The attention's norms before the feed-forward's. Registration order says so for every known layout.
+
+    A norm's place in `named_modules()` is its place in `__init__`, which transformers' blocks write in forward order.
+    """
+    return norms
+
+
+def _final_norm(outside: list[tuple[str, nn.Module]], inside: tuple[str, ...], model: nn.Module) -> str | None:
+    """The norm between the last block and the head: the last one outside the blocks that is no embedding's.
+
+    Batch norms end convolutions and are not what is asked for.
+    """
+    if not inside:
+        return None
+    norms = [
+        name
+        for name, module in outside
+        if _is_norm(module) and not isinstance(module, nn.modules.batchnorm._BatchNorm) and "embed" not in name
+    ]
+    return norms[-1] if norms else None
+
+
+def _head(model: nn.Module, outside: list[tuple[str, nn.Module]]) -> str | None:
+    names = {id(module): name for name, module in outside}
+    if hasattr(model, "get_output_embeddings") and id(model.get_output_embeddings()) in names:
+        return names[id(model.get_output_embeddings())]
+    for name in ("lm_head", "classifier", "score", "head", "fc"):
+        if name in names.values() and not _members(model.get_submodule(name)):
+            return name
+    return None
+
+
+def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def _config_value(config: Any, *names: str) -> int | None:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not _members(module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) or type(module).__name__.endswith("Embedding")
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child

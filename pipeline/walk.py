@@ -1,0 +1,368 @@
+"""Walks the stages of a run: train, each link of the chain, save, evaluate, report. It knows no method by name.
+
+    train -> stages/00-train -> link -> stages/01-int8 -> ... -> artifact/ -> receipt -> quality, speed -> result.json
+
+Every stage that changes the model leaves a snapshot in the artifact's own format, written whole or not at all. `resume`
+starts after the last one that is there, or at the checkpoint of the fit that was cut off.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.artifact import receipt, store
+from pipeline.chain import Stage, stages
+from pipeline.compression.base import Context, Method
+from pipeline.data.base import DataBundle
+from pipeline.errors import ConfigError, ReceiptError
+from pipeline.fitting import Fitted, checkpoint_directory, fit
+from pipeline.memory.measure import measure_peak
+from pipeline.models.architecture import describe
+from pipeline.report.progress import Progress
+from pipeline.schema import RunConfig
+from pipeline.tasks.base import Quality, Task
+from pipeline.worker import launch
+
+
+@dataclass
+class Run:
+    """What the stages of one run share; `result` is filled as they finish."""
+
+    config: RunConfig
+    directory: Path
+    task: Task
+    data: DataBundle
+    tokenizer: Any | None
+    earlier: list[dict[str, Any]]
+    """Links that an artifact had before this run compressed it further."""
+    progress: Progress
+    result: dict[str, Any]
+    links: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        return self.config.device.kind()
+
+    def snapshot(self, stage: Stage) -> Path:
+        return self.directory / "stages" / stage.directory
+
+
+def walk(run: Run) -> None:
+    """Every stage in order. Fills `run.result`; raises ReceiptError where the receipt or a gate was not met."""
+    config = run.config
+    line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
+    changing = [stage for stage in line if stage.kind in ("train", "link")]
+    preflight(run, changing)
+    done = finished(run, changing) if config.resume else 0
+    if config.resume:
+        require_something(run, changing, done)
+    model: nn.Module | None = None
+    for stage in changing:
+        if stage.index < done:
+            record = store.read_manifest(run.snapshot(stage))["record"]
+        else:
+            if model is None:
+                model = stage_input(run.config, run.directory, run.data, changing, stage)
+            model, record = train(run, stage, model) if stage.kind == "train" else compress(run, stage, model)
+            record = save_snapshot(run, stage, model, record, last=stage is changing[-1])
+        note(run, stage, record)
+    del model
+    finish(run, changing[0], changing[-1])
+
+
+def preflight(run: Run, changing: list[Stage]) -> None:
+    """Problems that need the model's shapes, found on the meta device before anything is trained."""
+    if len(changing) == 1:
+        return
+    if run.config.artifact is None:
+        with torch.device("meta"):
+            model = run.config.model.build(run.data.spec)
+    else:
+        model = base_model(run.config, run.data)
+    problems = [
+        problem
+        for stage in changing[1:]
+        if stage.method is not None
+        for problem in stage.method.preflight(model, context_of(run.config, stage, model))
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def finished(run: Run, changing: list[Stage]) -> int:
+    """How many leading stages have a snapshot of the length now asked for; later ones are thrown away."""
+    done = 0
+    for stage in changing:
+        manifest = run.snapshot(stage) / "manifest.json"
+        steps = stage.fit.steps if stage.fit else 0
+        if not manifest.is_file() or store.read_manifest(run.snapshot(stage))["record"]["steps"] != steps:
+            break
+        done += 1
+    for stage in changing[done:]:
+        shutil.rmtree(run.snapshot(stage), ignore_errors=True)
+    return done
+
+
+def require_something(run: Run, changing: list[Stage], done: int) -> None:
+    """Resuming needs a finished stage, or the checkpoint of one that was cut off."""
+    if done or (checkpoint_directory(run.directory, changing[0]) / "last.ckpt").is_file():
+        return
+    raise ConfigError(
+        f"resume={run.directory}: nothing to resume, it holds neither checkpoints/last.ckpt nor a finished stage"
+    )
+
+
+def base_model(config: RunConfig, data: DataBundle) -> nn.Module:
+    """Stage 0's input: fresh or pretrained weights from the model choice, or those of `artifact=`."""
+    if config.artifact is not None and Path(config.artifact).is_dir():
+        return store.load(Path(config.artifact), trainable=True)
+    torch.manual_seed(config.trainer.seed)
+    model = config.model.build(data.spec)
+    if config.artifact is not None:
+        load_checkpoint(model, Path(config.artifact))
+    return model.to(config.precision.weight_dtype)
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Weights of a Lightning checkpoint that a fit of ours wrote, into `model`, in place."""
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {name.removeprefix("model."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1].strip()
+        raise ConfigError(f"artifact={path}: these are not the weights of the model that was chosen: {first}") from error
+
+
+def stage_input(config: RunConfig, directory: Path, data: DataBundle, changing: list[Stage], stage: Stage) -> nn.Module:
+    """The model as it enters `stage`: the base model, or the snapshot that the stage before left."""
+    if stage.index == 0:
+        return base_model(config, data)
+    return store.load(directory / "stages" / changing[stage.index - 1].directory, trainable=True)
+
+
+def context_of(config: RunConfig, stage: Stage, model: nn.Module) -> Context:
+    return Context(
+        stage=stage.name,
+        architecture=describe(model),
+        device=config.device.kind(),
+        steps=stage.fit.steps if stage.fit else 0,
+        seed=config.trainer.seed,
+    )
+
+
+def run_fit(run: Run, stage: Stage, model: nn.Module, method: Method | None) -> Fitted | None:
+    """The stage's own fit, here or in workers; `model` holds the trained weights afterwards."""
+    if stage.fit is None:
+        return None
+    run.progress.stage(stage.name, stage.fit.steps)
+    if run.config.parallelism.distributed:
+        fitted = launch(run.config, stage, run.directory, resume=run.config.resume)
+        load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
+        return fitted
+    context = context_of(run.config, stage, model)
+    callbacks = [*(method.callbacks(context) if method else []), run.progress]
+    loss = method.loss(context) if method else None
+    return fit(
+        run.config, stage, model, run.task, run.data, context.architecture, run.directory,
+        callbacks=callbacks, loss=loss, resume=run.config.resume,
+    )  # fmt: skip
+
+
+def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Stage 0. Its record carries what `before` means: quality of the trained model, and the training's figures."""
+    fitted = run_fit(run, stage, model, None)
+    with run.progress.phase("evaluating"):
+        quality = evaluate(run, model)
+    record = {"steps": fitted.steps if fitted else 0, "fitted": asdict(fitted) if fitted else None, "detail": {}}
+    return model, {**record, "quality": asdict(quality), "seconds": fitted.seconds if fitted else 0.0}
+
+
+def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """One link: prepare, its own fit if it trains, finalize."""
+    method = stage.method
+    assert method is not None
+    started = time.perf_counter()
+    context = context_of(run.config, stage, model)
+    model = method.prepare(model, context)
+    fitted = run_fit(run, stage, model, method)
+    with run.progress.phase(f"compressing: {stage.name}"):
+        model.to(run.device)
+        with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:
+            model = method.finalize(model, context)
+        model.eval()
+        detail = method.detail(model, context)
+    return model, {
+        "steps": fitted.steps if fitted else 0,
+        "fitted": asdict(fitted) if fitted else None,
+        "detail": detail,
+        "quality": None,
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": peak.bytes,
+    }
+
+
+def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, Any], *, last: bool) -> dict[str, Any]:
+    """Write the model as it leaves `stage`. A link's quality is measured here, but the last's on the artifact itself."""
+    if stage.kind == "link" and not last:
+        with run.progress.phase(f"evaluating: {stage.name}"):
+            record["quality"] = asdict(evaluate(run, model))
+    with run.progress.phase("saving"):
+        store.save(
+            model.cpu(),
+            run.snapshot(stage),
+            chain=[*run.earlier, *(link_settings(s) for s in chain_until(run.config, stage))],
+            tokenizer=run.tokenizer,
+            probe=run.task.probe(run.data),
+            extra={"record": record, "task": run.task.name, "data": run.config.composed["data"]},
+        )
+    return record
+
+
+def chain_until(config: RunConfig, stage: Stage) -> list[tuple[str, Method]]:
+    return list(config.chain.items())[: stage.index]
+
+
+def link_settings(link: tuple[str, Method]) -> dict[str, Any]:
+    name, method = link
+    return {"name": name, "method": method.name, "config": asdict(method)}
+
+
+def evaluate(run: Run, model: nn.Module) -> Quality:
+    """Quality on the held-out split, in the model's own dtype, on the run's device."""
+    model.to(run.device)
+    with run.config.precision.evaluation_context(run.device):
+        return run.task.evaluate(model, run.data, run.config.trainer.evaluation_batch_size, run.device)
+
+
+def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
+    """Enter a finished stage into the result."""
+    size = store.tensor_bytes(run.snapshot(stage))
+    fitted = record["fitted"]
+    if stage.index == 0:
+        quality = record["quality"]
+        run.result["quality"].update(
+            metric=quality["metric"], direction=quality["direction"], before=quality["value"],
+            loss_before=quality["loss"], baseline=run.task.baseline(run.data), n=quality["n"],
+        )  # fmt: skip
+        run.result["size"]["bytes_before"] = size
+        if fitted:
+            run.result["train"] = train_figures(fitted, run.task)
+            run.result["memory"]["measured"]["train"] = fitted["peak_bytes"]
+        return
+    assert stage.method is not None
+    run.result["stages"].append(
+        {
+            "name": stage.name,
+            "method": stage.method.name,
+            "config": asdict(stage.method),
+            "seconds": record["seconds"],
+            "quality_after": record["quality"]["value"] if record["quality"] else None,
+            "bytes_after": size,
+            "train": train_figures(fitted, run.task) if fitted else None,
+            "detail": record["detail"],
+        }
+    )
+    measured = run.result["memory"]["measured"]
+    measured["compress"] = max(measured["compress"] or 0, record["peak_bytes"] or 0) or None
+
+
+def train_figures(fitted: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """`train` of result.json from a fit's figures. mfu is null: it needs a device whose peak is known."""
+    tokens = task.unit == "tokens/s"
+    return {
+        "steps": fitted["steps"],
+        "samples": fitted["samples"],
+        "tokens": fitted["units"] if tokens else None,
+        "seconds": fitted["seconds"],
+        "samples_per_second": fitted["samples_per_second"],
+        "tokens_per_second": fitted["units_per_second"] if tokens else None,
+        "mfu": None,
+        "loss_first": fitted["loss_first"],
+        "loss_last": fitted["loss_last"],
+    }
+
+
+def finish(run: Run, first: Stage, last: Stage) -> None:
+    """Artifact, receipt, quality and speed of what was read back from disk, gates."""
+    artifact = run.directory / "artifact"
+    store.publish(run.snapshot(last), artifact)
+    with ThreadPoolExecutor(1) as pool, run.progress.phase("checking the artifact in a fresh process"):
+        checked = pool.submit(receipt.check, artifact)
+        after = store.load(artifact, device=run.device)
+        with measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak:
+            quality = evaluate(run, after)
+        proof = checked.result()
+    before = store.load(run.snapshot(first), device=run.device)
+    with run.progress.phase("measuring speed"), run.config.precision.evaluation_context(run.device):
+        speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
+    fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)
+    run.result["memory"]["measured"]["evaluate"] = peak.bytes
+    store.annotate(artifact, {key: run.result[key] for key in ("quality", "size", "speed")})
+    run.result["artifact"]["files"] = store.files(artifact)
+    demand(run.config, run.result, proof)
+
+
+def fill(
+    run: Run, artifact: Path, before: nn.Module, after: nn.Module, quality: Quality,
+    slow: dict[str, Any], fast: dict[str, Any], proof: receipt.Receipt,
+) -> None:  # fmt: skip
+    """Enter what was measured on the finished artifact."""
+    result, size = run.result, run.result["size"]
+    result["quality"].update(after=quality.value, loss_after=quality.loss)
+    if result["stages"]:
+        result["stages"][-1]["quality_after"] = quality.value
+    dense, stored = store.count(before), store.count(after)
+    size.update(
+        parameters_before=dense.elements,
+        parameters_after=stored.elements,
+        nonzero_after=stored.nonzero,
+        bytes_after=store.tensor_bytes(artifact),
+        claim="smaller" if any(method.shrinks for method in run.config.chain.values()) else "none",
+    )
+    size["ratio"] = size["bytes_before"] / size["bytes_after"]
+    size["ratio_float32"] = 4 * dense.elements / size["bytes_after"]
+    result["speed"] = {
+        "unit": slow["unit"],
+        "before": slow["per_second"],
+        "after": fast["per_second"],
+        "ratio": fast["per_second"] / slow["per_second"],
+        "latency_before": slow["latency"],
+        "latency_after": fast["latency"],
+        "batch_size": slow["batch_size"],
+    }
+    result["artifact"] = {
+        "path": str(artifact),
+        "format": store.read_manifest(artifact)["format"],
+        "files": [],
+        "reload": {"ok": proof.ok, "max_abs_diff": proof.max_abs_diff},
+    }
+
+
+def demand(config: RunConfig, result: dict[str, Any], proof: receipt.Receipt) -> None:
+    """Raise ReceiptError, with every broken promise, where the receipt or a gate is not met."""
+    broken = list(proof.problems)
+    size, quality, gate = result["size"], result["quality"], config.gate
+    if size["claim"] == "smaller" and size["bytes_after"] >= size["bytes_before"]:
+        broken.append(f"not smaller on disk: {size['bytes_before']} bytes before, {size['bytes_after']} after")
+    worse = quality["after"] - quality["before"]
+    worse = worse if quality["direction"] == "lower" else -worse
+    drop = worse / abs(quality["before"]) if quality["before"] else float("inf")
+    points = worse * 100 if quality["metric"] == "accuracy" else worse
+    if gate.max_quality_drop is not None and not drop <= gate.max_quality_drop:
+        broken.append(f"gate.max_quality_drop={gate.max_quality_drop}: {quality['metric']} is {drop:.4f} worse (relative)")
+    if gate.max_quality_points is not None and not points <= gate.max_quality_points:
+        broken.append(f"gate.max_quality_points={gate.max_quality_points}: {quality['metric']} is {points:.4f} worse")
+    if gate.min_ratio is not None and size["ratio"] < gate.min_ratio:
+        broken.append(f"gate.min_ratio={gate.min_ratio}: the artifact is {size['ratio']:.2f} times smaller")
+    if broken:
+        raise ReceiptError("; ".join(broken))
