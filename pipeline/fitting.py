@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +30,8 @@ from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.memory.measure import MeasureTraining
 from pipeline.memory.saving import ReleaseGradients, apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.report.metrics import MetricsCsv
+from pipeline.report.metrics import MetricsCsv, never
+from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
@@ -41,22 +40,12 @@ StageLoss = Callable[[nn.Module, Batch, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit did. `seconds` and the rates leave out checkpoints' writing, validation and the measured steps' tracing.
+    """What a fit did: `train` of result.json, and the peak of allocated bytes (None where it was not measured)."""
 
-    units: predicted tokens or samples. peak_bytes: allocated, over warm optimizer steps; None where not measured.
-    """
-
-    steps: int
-    samples: int
-    units: int
-    seconds: float
-    samples_per_second: float | None
-    units_per_second: float | None
-    loss_first: float | None
-    loss_last: float | None
+    train: dict[str, Any]
     peak_bytes: int | None
 
-    def save(self, path: Path) -> None:
+    def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
@@ -95,66 +84,18 @@ class SaveLast(Checkpoint):
         self.saved = trainer.global_step
 
 
-class Clock(lightning.Callback):
-    """Seconds of optimizer steps, data loading included; checkpoints, validation and the steps in `skipped` left out.
-
-    The state travels in the checkpoint, so that a resumed fit reports the whole of it. CUDA runs behind the clock, but
-    the queue is short compared with a run; a synchronisation at each step would cost speed.
-    """
-
-    def __init__(self, skipped: Callable[[int], bool]) -> None:
-        self.skipped = skipped
-        self.seconds = 0.0
-        self.timed = 0
-        self.first: torch.Tensor | None = None
-        self.recent: deque[torch.Tensor] = deque(maxlen=10)
-        self.marked = 0.0
-
-    def mark(self) -> None:
-        self.marked = time.perf_counter()
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.mark()
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.mark()
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loss = outputs["loss"].detach()
-        self.first = loss if self.first is None else self.first
-        self.recent.append(loss)
-        if not self.skipped(batch_idx // trainer.accumulate_grad_batches):
-            self.seconds += time.perf_counter() - self.marked
-            self.timed += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        first = None if self.first is None else float(self.first)
-        return {"seconds": self.seconds, "timed": self.timed, "first": first, "recent": [float(x) for x in self.recent]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.timed = state_dict["seconds"], state_dict["timed"]
-        self.first = torch.tensor(state_dict["first"])
-        self.recent.extend(torch.tensor(x) for x in state_dict["recent"])
-
-
 class TaskModule(lightning.LightningModule):
     """The LightningModule around a model: the task's loss (or the stage's), the optimizer and its schedule."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: RunConfig, fit: Fit, loss: StageLoss | None, clock: Clock
+        self, model: nn.Module, task: Task, config: RunConfig, fit: Fit, loss: StageLoss | None
     ) -> None:
         super().__init__()
         self.model, self.task, self.config, self.fit, self.stage_loss = model, task, config, fit, loss
-        self.clock = clock
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A large odd stride keeps the streams of ranks apart.
         torch.manual_seed(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * self.global_rank)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.clock.mark()  # Lightning calls this after every callback, so after a checkpoint was written
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.task.loss(self.model, batch)
@@ -212,7 +153,8 @@ def fit(
     architecture: Architecture,
     run_dir: Path,
     *,
-    callbacks: list[lightning.Callback],
+    callbacks: Sequence[lightning.Callback] = (),
+    progress: Progress | None = None,
     loss: StageLoss | None = None,
     resume: bool = False,
 ) -> Fitted:
@@ -228,12 +170,15 @@ def fit(
         model, [block.name for block in architecture.blocks], config.memory.activation_checkpointing
     )
     meter = MeasureTraining() if stage.index == 0 else None
-    skipped: Callable[[int], bool] = (lambda step: step in meter.skipped_steps) if meter else (lambda step: False)
-    clock = Clock(skipped)
     metrics = MetricsCsv(
-        run_dir / "metrics.csv", stage=stage.name, log_every=config.trainer.log_every, count=task.count, skip=skipped
+        run_dir / "metrics.csv",
+        stage=stage.name,
+        count=task.count,
+        log_every=config.trainer.log_every,
+        unit=task.unit,
+        skip=(lambda step: step - 1 in meter.skipped_steps) if meter else never,
     )
-    parts: list[lightning.Callback] = [*callbacks, clock, metrics]
+    parts: list[lightning.Callback] = [*callbacks, metrics, *([progress] if progress else [])]
     if has_masks(model) and not any(isinstance(part, HoldMasks) for part in parts):
         parts.append(HoldMasks())
     if config.memory.release_gradients:
@@ -270,7 +215,7 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=run_dir,
         )
-        module = TaskModule(model, task, config, stage.fit, loss, clock)
+        module = TaskModule(model, task, config, stage.fit, loss)
         model.train()
         trainer.fit(
             module,
@@ -282,29 +227,4 @@ def fit(
             weights_only=False,
         )
     removal()
-    if clock.first is None and not last.is_file():
-        raise RuntimeError(f"stage '{stage.name}' trained no step")
-    return summary(clock, meter, task, data, config, steps)
-
-
-def summary(
-    clock: Clock, meter: MeasureTraining | None, task: Task, data: DataBundle, config: RunConfig, steps: int
-) -> Fitted:
-    """The figures of a finished fit; rates over the steps that this process ran and timed."""
-    _, accumulation = micro_batch_size(config)
-    example = data.train[0]
-    per_sample = task.count({name: value.unsqueeze(0) for name, value in example.items()})
-    samples = steps * config.trainer.batch_size
-    timed = clock.timed / accumulation * config.trainer.batch_size
-    rate = timed / clock.seconds if clock.seconds else None
-    return Fitted(
-        steps=steps,
-        samples=samples,
-        units=samples * per_sample,
-        seconds=clock.seconds,
-        samples_per_second=rate,
-        units_per_second=rate * per_sample if rate else None,
-        loss_first=float(clock.first) if clock.first is not None else None,
-        loss_last=sum(float(x) for x in clock.recent) / len(clock.recent) if clock.recent else None,
-        peak_bytes=meter.peak_bytes if meter else None,
-    )
+    return Fitted(metrics.totals(), meter.peak_bytes if meter else None)

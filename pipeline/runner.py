@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import recipes
+import torch
+
 from pipeline.artifact import receipt, store
-from pipeline.data.base import DataBundle
-from pipeline.errors import ConfigError, LeanfitError, ReceiptError
+from pipeline.chain import stages
+from pipeline.errors import ConfigError, ReceiptError
 from pipeline.memory.measure import measure_peak
+from pipeline.recipes import lock_text
+from pipeline.registry import decode_choice
+from pipeline.report.console import console, mode
 from pipeline.report.markdown import write_report
 from pipeline.report.progress import Progress
-from pipeline.report.result import new_result, write_result
+from pipeline.report.result import new_result, write_result, write_text
 from pipeline.report.table import closing_lines, closing_table
-from pipeline.schema import RunConfig, data_of
-from pipeline.tasks.lookup import get_task
+from pipeline.schema import RunConfig, values_of
+from pipeline.tasks import lookup
 from pipeline.versions import versions
 from pipeline.walk import Run, evaluate, walk
+
+Job = Callable[[RunConfig, Path, dict[str, Any]], None]
 
 
 def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -29,34 +36,173 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         ConfigError: found only with the model's shapes at hand (a group size that does not divide).
         ReceiptError: the receipt, a gate or `job=verify` was not met.
     """
-    result = new_result(config.job, list(config.overrides), dict(config.choices))
-    progress = Progress(sweep=config.sweep)
-    jobs: dict[str, Callable[[RunConfig, Path, dict[str, Any], Progress], None]] = {
+    jobs: dict[str, Job] = {
         "run": train_and_compress,
         "compress": train_and_compress,
         "evaluate": evaluate_artifact,
         "verify": verify_artifact,
         "generate": generate_text,
     }
+    result = new_result(config.job, list(config.overrides), dict(config.choices))
+    result["parallelism"] = {
+        "strategy": config.parallelism.name,
+        "devices": config.parallelism.devices,
+        "nodes": config.parallelism.nodes,
+    }
+    result["device"] = {"kind": config.device.kind(), "name": config.device.description()}
+    result["precision"] = {"requested": str(config.choices["precision"]), "used": config.precision.label}
+    started = time.perf_counter()
     try:
-        with progress:
-            jobs[config.job](config, run_dir, result, progress)
+        jobs[config.job](config, run_dir, result)
         result["status"] = "ok"
-    except ReceiptError as error:
-        result["status"] = "gate"
-        result["error"] = {"type": type(error).__name__, "message": str(error)}
+    except ConfigError:
+        # A run that never began leaves what an earlier one wrote as it is.
         raise
     except BaseException as error:
+        result["status"] = "gate" if isinstance(error, ReceiptError) else "failed"
         result["error"] = {"type": type(error).__name__, "message": str(error) or type(error).__name__}
         raise
     finally:
-        if not (isinstance(result["error"], dict) and result["error"]["type"] == ConfigError.__name__ and config.resume):
-            write_result(run_dir / "result.json", result)
-        if config.job in ("run", "compress") and result["status"] != "failed":
-            write_lock(config, run_dir, result)
-            write_report(run_dir, result)
-            if not config.sweep:
-                progress.console.print(closing_table(result))
-                for line in closing_lines(result, run_dir):
-                    progress.console.print(line, soft_wrap=True, highlight=False)
-    return result
+        if result["status"] is not None:
+            result["seconds"] = time.perf_counter() - started
+            settled = write_result(run_dir / "result.json", result)
+            close(config, run_dir, settled)
+    return settled
+
+
+def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """The report, and the closing table where a person is watching a run that produced something."""
+    if config.job == "generate" or result["status"] == "failed":
+        return
+    if config.job in ("run", "compress"):
+        write_report(run_dir, result)
+    if not config.sweep:
+        console().print(closing_table(result))
+        for line in closing_lines(result, run_dir):
+            console().print(line, soft_wrap=True, markup=False)
+
+
+def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """`job=run` and `job=compress`: every stage of the run."""
+    earlier: list[dict[str, Any]] = []
+    tokenizer = None
+    if config.job == "compress" and config.artifact is not None and Path(config.artifact).is_dir():
+        earlier = store.read_manifest(Path(config.artifact))["chain"]
+        tokenizer = store.load_tokenizer(Path(config.artifact))
+        config = with_data_of(config, Path(config.artifact))
+    tokenizer = tokenizer or config.model.tokenizer()
+    data = config.data.open(tokenizer)
+    task = lookup.get(config.data.task)
+    lock: dict[str, Any] = {"versions": versions(), "device": result["device"], "data": data.fingerprint, "result": None}
+    warn_of_differences(config, lock)
+    line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
+    steps = {stage.name: stage.fit.steps for stage in line if stage.fit}
+    progress = Progress(steps, mode(console(), config.sweep), task.unit)
+    run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result)
+    locked = run_dir / "recipe.lock.yaml"
+    write_text(locked, lock_text(values_of(config), config.choices, lock))
+    with progress:
+        walk(run, line)
+    lock["result"] = {key: result[key] for key in ("quality", "size", "speed")}
+    write_text(locked, lock_text(values_of(config), config.choices, lock))
+
+
+def with_data_of(config: RunConfig, artifact: Path) -> RunConfig:
+    """The config with the data that the artifact was made with, unless the command line names data of its own."""
+    if any(line.startswith(("data=", "data.")) for line in config.overrides):
+        return config
+    data, problems = decode_choice("data", store.read_manifest(artifact)["data"], "data", lambda key: f"{artifact}")
+    if problems:
+        raise ConfigError(problems)
+    return replace(config, data=data)
+
+
+def warn_of_differences(config: RunConfig, now: dict[str, Any]) -> None:
+    """One line for each thing that differs from the run that a lock file repeats."""
+    if config.lock is None:
+        return
+    then = config.lock.get("versions") or {}
+    differing = [f"{name} {then.get(name)} then, {new} now" for name, new in now["versions"].items() if then.get(name) != new]
+    if config.lock.get("data") != now["data"]:
+        differing.append("the data has another fingerprint")
+    if config.lock.get("device") != now["device"]:
+        differing.append(f"device {config.lock.get('device')} then, {now['device']} now")
+    for difference in differing:
+        console().print(f"warning: the locked run differs: {difference}", soft_wrap=True, markup=False)
+
+
+def opened(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> tuple[RunConfig, Run]:
+    """What a job on a finished artifact needs."""
+    assert config.artifact is not None
+    artifact = Path(config.artifact)
+    config = with_data_of(config, artifact)
+    tokenizer = store.load_tokenizer(artifact)
+    data = config.data.open(tokenizer)
+    task = lookup.get(config.data.task)
+    progress = Progress({}, mode(console(), config.sweep), task.unit)
+    return config, Run(config, run_dir, task, data, tokenizer, [], progress, result)
+
+
+def evaluate_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """`job=evaluate`: quality, size and speed of an artifact, beside what its manifest claims."""
+    config, run = opened(config, run_dir, result)
+    artifact = Path(str(config.artifact))
+    manifest = store.read_manifest(artifact)
+    with run.progress:
+        model = store.load(artifact, device=run.device)
+        with run.progress.phase("evaluating"):
+            with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:
+                quality = evaluate(run, model)
+        with run.progress.phase("measuring speed"), config.precision.evaluation_context(run.device):
+            speed = run.task.speed({"after": model}, run.data, run.device)["after"]
+    claimed = manifest["quality"] or {}
+    result["quality"].update(
+        metric=quality.metric, direction=quality.direction, before=claimed.get("before"), after=quality.value,
+        loss_before=claimed.get("loss_before"), loss_after=quality.loss,
+        baseline=run.task.baseline(run.data), n=quality.n,
+    )  # fmt: skip
+    result["size"] = {**result["size"], **(manifest["size"] or {}), "bytes_after": store.tensor_bytes(artifact)}
+    result["speed"].update(
+        unit=speed.unit, after=speed.per_second, latency_after=speed.latency, batch_size=speed.batch_size
+    )
+    result["memory"]["measured"]["evaluate"] = peak.bytes
+    describe_artifact(result, artifact)
+
+
+def describe_artifact(result: dict[str, Any], artifact: Path) -> None:
+    """`artifact` of result.json, but for what only a reload can tell."""
+    manifest = store.read_manifest(artifact)
+    result["artifact"].update(path=str(artifact), format=manifest["format"], files=store.files(artifact))
+
+
+def verify_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """`job=verify`: checksums, a reload in a fresh process, the recorded outputs."""
+    artifact = Path(str(config.artifact))
+    proof = receipt.check(artifact)
+    if proof.ok:
+        describe_artifact(result, artifact)
+    result["artifact"]["reload"] = {"ok": proof.ok, "max_abs_diff": proof.max_abs_diff}
+    if not proof.ok:
+        raise ReceiptError("; ".join(f"{artifact}: {problem}" for problem in proof.problems))
+
+
+def generate_text(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """`job=generate`: the prompt and what the model makes of it, on standard output, and nothing else there."""
+    artifact = Path(str(config.artifact))
+    tokenizer = store.load_tokenizer(artifact)
+    if tokenizer is None:
+        raise ConfigError(f"artifact={artifact}: it holds no tokenizer, so it cannot generate text; choose a language model")
+    prompt = config.prompt if config.prompt is not None else Path(str(config.prompt_file)).read_text(encoding="utf-8")
+    task: Any = lookup.get("causal_lm")
+    settings = config.generate
+    with config.precision.evaluation_context(config.device.kind()), torch.inference_mode():
+        text = task.generate(
+            store.load(artifact, device=config.device.kind()),
+            tokenizer,
+            prompt,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=config.trainer.seed,
+        )
+    print(text)
+    describe_artifact(result, artifact)

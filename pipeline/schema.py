@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from pipeline import registry
 from pipeline.compression.base import Method
 from pipeline.data.base import Data
 from pipeline.device.base import Device
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.memory.settings import Memory
 from pipeline.models.base import Model
 from pipeline.optimizers.base import Optimizer
 from pipeline.parallelism.base import Parallelism
 from pipeline.precision.base import Precision
+from pipeline.registry import Absent
 from pipeline.trainer.settings import Trainer
+
+if TYPE_CHECKING:
+    from pipeline.provenance import Composition
 
 Job = Literal["run", "compress", "evaluate", "verify", "generate"]
 
@@ -61,8 +67,179 @@ class RunConfig:
     prompt: str | None
     prompt_file: str | None
     keep_stages: bool
+    resume: bool
+    """Whether this run goes on in the directory of an earlier one."""
+    sweep: bool
+    """Whether it is one job of several (`-m`): then it prints one line."""
     lock: Mapping[str, Any] | None
     choices: Mapping[str, Any]
     """group -> choice, or list of stage names for compression; what `result.json` shows."""
     overrides: tuple[str, ...]
     """The command line, as typed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Root:
+    """What stands at the root beside the groups."""
+
+    job: Job
+    artifact: str | None
+    prompt: str | None
+    prompt_file: str | None
+    keep_stages: bool
+    resume: str | None
+    lock: Mapping[str, Any] | None
+
+
+GROUPS = ("model", "data", "precision", "parallelism", "device", "optimizer", "memory", "trainer")
+"""Groups of one choice each, in the order of the config; `compression` is a chain of them."""
+BLOCKS: dict[str, type[Any]] = {"gate": Gate, "generate": Generate}
+
+
+def decode_run(
+    composed: Composition, overrides: Sequence[str], note: Callable[[str], None] = print, sweep: bool = False
+) -> RunConfig:
+    """A composed config as one frozen RunConfig. `note` is told what was dropped; `overrides` are recorded.
+
+    In a sweep the command line may set values of stages that not every job has.
+
+    Raises:
+        ConfigError: with every problem, those of the composition included.
+    """
+    if not composed.complete:
+        raise ConfigError(composed.problems)
+    problems = list(composed.problems)
+    values = dict(composed.values)
+    leaves = composed.leaves()
+    parts: dict[str, Any] = {}
+    for group in GROUPS:
+        content = values.pop(group, Absent())
+        if isinstance(content, Absent):
+            allowed = ", ".join(registry.available(group))
+            problems += [] if content.reported else [f"{group} is required: choose one of {allowed}"]
+            continue
+        parts[group], told = registry.decode_choice(group, content, group, composed.said, leaves)
+        problems += told
+    chain, told = decode_chain(composed, values.pop("compression", Absent()), note, sweep)
+    problems += told
+    for block, cls in BLOCKS.items():
+        parts[block], told = registry.decode(cls, values.pop(block, {}), block, composed.said, leaves)
+        problems += told
+    known = [*GROUPS, "compression", "recipe", *BLOCKS, *registry.field_names(_Root)]
+    for key in [key for key in values if key not in known]:
+        problems.append(_unknown_at_root(key, values.pop(key), known, composed, leaves))
+    root, told = registry.decode(_Root, values, "", composed.said)
+    problems += told
+    if problems or root is None:
+        raise ConfigError(problems)
+    return RunConfig(
+        **parts,
+        chain=chain,
+        job=root.job,
+        artifact=root.artifact,
+        prompt=root.prompt,
+        prompt_file=root.prompt_file,
+        keep_stages=root.keep_stages,
+        resume=root.resume is not None,
+        sweep=sweep,
+        lock=root.lock,
+        choices={**composed.choices, "compression": list(chain) or "none"},
+        overrides=tuple(overrides),
+    )
+
+
+def _unknown_at_root(key: str, value: Any, known: list[str], composed: Composition, leaves: list[str]) -> str:
+    inner = value if isinstance(value, Mapping) else {}
+    full = f"{key}.{next(iter(inner))}" if inner else key
+    allowed = [name for name in known if name != "lock"]
+    return registry.unknown_key(key, value, allowed, lambda _: composed.said(full), [] if inner else leaves)
+
+
+def decode_chain(
+    composed: Composition, values: Any, note: Callable[[str], None], sweep: bool
+) -> tuple[dict[str, Method], list[str]]:
+    """Stage name -> method, in the order the stages were chosen; and what is wrong with any of them.
+
+    The chosen list is authoritative: settings of a known method that is not in it are checked and dropped with a note.
+    """
+    if values is None or (isinstance(values, Absent) and composed.chain_said is not None):
+        return {}, []  # compression=[] composes to nothing at all
+    if isinstance(values, Absent):
+        return {}, [] if values.reported else ["compression is required: a choice, a list, or none"]
+    if not isinstance(values, Mapping):
+        return {}, [
+            f"{registry.shown('compression', values)} must be a mapping of stages ({composed.said('compression')})"
+        ]
+    problems: list[str] = []
+    chosen = [stage for stage in composed.stages if stage in values]
+    if composed.chain_said is None:
+        chosen += [s for s, v in values.items() if s not in chosen and isinstance(v, Mapping) and "name" in v]
+    chain: dict[str, Method] = {}
+    for stage in chosen:
+        key = f"compression.{stage}"
+        chain[stage], told = registry.decode_choice("compression", values[stage], key, composed.said, composed.leaves())
+        problems += told
+    for stage, content in values.items():
+        if stage not in chosen:
+            told, dropped = _not_chosen(composed, str(stage), content, chosen, sweep)
+            problems += told
+            if dropped:
+                note(dropped)
+    return chain, problems
+
+
+def _not_chosen(
+    composed: Composition, stage: str, content: Any, chosen: list[str], sweep: bool
+) -> tuple[list[str], str]:
+    """Problems with the settings of a stage that is not in the chain, or the note that says they are dropped."""
+    key = f"compression.{stage}"
+    where = composed.said(f"{key}.{next(iter(content))}" if isinstance(content, Mapping) and content else key)
+    choice = composed.dropped.get(stage, stage)
+    methods = [method for method in registry.available("compression") if method != "none"]
+    chain = f"compression={composed.chain_said.partition('=')[2] if composed.chain_said else _listed(chosen)}"
+    has_name = isinstance(content, Mapping) and "name" in content
+    if choice not in methods and not has_name:
+        known = [*chosen, *methods]
+        told = f"{key}: no such stage in {chain}; stages and methods: {', '.join(dict.fromkeys(known))}"
+        return [f"{told}{did_you_mean(stage, known)} ({where})"], ""
+    if composed.typed(key) and not sweep:
+        both = _listed([*chosen, stage])
+        return [
+            f"{key}: '{stage}' is not in {chain}; leave its settings out, or choose compression={both} ({where})"
+        ], ""
+    told_all = _settings_problems(composed, key, choice, content)
+    return told_all, "" if told_all else f"note: {key} ({where}) dropped, since {chain} was chosen"
+
+
+def _settings_problems(composed: Composition, key: str, choice: str, content: Any) -> list[str]:
+    """Unknown keys and wrong types in settings that will be dropped: a mistake is a mistake there too."""
+    name = content.get("name", choice) if isinstance(content, Mapping) else choice
+    try:
+        cls = registry.lookup("compression", str(name))
+    except ConfigError as error:
+        return [f"{key}.name={name} {error} ({composed.said(key)})"]
+    if not isinstance(content, Mapping):
+        return registry.decode(cls, content, key, composed.said)[1]
+    filled = {field: Absent(reported=True) for field in registry.field_names(cls)} | {"name": name} | dict(content)
+    return registry.decode(cls, filled, key, composed.said)[1]
+
+
+def _listed(stages: Sequence[str]) -> str:
+    return stages[0] if len(stages) == 1 else f"[{','.join(stages)}]" if stages else "none"
+
+
+def composed(config: RunConfig) -> dict[str, Any]:
+    """The plain values of a RunConfig, as a recipe would say them: the inverse of `decode_run`."""
+    groups = {group: asdict(getattr(config, group)) for group in GROUPS}
+    blocks = {block: asdict(getattr(config, block)) for block in BLOCKS}
+    root = {key: getattr(config, key) for key in registry.field_names(_Root) if key not in ("lock", "resume")}
+    chain = {stage: asdict(method) for stage, method in config.chain.items()}
+    return {**root, **groups, "compression": chain, **blocks}
+
+
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """A config as plain containers, in the form that was composed: what a lock file repeats."""
+    blocks = {block: asdict(getattr(config, block)) for block in BLOCKS}
+    rest = {key: getattr(config, key) for key in ("job", "artifact", "prompt", "prompt_file", "keep_stages")}
+    groups = {group: asdict(getattr(config, group)) for group in GROUPS}
+    return {**rest, **groups, "compression": {stage: asdict(method) for stage, method in config.chain.items()}, **blocks}

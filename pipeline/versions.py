@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-PACKAGES = ("leanfit", "torch", "lightning", "transformers", "torchao", "compressed-tensors", "safetensors", "numpy")
+from pipeline import __version__
+
+PACKAGES = ("torch", "lightning", "transformers", "torchao", "compressed-tensors", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Package -> version, and "python"; recorded in manifests and lock files."""
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    own = {"python": platform.python_version(), "leanfit": __version__}
+    return own | {package: version(package) for package in PACKAGES}

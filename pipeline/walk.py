@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pipeline.artifact import receipt, store
-from pipeline.chain import Stage, stages
+from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, ReceiptError
@@ -56,14 +56,12 @@ class Run:
         return self.directory / "stages" / stage.directory
 
 
-def walk(run: Run) -> None:
+def walk(run: Run, line: Sequence[Stage]) -> None:
     """Every stage in order. Fills `run.result`; raises ReceiptError where the receipt or a gate was not met."""
-    config = run.config
-    line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
     changing = [stage for stage in line if stage.kind in ("train", "link")]
     preflight(run, changing)
-    done = finished(run, changing) if config.resume else 0
-    if config.resume:
+    done = finished(run, changing) if run.config.resume else 0
+    if run.config.resume:
         require_something(run, changing, done)
     model: nn.Module | None = None
     for stage in changing:
@@ -143,11 +141,22 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         raise ConfigError(f"artifact={path}: these are not the weights of the model that was chosen: {first}") from error
 
 
-def stage_input(config: RunConfig, directory: Path, data: DataBundle, changing: list[Stage], stage: Stage) -> nn.Module:
+def stage_input(
+    config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage
+) -> nn.Module:
     """The model as it enters `stage`: the base model, or the snapshot that the stage before left."""
     if stage.index == 0:
         return base_model(config, data)
-    return store.load(directory / "stages" / changing[stage.index - 1].directory, trainable=True)
+    return store.load(directory / "stages" / line[stage.index - 1].directory, trainable=True)
+
+
+def prepared(
+    config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage
+) -> tuple[nn.Module, Context]:
+    """The model as the fit of `stage` begins with it, and the method's context: what a rank rebuilds for itself."""
+    model = stage_input(config, directory, data, line, stage)
+    context = context_of(config, stage, model)
+    return (stage.method.prepare(model, context) if stage.method else model), context
 
 
 def context_of(config: RunConfig, stage: Stage, model: nn.Module) -> Context:
@@ -164,17 +173,15 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, method: Method | None) -> 
     """The stage's own fit, here or in workers; `model` holds the trained weights afterwards."""
     if stage.fit is None:
         return None
-    run.progress.stage(stage.name, stage.fit.steps)
     if run.config.parallelism.distributed:
         fitted = launch(run.config, stage, run.directory, resume=run.config.resume)
         load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
         return fitted
     context = context_of(run.config, stage, model)
-    callbacks = [*(method.callbacks(context) if method else []), run.progress]
-    loss = method.loss(context) if method else None
     return fit(
         run.config, stage, model, run.task, run.data, context.architecture, run.directory,
-        callbacks=callbacks, loss=loss, resume=run.config.resume,
+        callbacks=method.callbacks(context) if method else [], loss=method.loss(context) if method else None,
+        progress=run.progress, resume=run.config.resume,
     )  # fmt: skip
 
 
@@ -183,8 +190,8 @@ def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str
     fitted = run_fit(run, stage, model, None)
     with run.progress.phase("evaluating"):
         quality = evaluate(run, model)
-    record = {"steps": fitted.steps if fitted else 0, "fitted": asdict(fitted) if fitted else None, "detail": {}}
-    return model, {**record, "quality": asdict(quality), "seconds": fitted.seconds if fitted else 0.0}
+    record = {"steps": stage.fit.steps if stage.fit else 0, "fitted": asdict(fitted) if fitted else None, "detail": {}}
+    return model, {**record, "quality": asdict(quality), "seconds": 0.0}
 
 
 def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -202,7 +209,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
         model.eval()
         detail = method.detail(model, context)
     return model, {
-        "steps": fitted.steps if fitted else 0,
+        "steps": stage.fit.steps if stage.fit else 0,
         "fitted": asdict(fitted) if fitted else None,
         "detail": detail,
         "quality": None,
@@ -223,7 +230,7 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
             chain=[*run.earlier, *(link_settings(s) for s in chain_until(run.config, stage))],
             tokenizer=run.tokenizer,
             probe=run.task.probe(run.data),
-            extra={"record": record, "task": run.task.name, "data": run.config.composed["data"]},
+            extra={"record": record, "task": run.task.name, "data": asdict(run.config.data)},
         )
     return record
 
@@ -256,7 +263,7 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
         )  # fmt: skip
         run.result["size"]["bytes_before"] = size
         if fitted:
-            run.result["train"] = train_figures(fitted, run.task)
+            run.result["train"] = fitted["train"]
             run.result["memory"]["measured"]["train"] = fitted["peak_bytes"]
         return
     assert stage.method is not None
@@ -268,28 +275,12 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             "seconds": record["seconds"],
             "quality_after": record["quality"]["value"] if record["quality"] else None,
             "bytes_after": size,
-            "train": train_figures(fitted, run.task) if fitted else None,
+            "train": fitted["train"] if fitted else None,
             "detail": record["detail"],
         }
     )
     measured = run.result["memory"]["measured"]
     measured["compress"] = max(measured["compress"] or 0, record["peak_bytes"] or 0) or None
-
-
-def train_figures(fitted: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """`train` of result.json from a fit's figures. mfu is null: it needs a device whose peak is known."""
-    tokens = task.unit == "tokens/s"
-    return {
-        "steps": fitted["steps"],
-        "samples": fitted["samples"],
-        "tokens": fitted["units"] if tokens else None,
-        "seconds": fitted["seconds"],
-        "samples_per_second": fitted["samples_per_second"],
-        "tokens_per_second": fitted["units_per_second"] if tokens else None,
-        "mfu": None,
-        "loss_first": fitted["loss_first"],
-        "loss_last": fitted["loss_last"],
-    }
 
 
 def finish(run: Run, first: Stage, last: Stage) -> None:

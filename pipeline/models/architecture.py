@@ -7,7 +7,7 @@ is described as the model was. Nothing but names, shapes and the config is read:
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -55,18 +55,15 @@ def describe(model: nn.Module) -> Architecture:
     one class. Parts of a block that follow no known layout are left None; a model without such a stack has no blocks.
     """
     stack = _main_stack(model)
-    names = [f"{stack}.{i}" if stack else str(i) for i in range(len(_members(model.get_submodule(stack))))] if (
-        stack is not None
-    ) else []
-    blocks = tuple(_block(name, model.get_submodule(name), getattr(model, "config", None)) for name in names)
-    inside = tuple(f"{name}." for name in names)
-    outside = [
-        (name, module) for name, module in model.named_modules() if name and not name.startswith(inside) and name not in names
-    ]
+    members = {} if stack is None else dict(model.get_submodule(stack).named_children())
+    named = {_join(stack or "", child): module for child, module in members.items()}
+    blocks = tuple(_block(name, module, getattr(model, "config", None)) for name, module in named.items())
+    inside = tuple(f"{name}." for name in named)
+    outside = [(n, m) for n, m in model.named_modules() if n and n not in named and not n.startswith(inside)]
     return Architecture(
         blocks=blocks,
         embeddings=tuple(name for name, module in outside if _is_embedding(module)),
-        final_norm=_final_norm(outside, inside, model),
+        final_norm=_final_norm(outside) if blocks else None,
         head=_head(model, outside),
         tied=_tied(model),
     )
@@ -96,8 +93,9 @@ def _block(name: str, block: nn.Module, config: Any) -> Block:
     modules = dict(block.named_modules())
     attention = _attention(name, modules, config)
     feed_forward = _feed_forward(name, modules, attention)
-    norms = tuple(f"{name}.{child}" for child, module in modules.items() if _is_norm(module) and child.count(".") == 0)
-    return Block(name=name, attention=attention, feed_forward=feed_forward, norms=_in_forward_order(norms, block))
+    # Registered in the order of the forward pass in every layout above; norms inside an attention are its own.
+    norms = tuple(f"{name}.{child}" for child, module in block.named_children() if _is_norm(module))
+    return Block(name=name, attention=attention, feed_forward=feed_forward, norms=norms)
 
 
 def _attention(name: str, modules: dict[str, nn.Module], config: Any) -> Attention | None:
@@ -108,9 +106,8 @@ def _attention(name: str, modules: dict[str, nn.Module], config: Any) -> Attenti
                 if heads is None:
                     return None
                 groups = _config_value(config, "num_key_value_heads", "num_kv_heads") or heads
-                return Attention(
-                    *(f"{name}.{_join(parent, part)}" for part in layout), heads=heads, key_value_heads=groups
-                )
+                query, key, value, output = (f"{name}.{_join(parent, part)}" for part in layout)
+                return Attention(query, key, value, output, heads=heads, key_value_heads=groups)
     return None
 
 
@@ -125,21 +122,11 @@ def _feed_forward(name: str, modules: dict[str, nn.Module], attention: Attention
     return None
 
 
-def _in_forward_order(norms: tuple[str, ...], block: nn.Module) -> tuple[str, ...]:
-    """The attention's norms before the feed-forward's. Registration order says so for every known layout.
-
-    A norm's place in `named_modules()` is its place in `__init__`, which transformers' blocks write in forward order.
-    """
-    return norms
-
-
-def _final_norm(outside: list[tuple[str, nn.Module]], inside: tuple[str, ...], model: nn.Module) -> str | None:
+def _final_norm(outside: list[tuple[str, nn.Module]]) -> str | None:
     """The norm between the last block and the head: the last one outside the blocks that is no embedding's.
 
     Batch norms end convolutions and are not what is asked for.
     """
-    if not inside:
-        return None
     norms = [
         name
         for name, module in outside
@@ -150,8 +137,9 @@ def _final_norm(outside: list[tuple[str, nn.Module]], inside: tuple[str, ...], m
 
 def _head(model: nn.Module, outside: list[tuple[str, nn.Module]]) -> str | None:
     names = {id(module): name for name, module in outside}
-    if hasattr(model, "get_output_embeddings") and id(model.get_output_embeddings()) in names:
-        return names[id(model.get_output_embeddings())]
+    output = getattr(model, "get_output_embeddings", None)
+    if callable(output) and id(found := output()) in names:
+        return names[id(found)]
     for name in ("lm_head", "classifier", "score", "head", "fc"):
         if name in names.values() and not _members(model.get_submodule(name)):
             return name
@@ -178,7 +166,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag) or type(module).__name__.endswith("Embedding")
+    return isinstance(getattr(module, "num_embeddings", None), int)
 
 
 def _join(parent: str, child: str) -> str:

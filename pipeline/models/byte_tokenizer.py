@@ -6,6 +6,7 @@ It is a byte-level BPE (Radford et al., 2019) without a single merge, so that tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    wrap: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
+    return wrap(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:

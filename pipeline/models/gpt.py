@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
+from pipeline.errors import ConfigError
 from pipeline.models.base import Model, TaskName
 from pipeline.registry import register
 
@@ -44,9 +45,10 @@ class GPT(Model):
         """
         from transformers import OPTConfig, OPTForCausalLM
 
+        vocabulary, positions = token_sizes(spec)
         config = OPTConfig(
-            vocab_size=spec.vocabulary,
-            max_position_embeddings=spec.sequence_length,
+            vocab_size=vocabulary,
+            max_position_embeddings=positions,
             hidden_size=self.width,
             ffn_dim=4 * self.width,
             num_hidden_layers=self.layers,
@@ -67,6 +69,15 @@ class GPT(Model):
         from pipeline.models.byte_tokenizer import byte_tokenizer
 
         return byte_tokenizer()
+
+
+def token_sizes(spec: DataSpec) -> tuple[int, int]:
+    """Vocabulary and sequence length. Raises ConfigError for data without tokens."""
+    if spec.vocabulary is None or spec.sequence_length is None:
+        raise ConfigError(
+            "data: a language model needs text, but this data has no tokens; choose data=pystdlib or data=text"
+        )
+    return spec.vocabulary, spec.sequence_length
 
 
 def head_problems(heads: int, width: int) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pipeline.errors import ConfigError
 from pipeline.models.base import Model, TaskName
@@ -65,6 +65,7 @@ class HuggingFace(Model):
                 fewer positions or tokens than `spec` asks for.
         """
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         said = f"model.pretrained={self.pretrained}"
@@ -74,21 +75,23 @@ class HuggingFace(Model):
             raise ConfigError(f"{said} cannot be opened: {_first_line(error)}") from error
         if found := _config_problems(said, config.to_dict()) + _spec_problems(said, config, spec):
             raise ConfigError(found)
+        auto: Any = AutoModelForCausalLM
+        model: PreTrainedModel
         try:
             if torch.get_default_device().type == "meta":
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, trust_remote_code=False
-                )
-                return model.train()
-            model, loading = AutoModelForCausalLM.from_pretrained(
+                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                return cast("PreTrainedModel", model.train())
+            model, loading = auto.from_pretrained(
                 self.source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{said} cannot be opened: {_first_line(error)}") from error
         # transformers fills what a file lacks with random numbers and goes on.
         if absent := sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]})):
-            raise ConfigError(f"{said} lacks {len(absent)} of the model's weights, such as {absent[0]}; it is incomplete")
-        return model.train()
+            raise ConfigError(
+                f"{said} lacks {len(absent)} of the model's weights, such as {absent[0]}; it is incomplete"
+            )
+        return cast("PreTrainedModel", model.train())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ConfigError where there is none."""
@@ -100,6 +103,11 @@ class HuggingFace(Model):
             raise ConfigError(
                 f"model.pretrained={self.pretrained} has no tokenizer that can be opened: {_first_line(error)}"
             ) from error
+        # Without a vocabulary file transformers makes up an empty tokenizer of the model's family.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ConfigError(
+                f"model.pretrained={self.pretrained} has no tokenizer that can be opened: no vocabulary file"
+            )
         return tokenizer
 
 
@@ -107,7 +115,9 @@ def _config_problems(said: str, config: dict[str, Any]) -> list[str]:
     found = []
     kinds = config.get("architectures") or []
     if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
-        found.append(f"{said} holds a {kinds[0]}, not a causal language model; choose one whose name ends in ForCausalLM")
+        found.append(
+            f"{said} holds a {kinds[0]}, not a causal language model; choose one whose name ends in ForCausalLM"
+        )
     if config.get("quantization_config"):
         found.append(
             f"{said} is quantized already and can be neither trained nor compressed further; "
@@ -125,7 +135,9 @@ def _spec_problems(said: str, config: Any, spec: DataSpec) -> list[str]:
             f"give at most {positions}"
         )
     if spec.vocabulary is not None and spec.vocabulary > config.vocab_size:
-        found.append(f"{said} has {config.vocab_size} tokens, its tokenizer {spec.vocabulary}; they do not belong together")
+        found.append(
+            f"{said} has {config.vocab_size} tokens, its tokenizer {spec.vocabulary}; they do not belong together"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from annotated_types import Ge, Lt
 
 from pipeline.models.base import Model, TaskName
-from pipeline.models.gpt import head_problems
+from pipeline.models.gpt import head_problems, token_sizes
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Llama(Model):
     """Sizes of the transformer.
 
     `intermediate`: the feed-forward's width; None for two thirds of four times the width, rounded up to a multiple of
-    64, which keeps the parameter count of the ungated kind. `dropout` acts on the attention weights: Llama drops nothing
-    else.
+    64, which keeps the parameter count of the ungated kind. `dropout` acts on the attention weights: Llama drops
+    nothing else.
     """
 
     task: ClassVar[TaskName] = "causal_lm"
@@ -59,9 +59,10 @@ class Llama(Model):
         """Fresh float32 weights from the global torch seed; `spec` gives vocabulary and positions."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        vocabulary, positions = token_sizes(spec)
         config = LlamaConfig(
-            vocab_size=spec.vocabulary,
-            max_position_embeddings=spec.sequence_length,
+            vocab_size=vocabulary,
+            max_position_embeddings=positions,
             hidden_size=self.width,
             intermediate_size=self.intermediate or 64 * -(-8 * self.width // (3 * 64)),
             num_hidden_layers=self.layers,

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -30,6 +30,10 @@ class Optimizer:
     def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The torch optimizer at peak learning rate `lr`; decay spares vectors (norms, biases)."""
 
+    def problems(self) -> list[str]:
+        """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
+        return []
+
     def factor(self, step: int, steps: int) -> float:
         """What the peak learning rate is multiplied by at optimizer step `step` (from 0) of `steps`.
 
@@ -44,3 +48,18 @@ class Optimizer:
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
         shape = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices (2 dimensions or more) with decay, vectors (norms, biases) without.
+
+    A tied parameter counts once; frozen ones are left out; a group without parameters is not made. Raises ValueError
+    where nothing can be trained.
+    """
+    trained = list({id(weight): weight for weight in parameters if weight.requires_grad}.values())
+    if not trained:
+        raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
+    matrices = [weight for weight in trained if weight.ndim >= 2]
+    vectors = [weight for weight in trained if weight.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -22,6 +22,10 @@ class Parallelism:
     devices: Annotated[int, Ge(1)]
     nodes: Annotated[int, Ge(1)]
 
+    def problems(self) -> list[str]:
+        """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
+        return []
+
     @abstractmethod
     def strategy(self, device: str) -> Strategy:
         """The Lightning strategy, built on the rank that uses it."""

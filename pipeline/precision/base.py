@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch.plugins.precision import Precision as LightningPrecision
+    from torch import nn
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 BITS: dict[Dtype, str] = {"float16": "16", "bfloat16": "bf16", "float32": "32", "float64": "64"}
@@ -22,6 +23,10 @@ class Precision:
     name: str
     dtype: Dtype
 
+    def problems(self) -> list[str]:
+        """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
+        return []
+
     @property
     @abstractmethod
     def label(self) -> str:
@@ -31,6 +36,15 @@ class Precision:
     @abstractmethod
     def weight_dtype(self) -> torch.dtype:
         """dtype in which weights live, and in which the model is evaluated and saved."""
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """`module` with its weights in `weight_dtype`, in place; constants that are not saved with it stay as they are.
+
+        To be done before a fit: Lightning reads a checkpoint's weights into the module as it finds it, and converts after.
+        """
+        from pipeline.precision.plugins import convert_floating
+
+        return convert_floating(module, self.weight_dtype)
 
     @abstractmethod
     def plugin(self, device: str) -> LightningPrecision:

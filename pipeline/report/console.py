@@ -1,4 +1,4 @@
-"""The one rich console of the program: progress, tables and last lines share it, so that they never overwrite each other."""
+"""The one rich console of the program: progress, tables and last lines share it, and never overwrite each other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ MAXIMUM_WIDTH = 100
 
 @cache
 def console() -> Console:
-    """Standard output, at most 100 columns; exactly 100 where it is a file or a pipe, so that logs do not depend on luck."""
-    plain = Console(highlight=False)
-    width = min(plain.width, MAXIMUM_WIDTH) if plain.is_terminal else MAXIMUM_WIDTH
-    return Console(highlight=False, width=width)
+    """Standard output in at most 100 columns; exactly 100 in a file or a pipe, whatever the terminal behind it."""
+    terminal = Console()
+    width = min(terminal.width, MAXIMUM_WIDTH) if terminal.is_terminal else MAXIMUM_WIDTH
+    # A path or an override may hold brackets or colons: text is shown as it is, never read as markup.
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def mode(target: Console, sweep: bool = False) -> Mode:

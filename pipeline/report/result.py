@@ -8,11 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
@@ -20,10 +17,10 @@ from annotated_types import Ge
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
-from pipeline.errors import LeanfitError, ReceiptError
+from pipeline.errors import LeanfitError
+from pipeline.versions import versions
 
 SCHEMA = 1
-VERSIONED = ("leanfit", "torch", "lightning", "transformers", "compressed-tensors", "hydra-core", "numpy")
 
 Count = Annotated[int, Ge(0)] | None
 Amount = Annotated[FiniteFloat, Ge(0)] | None
@@ -198,34 +195,12 @@ def empty_train() -> dict[str, Any]:
     return train
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result, as installed; nothing is imported."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def new_result(job: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> dict[str, Any]:
-    """A result with every key. It says `failed: Unfinished` until `conclude` is called: a killed run never looks well."""
+    """A result with every key, null where nothing is known yet, `status` too: written like this it is a failure."""
     result: dict[str, Any] = _empty(Result)
-    plain = {group: list(choice) if isinstance(choice, (list, tuple)) else str(choice) for group, choice in choices.items()}
+    plain = {group: list(name) if isinstance(name, (list, tuple)) else str(name) for group, name in choices.items()}
     result.update(schema=SCHEMA, job=job, overrides=list(overrides), choices=plain, versions=versions())
-    result.update(status="failed", error={"type": "Unfinished", "message": "the run did not finish"})
     return result
-
-
-def conclude(result: dict[str, Any], error: BaseException | None = None) -> None:
-    """Set `status` and `error` from how the run ended: None is ok, ReceiptError is `gate`, anything else `failed`."""
-    if error is None:
-        result.update(status="ok", error=None)
-        return
-    status = "gate" if isinstance(error, ReceiptError) else "failed"
-    message = str(error) or type(error).__name__
-    result.update(status=status, error={"type": type(error).__name__, "message": message})
 
 
 def _strict(value: Any, path: str, bad: list[str], free: bool) -> Any:
@@ -257,6 +232,7 @@ def _strict(value: Any, path: str, bad: list[str], free: bool) -> Any:
 def settle(result: Mapping[str, Any]) -> dict[str, Any]:
     """A strictly-JSON copy. NaN or infinity becomes null, and an `ok` that holds one becomes `failed`, naming it.
 
+    A result that is not ok and gives no reason says `Unfinished`.
     In `stages[].config` and `stages[].detail`, which are free-form, such a number is kept as text ("nan", "inf").
 
     Raises:
@@ -271,25 +247,25 @@ def settle(result: Mapping[str, Any]) -> dict[str, Any]:
             clean.update(status="failed", error={"type": "NonFiniteResult", "message": note})
         else:
             error["message"] = f"{error.get('message')}; {note}"
+    if clean.get("status") is None:
+        clean["status"] = "failed"
+    if clean["status"] != "ok" and clean.get("error") is None:
+        clean["error"] = {"type": "Unfinished", "message": "the run did not finish"}
     return clean
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 atomically: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a report is as readable as the user's umask says.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -335,5 +311,3 @@ def schema_problems(result: Any) -> list[str]:
     if (result["status"] == "ok") != (result["error"] is None):
         return [f"error: must be null exactly where status is 'ok', got status '{result['status']}'"]
     return []
-
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rich.text import Text
+
 FRACTIONS = frozenset({"accuracy", "top1", "top5", "f1", "auc"})
 """Metrics between 0 and 1 that are shown in percent and compared in points."""
 
@@ -112,10 +114,20 @@ def quality_change(metric: str, direction: str, before: float | None, after: flo
 
 
 def times(ratio: float | None, better: str, worse: str, same: str) -> str:
-    """'3.7x smaller' when `ratio` is above 1, '0.4x: larger' below: a step back is never dressed up as a step forward."""
+    """'3.64x smaller' above 1, '1.25x larger' below. Never dressed up: half the speed reads '0.5x: slower'."""
     if ratio is None:
         return ""
     if 0.995 <= ratio < 1.005:
         return same
-    text = significant(ratio, 2 if ratio < 9.95 else 3)
-    return f"{text}x {better}" if ratio > 1 else f"{text}x: {worse}"
+    if ratio > 1:
+        return f"{significant(ratio)}x {better}"
+    if worse == "slower" or ratio <= 0:
+        return f"{significant(ratio)}x: {worse}"
+    return f"{significant(1 / ratio)}x {worse}"
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` on one line of at most `width` columns, its end cut with an ellipsis; wide characters count double."""
+    line = Text(" ".join("".join(c if c.isprintable() else " " for c in text).split()), end="")
+    line.truncate(max(0, width), overflow="ellipsis")
+    return line.plain if width > 0 else ""

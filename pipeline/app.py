@@ -1,0 +1,395 @@
+"""The program: command line in, exit code out.
+
+1. `arguments.parse` makes the command line safe for Hydra. 2. `check` composes it, decodes it strictly and applies the
+rules: a mistake ends here with exit 2, all problems at once, before any directory is made or torch is imported.
+3. Hydra makes the run directory and calls `task`, which hands the frozen config to the runner.
+
+Exit codes: 0 done; 1 failed while running; 2 bad config; 3 a receipt, gate or verification not met; 130 Ctrl-C;
+143 SIGTERM. A sweep runs every job, then exits 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+import hydra._internal.hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import arguments, provenance, recipes, rules
+from pipeline.errors import ConfigError, LeanfitError
+from pipeline.registry import conf_root
+from pipeline.schema import RunConfig, decode_run
+
+log = logging.getLogger(__name__)
+VERSION_BASE = "1.3"
+
+
+class Outcome:
+    """What happened in this process's jobs, for the exit code."""
+
+    error: BaseException | None = None
+    run_dir: Path | None = None
+    status: str | None = None
+    sweep_dir: Path | None = None
+    terminated: int | None = None
+    """The signal that ended the run."""
+
+
+_outcome = Outcome()
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (default: the process's own) and return the exit code. Never raises."""
+    global _outcome
+    _outcome = Outcome()
+    debug = "1" in (os.environ.get("HYDRA_FULL_ERROR"), os.environ.get("LEANFIT_DEBUG"))
+    try:
+        with _signals(_outcome):
+            return _main(list(sys.argv[1:] if argv is None else argv))
+    except BaseException as error:
+        return _report(error, _outcome, debug)
+
+
+def _main(argv: list[str]) -> int:
+    if any(flag in argv for flag in ("--help", "-h")):
+        from pipeline.usage import usage
+
+        print(usage())
+        return 0
+    args = arguments.parse(argv)
+    source = _loader(args)
+    sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
+        _check_all(args, source, sweep)
+    with _hydra_arguments(arguments.rebuilt(args)):
+        launch()
+    if _outcome.error is not None:
+        raise _outcome.error
+    if sweep and _outcome.sweep_dir is not None:
+        return sweep_exit_code(_outcome.sweep_dir)
+    return {"failed": 1, "gate": 3}.get(_outcome.status or "", 0)
+
+
+def _loader(args: Namespace) -> provenance.Loader:
+    """A loader over the folders that the command line names. Makes `--config-path` absolute, for Hydra."""
+    extra = Path(args.config_dir).absolute() if args.config_dir else None
+    if extra is not None and not extra.is_dir():
+        raise ConfigError(f"--config-dir {args.config_dir}: no such directory (command line)")
+    conf = Path(args.config_path).absolute() if args.config_path else conf_root()
+    if not conf.is_dir():
+        raise ConfigError(f"--config-path {args.config_path}: no such directory (command line)")
+    args.config_path = str(conf) if args.config_path else None
+    return loader(conf, extra)
+
+
+def loader(conf: Path | None = None, extra: Path | None = None) -> provenance.Loader:
+    """A loader over a conf folder (default: the package's own) and a further one."""
+    hydra.version.setbase(VERSION_BASE)
+    recipes.register_source()
+    return provenance.Loader(provenance.search_path(conf or conf_root(), extra))
+
+
+def compose(overrides: Sequence[str] = (), sweep: bool = False, quiet: bool = True) -> RunConfig:
+    """The RunConfig that a command line of these overrides stands for, checked by every rule. For use from Python.
+
+    Raises:
+        ConfigError: every problem, one line each.
+    """
+    args = arguments.parse(overrides)
+    return check(args.overrides, loader(), sweep, quiet)
+
+
+def check(
+    overrides: Sequence[str],
+    source: provenance.Loader,
+    sweep: bool = False,
+    quiet: bool = True,
+    config_name: str = "config",
+) -> RunConfig:
+    """Compose overrides in Hydra's grammar, decode, apply the rules. Prints what was dropped unless quiet.
+
+    Raises:
+        ConfigError: every problem, one line each.
+    """
+    try:
+        return decoded(provenance.compose(source, overrides, config_name), overrides, sweep, quiet)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *_further(error.problems, overrides, source, config_name, sweep)]) from None
+
+
+def _further(
+    problems: Sequence[str], overrides: Sequence[str], source: provenance.Loader, config_name: str, sweep: bool
+) -> list[str]:
+    """What the rules say about the rest, once the overrides that could not be understood are left out.
+
+    The rules need a decoded config. What they say of a group that lost an override is not passed on: it is judged with
+    a value that nobody asked for.
+    """
+    wrong = [line for line in overrides if any(_blames(told, line) for told in problems)]
+    if not wrong or any(not told.endswith("(command line)") for told in problems):
+        return []
+    lost = {line.lstrip("+~").partition("=")[0].partition(".")[0] for line in wrong}
+    kept = [line for line in overrides if line not in wrong]
+    try:
+        decoded(provenance.compose(source, kept, config_name), kept, sweep, quiet=True)
+    except ConfigError as error:
+        further = [told for told in error.problems if told not in problems]
+        return [told for told in further if not any(re.search(rf"\b{re.escape(group)}\b", told) for group in lost)]
+    return []
+
+
+def _blames(told: str, override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0]
+    return told.startswith((f"{key}=", f"{key}:", f"{key}.", f"{key}[", f"{key} ", override, f"'{override}'"))
+
+
+def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: bool, quiet: bool) -> RunConfig:
+    notes: list[str] = []
+    shown = [arguments.typed(line) for line in overrides if not line.startswith(("hydra.", "hydra/"))]
+    config = decode_run(composed, shown, notes.append, sweep)
+    problems = [_placed(told, composed) for told in rules.problems(config)]
+    if problems:
+        raise ConfigError(problems)
+    if not quiet:
+        for note in notes:
+            print(note, file=sys.stderr)
+    return config
+
+
+def _placed(told: str, composed: provenance.Composition) -> str:
+    """A rule's line with the file where its key was said."""
+    key = re.match(r"[a-z_]+(\.\w+)*", told)
+    place = composed.said(key[0]) if key and key[0].partition(".")[0] in composed.values else ""
+    return f"{told} ({place})" if place and not told.endswith(f"({place})") else told
+
+
+def _check_all(args: Namespace, source: provenance.Loader, sweep: bool) -> None:
+    """Raise where the command line cannot run: a single config with problems, or a sweep none of whose jobs can."""
+    name = args.config_name or "config"
+    if not sweep:
+        check(args.overrides, source, config_name=name)
+        return
+    found: dict[str, None] = {}
+    for overrides in _jobs(args.overrides, source):
+        try:
+            check(overrides, source, sweep=True, config_name=name)
+            return
+        except ConfigError as error:
+            found.update(dict.fromkeys(error.problems))
+    if found:
+        raise ConfigError(list(found))
+
+
+def _jobs(overrides: Sequence[str], source: provenance.Loader) -> Iterator[list[str]]:
+    """The overrides of each job of a sweep. Nothing where a sweeper other than Hydra's own decides about them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if any(line.startswith(("hydra/sweeper", "hydra.sweeper")) for line in overrides):
+        return
+    parser = OverridesParser.create(config_loader=source)
+    parsed, problems = [], []
+    for line in overrides:
+        try:
+            override = parser.parse_override(line)
+            override.config_loader = source
+            if not override.is_hydra_override():
+                parsed.append(override)
+        except (HydraException, ValueError, TypeError) as error:
+            problems.append(f"'{line}' cannot be understood: {' '.join(str(error).split())} (command line)")
+    if problems:
+        raise ConfigError(problems)
+    try:
+        batches = BasicSweeper.split_arguments(parsed, None)
+    except HydraException as error:
+        raise ConfigError(f"{' '.join(str(error).split())} (command line)") from None
+    for batch in batches:
+        yield from batch
+
+
+class Sweeps(Callback):
+    """Remembers where the sweep's jobs are, since the exit code follows from what they wrote."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _outcome.sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
+
+
+class SweepLoader(provenance.Loader):
+    """In a sweep, a job that cannot be composed still gets its directory: `task` finds the problems again and records
+    them as that job's failure, and the other jobs run."""
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        try:
+            return super().load_sweep_config(master_config, sweep_overrides)
+        except Exception:
+            config = super().load_sweep_config(master_config, [])
+            config.hydra.overrides.task = list(sweep_overrides)
+            return config
+
+
+@hydra.main(version_base=VERSION_BASE, config_path=str(conf_root()), config_name="config")
+def launch(_: DictConfig) -> None:
+    """Hydra's task function: one job in its run directory."""
+    task()
+
+
+def task() -> None:
+    """Check the job's config again where it runs, copy its recipes, hand it to the runner, record how it ended."""
+    job = HydraConfig.get()
+    run_dir, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
+    overrides = _as_composed(job.overrides.task)
+    _outcome.run_dir = run_dir
+    number = f"job {job.job.num} ({' '.join(map(arguments.typed, overrides)) or 'no overrides'})" if sweep else ""
+    try:
+        source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
+        composed = provenance.compose(source, overrides, job.job.config_name or "config")
+        config = decoded(composed, overrides, sweep, quiet=False)
+        _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
+        from pipeline.runner import run
+
+        result = run(config, run_dir)
+        _outcome.status = str(result.get("status", "ok"))
+    except Exception as error:
+        log.error("failed", exc_info=error)
+        _outcome.error = None if sweep else error
+        if sweep:
+            _record_failure(run_dir, error, overrides)
+            _outcome.status = "failed"
+            print(f"{number}: failed: {_one_line(error)}", file=sys.stderr)
+        return
+    if sweep:
+        print(f"{number}: {_outcome.status}")
+
+
+def _as_composed(lines: Any) -> list[str]:
+    """Hydra keeps override lines in a config, where reading one would resolve the `${` of a prompt."""
+    plain = OmegaConf.to_container(lines, resolve=False)
+    assert isinstance(plain, list)
+    return [str(line) for line in plain]
+
+
+def _copy_recipes(files: Sequence[Path], directory: Path) -> None:
+    """Every recipe file of the composition, beside Hydra's own record: files elsewhere may change."""
+    for number, file in enumerate(files):
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / f"recipe.{number}.{file.name}"
+        if file.absolute() != target.absolute():
+            shutil.copyfile(file, target)
+
+
+def _record_failure(run_dir: Path, error: Exception, overrides: Sequence[str]) -> None:
+    """The smallest result.json that says a job failed, unless the runner wrote one."""
+    from pipeline.report.result import new_result, write_result
+
+    target = run_dir / "result.json"
+    if target.exists():
+        return
+    result = new_result("run", [arguments.typed(line) for line in overrides], {})
+    result["error"] = {"type": type(error).__name__, "message": str(error)}
+    write_result(target, result)
+
+
+def sweep_exit_code(directory: Path) -> int:
+    """1 if any job under a sweep's directory failed or left no result, else 3 if a gate was not met, else 0."""
+    statuses = set()
+    for record in directory.rglob("overrides.yaml"):
+        result = record.parent.parent / "result.json"
+        try:
+            statuses.add(json.loads(result.read_text(encoding="utf-8"))["status"])
+        except (OSError, ValueError, KeyError, TypeError):
+            statuses.add("failed")
+    return 1 if "failed" in statuses else 3 if "gate" in statuses else 0
+
+
+@contextmanager
+def _hydra_arguments(argv: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv, prints its own tracebacks unless told not to, and builds its own loader: for one call each
+    of these is ours."""
+    internals: Any = hydra._internal.hydra
+    before = (sys.argv, os.environ.get("HYDRA_FULL_ERROR"), internals.ConfigLoaderImpl)
+    sys.argv = [sys.argv[0] if sys.argv else "leanfit", *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    internals.ConfigLoaderImpl = SweepLoader
+    try:
+        yield
+    finally:
+        sys.argv, full_error, internals.ConfigLoaderImpl = before
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextmanager
+def _signals(outcome: Outcome) -> Iterator[None]:
+    """SIGTERM ends the run like Ctrl-C does, and which of the two it was is remembered: libraries exit with codes of
+    their own on the way out."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        outcome.terminated = number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report(error: BaseException, outcome: Outcome, debug: bool) -> int:
+    """Say what happened on stderr and give the exit code."""
+    if outcome.terminated is not None or isinstance(error, KeyboardInterrupt):
+        number = outcome.terminated or signal.SIGINT
+        where = f" (resume={outcome.run_dir})" if outcome.run_dir else ""
+        print(f"stopped by {signal.Signals(number).name}{where}", file=sys.stderr)
+        return 128 + number
+    if isinstance(error, SystemExit):
+        if type(error).__name__ == "SIGTERMException":
+            return 143
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes stdout once more at exit)
+        return 1
+    if isinstance(error, ConfigError):
+        for told in error.problems:
+            print(f"error: {' '.join(told.split())}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, HydraException) and outcome.run_dir is None:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    place = f" (log: {recipes.label(outcome.run_dir / 'run.log')})" if outcome.run_dir else ""
+    print(f"error: {_one_line(error)}{place}", file=sys.stderr)
+    return error.exit_code if isinstance(error, LeanfitError) else 1
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 600 else f"{text[:600]}..."
+    return text if isinstance(error, LeanfitError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,0 +1,91 @@
+"""The public side of an artifact: config.json as transformers, compressed-tensors and vLLM read it.
+
+Formats: `dense` (a plain transformers directory), `int-quantized` and `pack-quantized` (compressed-tensors; int8 W8A8,
+and int8 or int4 weights), and `leanfit` for what no public format holds: quantized convolutions, bitmasks. transformers
+ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config names a model
+type that it does not know and a quantization without a method, each of which it refuses to open.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.layers.quantized import QuantizedLayer, quantized_layers
+
+PUBLIC = ("dense", "int-quantized", "pack-quantized")
+MODEL_TYPE = "leanfit"
+
+
+def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
+    """Which format holds `model`, whose tensors in `encodings` are stored as bitmasks."""
+    layers = list(quantized_layers(model).values())
+    if encodings or any(len(layer.weight_dims) != 2 for layer in layers):
+        return "leanfit"
+    if not layers:
+        return "dense"
+    kinds = {(layer.scheme, layer.group_size) for layer in layers}
+    if len(kinds) > 1:
+        return "leanfit"
+    return "pack-quantized" if layers[0].packed else "int-quantized"
+
+
+def _weights(layer: QuantizedLayer) -> dict[str, Any]:
+    strategy = "channel" if layer.group_size is None else "group"
+    return {
+        "num_bits": layer.bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": layer.group_size,
+        "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "block_structure": None, "actorder": None,
+    }  # fmt: skip
+
+
+def _activations() -> dict[str, Any]:
+    return {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True,
+        "observer": None, "observer_kwargs": {}, "block_structure": None, "actorder": None,
+    }  # fmt: skip
+
+
+def quantization_config(model: nn.Module, form: str) -> dict[str, Any] | None:
+    """`quantization_config` of config.json; None for a dense model."""
+    if form == "dense":
+        return None
+    if form == "leanfit":
+        return {"format": "leanfit", "open_with": "pipeline.load(DIRECTORY)"}
+    layers = quantized_layers(model)
+    group = {
+        "targets": ["Linear"],
+        "weights": _weights(next(iter(layers.values()))),
+        "input_activations": _activations() if form == "int-quantized" else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def write_config(model: PreTrainedModel, directory: Path, form: str) -> None:
+    """config.json and, for a model that generates, generation_config.json."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    data = json.loads(config.to_json_string(use_diff=True))
+    data.pop("quantization_config", None)
+    data["model_type"] = MODEL_TYPE if form == "leanfit" else config.model_type
+    extra = quantization_config(model, form)
+    if extra is not None:
+        data["quantization_config"] = extra
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)

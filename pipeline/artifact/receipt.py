@@ -1,0 +1,156 @@
+"""The receipt: an artifact, opened in a fresh process, gives the outputs its model gave before it was saved.
+
+`python -m pipeline.artifact.receipt DIRECTORY` prints it as JSON. The same kernels on the same machine with as many
+threads must give a difference of 0; anywhere else the largest may be 1e-3 of the largest output. Where the format is
+public the directory is opened with plain transformers too, which must agree within 1e-3. Models narrower than float32
+are compared there in float32, so that what is compared is the stored weights and not the rounding of two programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import LeanfitError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+RELATIVE = 1e-3
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """`max_abs_diff`: largest difference from the outputs before saving. `tolerance`: what was allowed, absolute.
+
+    `transformers_max_rel_diff`: plain transformers against ours, relative to the largest output; None where it cannot
+    open the format.
+    """
+
+    ok: bool
+    max_abs_diff: float | None
+    problems: list[str]
+    transformers_max_rel_diff: float | None = None
+    tolerance: float | None = None
+
+
+def check(directory: Path) -> Receipt:
+    """The receipt of `directory`, from a fresh process. It never raises for what is wrong with the artifact."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pipeline.artifact.receipt", str(Path(directory).resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    try:
+        return Receipt(**json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return Receipt(False, None, [f"{directory}: the process that opened it failed: {last}"])
+
+
+def examine(directory: Path) -> Receipt:
+    """The receipt of `directory`, in this process."""
+    import torch
+    from safetensors.torch import load_file
+
+    from pipeline.artifact import manifest as manifests
+    from pipeline.artifact import store
+
+    try:
+        manifest = store.read_manifest(directory)
+        made = manifest.get("probe") or {}
+        if isinstance(made.get("threads"), int) and 0 < made["threads"] <= 4096:
+            torch.set_num_threads(made["threads"])
+        device = _device(str(made.get("device", "cpu")))
+        model = store.load(directory, device=device)
+    except LeanfitError as error:
+        return Receipt(False, None, [str(error)])
+    stored = load_file(directory / manifests.PROBE, device="cpu")
+    before = stored.pop("output")
+    batch = {name.removeprefix("input."): tensor.to(device) for name, tensor in stored.items()}
+    output = store.output_of(model, batch)
+    if output.shape != before.shape:
+        return Receipt(False, None, [f"{directory}: outputs of shape {list(output.shape)}, before {list(before.shape)}"])
+    difference = _largest(output.double() - before.double())
+    same = made == {"device": device, **store.machine()} and manifest.get("kernels") == _kernels(model)
+    allowed = 0.0 if same else RELATIVE * _largest(before.double())
+    problems = []
+    if not difference <= allowed:  # a NaN is a problem too
+        where = "same machine and kernels" if same else "another machine or kernel"
+        problems.append(f"{directory}: outputs differ by {difference:.3g} from those before saving ({where}: {allowed:.3g})")
+    relative = None
+    if manifest["format"] != "leanfit":
+        try:
+            relative = _against_transformers(directory, manifest, model, batch)
+        except Exception as error:  # any failure of plain transformers to open it is what the receipt reports
+            problems.append(f"{directory}: transformers cannot open it: {type(error).__name__}: {str(error)[:200]}")
+        else:
+            if relative is not None and not relative <= RELATIVE:
+                problems.append(f"{directory}: plain transformers differs by {relative:.3g} of the largest output")
+    return Receipt(not problems, difference, problems, relative, allowed)
+
+
+def _device(recorded: str) -> str:
+    import torch
+
+    kind = recorded.partition(":")[0]
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return recorded if here.get(kind, False) else "cpu"
+
+
+def _kernels(model: nn.Module) -> dict[str, int]:
+    from collections import Counter
+
+    from pipeline.layers.quantized import quantized_layers
+
+    return dict(Counter(layer.kernel for layer in quantized_layers(model).values()))
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _against_transformers(
+    directory: Path, manifest: dict[str, Any], model: nn.Module, batch: dict[str, Tensor]
+) -> float | None:
+    """Relative difference of plain transformers' outputs from ours; None for a kind of model without an auto class."""
+    import torch
+    import transformers
+
+    from pipeline.artifact import store
+    from pipeline.layers import kernels
+
+    name = str(manifest["model"]["class"])
+    auto = next((cls for suffix, cls in AUTO_CLASSES.items() if name.endswith(suffix)), None)
+    if auto is None:
+        return None
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtype = torch.promote_types(floats[0], torch.float32)
+    plain = getattr(transformers, auto).from_pretrained(
+        directory, dtype=dtype, attn_implementation=manifest["model"]["attention"], local_files_only=True
+    )
+    # The product that plain transformers computes: an integer kernel moves single activations over a rounding edge.
+    with kernels.forced("float"):
+        ours = store.output_of(model.to(dtype), batch).double()
+    theirs = store.output_of(plain.to(next(iter(batch.values())).device), batch).double()
+    return _largest(ours - theirs) / max(_largest(ours), 1e-30)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the receipt of the one directory named; 0 where it is good, 3 where it is not."""
+    receipt = examine(Path(arguments[0]))
+    print(json.dumps(asdict(receipt)))
+    return 0 if receipt.ok else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

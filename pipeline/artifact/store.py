@@ -1,0 +1,420 @@
+"""Save a model as an artifact directory, and open one. No pickle, no code from the artifact is run.
+
+A directory holds model.safetensors, config.json, manifest.json, probe.safetensors (a small batch and the outputs the
+model gave for it before it was saved) and the tokenizer's files. It is written beside its place and renamed, so that
+there is never half an artifact, and an older one is lost only once the new one is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import pipeline
+from pipeline.artifact import manifest as manifests
+from pipeline.artifact import sparse
+from pipeline.errors import ArtifactError
+from pipeline.layers.quantized import QuantizedLayer, quantized_layers
+from pipeline.layers.sparsity import MASK, masked_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VERSIONED = ("torch", "transformers", "safetensors", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Elements of all parameters, quantized ones too (scales and masks are none), and how many are not zero."""
+
+    elements: int
+    nonzero: int
+
+
+def count(model: nn.Module) -> Count:
+    """Parameters of a float, masked or quantized model; tied ones once."""
+    tensors = [p.detach() for p in model.parameters()] + [q.integers() for q in quantized_layers(model).values()]
+    return Count(sum(t.numel() for t in tensors), sum(int(torch.count_nonzero(t)) for t in tensors))
+
+
+def save(
+    model: nn.Module,
+    directory: Path,
+    *,
+    chain: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    probe: Mapping[str, Tensor],
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `model` to `directory` (replacing an artifact there) and return its manifest.
+
+    `chain`: the links that made the model, in order, as JSON. `probe`: a small batch of model inputs, on the model's
+    device. `extra`: JSON to add to the manifest under keys of its own.
+
+    Raises:
+        ArtifactError: not a transformers model, or `directory` holds something that is not an artifact.
+    """
+    from transformers import PreTrainedModel
+
+    from pipeline.artifact.formats import PUBLIC, format_of, write_config
+
+    if not isinstance(model, PreTrainedModel):
+        raise ArtifactError(f"{type(model).__name__} is not a transformers model; it cannot be stored by its class's name")
+    directory = Path(directory)
+    _refuse_foreign(directory)
+    _renew_transient_buffers(model)
+
+    def fill(place: Path) -> dict[str, Any]:
+        tensors, tied, encodings = _plain_tensors(model)
+        save_file(tensors, place / manifests.TENSORS, metadata={"format": "pt"})
+        save_file(_probe_tensors(model, probe), place / manifests.PROBE)
+        form = format_of(model, encodings)
+        write_config(model, place, form)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        counted = count(model)
+        made = {
+            "schema": manifests.SCHEMA,
+            "leanfit": pipeline.__version__,
+            "versions": {name: version(name) for name in VERSIONED},
+            "format": form,
+            "opens_with": ["pipeline.load", *(["transformers"] if form in PUBLIC else [])],
+            "model": {
+                "class": type(model).__name__,
+                "type": model.config.model_type,
+                "attention": model.config._attn_implementation,
+            },
+            "chain": chain,
+            "calibration": None,
+            "layers": _layer_records(model),
+            "encodings": encodings,
+            "tied": tied,
+            "kernels": dict(Counter(layer.kernel for layer in quantized_layers(model).values())),
+            "parameters": counted.elements,
+            "nonzero": counted.nonzero,
+            "quality": None,
+            "speed": None,
+            "size": None,
+            "probe": {"device": str(model.device), **machine()},
+        }
+        clash = sorted(set(made) & set(extra or {}) | {"files"} & set(extra or {}))
+        if clash:
+            raise ValueError(f"extra would overwrite {', '.join(clash)} of the manifest")
+        made.update(extra or {}, files=manifests.describe_files(place))
+        manifests.write(place, made)
+        return made
+
+    return _write_whole(directory, fill)
+
+
+def machine() -> dict[str, Any]:
+    """What two runs must share for their floats to be equal bit for bit."""
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_name()}",
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def publish(source: Path, directory: Path) -> None:
+    """Copy the artifact at `source` to `directory`, whole or not at all."""
+    _refuse_foreign(directory)
+    _write_whole(directory, lambda place: shutil.copytree(source, place, dirs_exist_ok=True))
+
+
+def annotate(directory: Path, fields: Mapping[str, Any]) -> None:
+    """Enter what was measured later (`quality`, `speed`, `size`, ...) into the manifest."""
+    manifest = manifests.read(Path(directory))
+    fixed = {"schema", "files", "model", "layers", "encodings", "tied", "format"} & set(fields)
+    if fixed:
+        raise ValueError(f"{', '.join(sorted(fixed))} of a manifest are fixed when it is saved")
+    manifests.write(Path(directory), {**manifest, **fields})
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest; raises ArtifactError as `load` does, but does not read the other files."""
+    return manifests.read(Path(directory))
+
+
+def files(directory: Path) -> list[dict[str, Any]]:
+    """Name, bytes and sha256 of every file of the artifact, the manifest with them."""
+    directory = Path(directory)
+    path = directory / manifests.NAME
+    own = {"name": path.name, "bytes": path.stat().st_size, "sha256": manifests.sha256(path)}
+    return [*manifests.describe_files(directory), own]
+
+
+def tensor_bytes(directory: Path) -> int:
+    """Bytes of the weights on disk."""
+    return (Path(directory) / manifests.TENSORS).stat().st_size
+
+
+def load(directory: Path, device: str = "cpu", trainable: bool = False) -> nn.Module:
+    """The model of an artifact, in eval mode, on `device`.
+
+    `trainable`: in train mode, float parameters with gradients, masks as buffers, so that a chain can go on.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, altered or of a newer schema; or it names a class or layer that
+            this program does not know.
+    """
+    directory = Path(directory)
+    manifest = manifests.read(directory)
+    manifests.check_files(directory, manifest)
+    try:
+        model = _empty_model(directory, manifest)
+        masks = _fill(model, directory, manifest)
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever a hostile or altered file makes a library raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{directory}: altered or made by another version: {first[:200]}") from error
+    if trainable:
+        for name, mask in masks.items():
+            model.get_submodule(name).register_buffer(MASK, mask)
+    quantized = {id(p) for layer in quantized_layers(model).values() for p in layer.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable and id(parameter) not in quantized)
+    return model.train(trainable).to(device)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of an artifact, None where it holds none."""
+    if not (Path(directory) / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(directory))
+
+
+def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
+    """The model of the manifest's class and config.json, its weights not initialised."""
+    import json
+
+    from transformers.initialization import no_init_weights
+
+    cls = model_class(manifest["model"].get("class"))
+    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    # Attention may name code on a hub; only torch's own kinds are taken, and only from the manifest.
+    for key in ("quantization_config", "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"):
+        data.pop(key, None)
+    attention = manifest["model"].get("attention")
+    if attention not in ("eager", "sdpa"):
+        raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
+    config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
+    config._attn_implementation = attention
+    with no_init_weights():
+        return cls(config)
+
+
+def model_class(name: object) -> Any:
+    """The model class of the transformers package called `name`: nothing else can be named by an artifact.
+
+    Raises:
+        ArtifactError: no such class.
+    """
+    import transformers
+
+    found = None
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        found = getattr(transformers, name, None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not known or not found.__module__.startswith("transformers."):
+        raise ArtifactError(f"model class {name!r} is not a model of the transformers package")
+    return found
+
+
+def _fill(model: PreTrainedModel, directory: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Put the stored tensors into `model`, quantized layers in place of float ones. Returns the masks by layer."""
+    from safetensors.torch import load_file
+
+    from pipeline.layers.schemes import empty_layer, replace
+
+    tensors = {name: _aligned(tensor) for name, tensor in load_file(directory / manifests.TENSORS).items()}
+    masks: dict[str, Tensor] = {}
+    for name, encoding in manifest["encodings"].items():
+        tensors[name], masks[name.rpartition(".")[0]] = _decoded(tensors, name, encoding)
+    for name, record in manifest["layers"].items():
+        if record["scheme"] != "float":
+            layer = cast(nn.Linear, model.get_submodule(name))
+            quantized = empty_layer(record["scheme"], layer, **record["settings"])
+            quantized.sparse = bool(record["sparse"])
+            replace(model, name, quantized)
+    tied = manifest["tied"]
+    result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
+    if result.missing_keys or result.unexpected_keys:
+        raise ArtifactError(f"{directory}: tensors {[*result.missing_keys, *result.unexpected_keys][:3]} do not fit the model")
+    for alias, kept in tied.items():
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
+    float_masks = {}
+    for name, record in manifest["layers"].items():
+        if record["scheme"] == "float":
+            weight = model.get_parameter(f"{name}.weight")
+            float_masks[name] = masks.get(name, weight.detach() != 0)
+    return float_masks
+
+
+def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The stored form of a tensor that lies there as bitmask and values, and its mask."""
+    from pipeline.layers.packing import pack_int32
+
+    bits, shape = encoding["bits"], tuple(encoding["shape"])
+    dense, mask = sparse.decode(tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values"), shape, bits)
+    return (pack_int32(dense, bits) if encoding["packed"] else dense), mask
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """At a 64-byte boundary, where torch allocates: elsewhere a kernel may add in another order."""
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
+
+
+def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """(tensors to store, aliases of tied ones -> the name that is stored, encodings of those stored as bitmasks)."""
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[2] == MASK:
+            continue
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    encodings: dict[str, Any] = {}
+    for name, dense, mask, bits, packed in _sparse_tensors(model):
+        stored = tensors.get(name)
+        if stored is None or sparse.encoded_bytes(mask, bits) >= stored.numel() * stored.element_size():
+            continue
+        del tensors[name]
+        tensors[f"{name}.bitmask"], tensors[f"{name}.values"] = sparse.encode(dense, mask, bits)
+        encodings[name] = {"encoding": "bitmask", "shape": list(dense.shape), "bits": bits, "packed": packed}
+    return tensors, tied, encodings
+
+
+def _sparse_tensors(model: nn.Module) -> list[tuple[str, Tensor, Tensor, int, bool]]:
+    """(tensor's name, dense values, what is kept, bits a value, whether the stored form is packed)."""
+    found = []
+    for name, module in masked_layers(model):
+        weight = cast(Tensor, module.weight).detach().cpu()
+        mask = cast(Tensor, module.weight_mask).cpu()
+        found.append((f"{name}.weight", weight, mask, weight.element_size() * 8, False))
+    for name, layer in quantized_layers(model).items():
+        if layer.sparse:
+            values = layer.integers().cpu()
+            dense = values if layer.packed else values.view(layer.weight_dims)
+            found.append((f"{name}.{layer.weight_name}", dense, dense != 0, layer.bits, layer.packed))
+    return found
+
+
+def _layer_records(model: nn.Module) -> dict[str, Any]:
+    """What each quantized or masked layer is; plain layers have no record."""
+    records: dict[str, Any] = {
+        name: {"scheme": "float", "masked": True, "sparsity": _zeros(cast(Tensor, module.weight).detach())}
+        for name, module in masked_layers(model)
+    }
+    records.update((name, _quantized_record(layer)) for name, layer in quantized_layers(model).items())
+    return records
+
+
+def _quantized_record(layer: QuantizedLayer) -> dict[str, Any]:
+    return {
+        "scheme": layer.scheme,
+        "bits": layer.bits,
+        "group_size": layer.group_size,
+        "shape": list(layer.weight_dims),
+        "kernel": layer.kernel,
+        "sparse": layer.sparse,
+        "sparsity": _zeros(layer.integers()),
+        "settings": layer.settings(),
+    }
+
+
+def _zeros(tensor: Tensor) -> float:
+    return 1 - int(torch.count_nonzero(tensor)) / tensor.numel()
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a batch, in eval mode; the model's mode is restored."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits: Tensor = model(**batch).logits
+    finally:
+        model.train(mode)
+    return logits.detach().cpu().contiguous().clone()
+
+
+def _probe_tensors(model: nn.Module, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    output = output_of(model, {name: tensor.to(device) for name, tensor in probe.items()})
+    return {"output": output, **{f"input.{name}": tensor.cpu().contiguous() for name, tensor in probe.items()}}
+
+
+def _renew_transient_buffers(model: PreTrainedModel) -> None:
+    """Buffers that are not stored (rotary frequencies) as a fresh model has them: `model.to(bfloat16)` rounds them."""
+    transient = [
+        (name, module, leaf)
+        for name, module in model.named_modules()
+        for leaf in module._non_persistent_buffers_set
+        if (buffer := getattr(module, leaf, None)) is not None and buffer.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if not transient:
+        return
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        fresh = type(model)(model.config)
+    for name, module, leaf in transient:
+        setattr(module, leaf, getattr(fresh.get_submodule(name), leaf).to(getattr(module, leaf).device))
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Only an artifact, or an empty directory, is ever replaced."""
+    if directory.exists() and not (directory / manifests.NAME).is_file() and any(directory.iterdir()):
+        raise ArtifactError(f"{directory}: holds files that are not an artifact's; choose another place")
+
+
+def _write_whole(directory: Path, fill: Callable[[Path], Any]) -> Any:
+    """Let `fill` write into a new directory beside `directory`, then put it in place. Returns what `fill` gave."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        made = fill(partial)
+        if directory.exists():
+            directory.replace(old)
+        try:
+            partial.replace(directory)
+        except OSError:
+            if old.exists():
+                old.replace(directory)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return made

@@ -1,0 +1,60 @@
+"""`device=cuda`: NVIDIA GPUs, found through their driver library without loading torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+from pipeline.device.base import Device, Kind
+from pipeline.registry import register
+
+
+@register("device", "cuda")
+@dataclass(frozen=True, kw_only=True)
+class CUDA(Device):
+    def kind(self) -> Kind:
+        return "cuda"
+
+    def problems(self, devices: int) -> list[str]:
+        count = gpus()
+        if count == 0:
+            return [f"device={self.name}: no NVIDIA GPU found on this machine; use device=cpu"]
+        if build := torch_without_cuda():
+            return [
+                f"device={self.name}: the installed torch {build} is built without CUDA; "
+                "install one that has it (see pytorch.org), or use device=cpu"
+            ]
+        if devices > count:
+            return [f"parallelism.devices={devices}: this machine has {count} NVIDIA GPU{'s' * (count > 1)}; use at most {count}"]
+        return []
+
+    def description(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(0)
+
+
+def gpus(library: str | None = None) -> int:
+    """NVIDIA GPUs that this process may use; 0 where there is no driver. The driver itself reads CUDA_VISIBLE_DEVICES.
+
+    Args:
+        library: name or path of the driver's library; the system's where None.
+    """
+    name = library or ("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def torch_without_cuda() -> str | None:
+    """The version of an installed torch that names another build than CUDA ('2.13.0+cpu'); None where it may have it."""
+    version = importlib.metadata.version("torch")
+    build = version.partition("+")[2]
+    return version if build.startswith(("cpu", "rocm", "xpu")) else None

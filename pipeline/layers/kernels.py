@@ -1,0 +1,229 @@
+"""int8 W8A8 products behind one adapter: which kernel a device has, whether it is exact, and how each is called.
+
+One arithmetic, whatever the kernel. Activations: scale s = max|x| / 127.5 over a token, q = round(x / s) in
+[-128, 127], the dynamic symmetric quantization of compressed-tensors. Result: (sum_k q_k w_k) * w_scale * s + bias, the
+sum in exact integers. Kernels differ only in the rounding of the final float products.
+
+- `fbgemm`: FBGEMM's int8 GEMM, fed integers at scale 1 and zero point 128. The fastest at every batch size where the CPU
+  has VNNI. Without it FBGEMM adds pairs of products in saturating 16 bits, which is not exact: the probe finds out.
+- `fbgemm_split`: the same where there is no VNNI. max(q, 0) and max(-q, 0) go as two rows, at zero point 0: a pair of
+  products is then at most 128 * (127 + 127) = 32512, which 16 bits hold. At batch 1 the weights are read once for both.
+- `int_mm`: `torch._int_mm`, on CUDA with its limits on shapes (padded), and on CPUs without FBGEMM.
+- `reference`: the integers carried in a float matrix product, in slices of 1024 so that each sum is below 2^24.
+- `float`: (q s) times (w w_scale) in a float product, operation for operation what compressed-tensors computes, so that
+  plain transformers gives the same logits bit for bit. Exact integers cannot: they differ from it in the seventh digit,
+  which moves a few activations of the next layer over a rounding edge, by a whole step, about 1e-3 of an output each.
+
+Up to `INTEGER_ROWS` tokens at once (decoding, where a layer waits for its weights) the integer kernels run. Above, where
+weights are read once for many tokens, `float` does, but on kernels that are much faster than float (`fbgemm` and CUDA's
+`int_mm`) only up to `FLOAT_ROWS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATION_LEVELS = 127.5
+SMALLEST = 1e-30
+"""Peak below which a token counts as zero: keeps x / s finite."""
+EXACT_SLICE = 1024
+INTEGER_ROWS = 16
+FLOAT_ROWS = 1024
+
+_forced: str | None = None
+
+
+class Packed:
+    """A kernel's own copy of a layer's weights. Rebuilt on demand: copied and pickled empty, never saved."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return Packed()
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        return Packed, ()
+
+
+@contextmanager
+def forced(kernel: str | None) -> Iterator[None]:
+    """Within the context every int8 product runs by `kernel`: to compare kernels. None: the usual choice."""
+    global _forced
+    before, _forced = _forced, kernel
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """Name of the kernel that multiplies `rows` tokens of activations of `dtype` on `device`."""
+    if _forced is not None:
+        return _forced
+    if torch.compiler.is_compiling():
+        return "float"
+    kernel = _integer_kernel(device) if dtype != torch.float64 else "reference"
+    if rows <= INTEGER_ROWS:
+        return kernel
+    fast = kernel == "fbgemm" or (kernel == "int_mm" and device.type == "cuda")
+    return kernel if fast and rows > FLOAT_ROWS else "float"
+
+
+def _integer_kernel(device: torch.device) -> str:
+    if device.type == "cpu":
+        return _cpu_kernel()
+    return "int_mm" if device.type == "cuda" and works("int_mm", device) else "reference"
+
+
+@functools.cache
+def _cpu_kernel() -> str:
+    device = torch.device("cpu")
+    return next((name for name in ("fbgemm", "fbgemm_split", "int_mm") if works(name, device)), "reference")
+
+
+@functools.cache
+def works(kernel: str, device: torch.device) -> bool:
+    """Whether `kernel` runs here and is exact on the largest integers, alike signs and mixed ones."""
+    signs = torch.tensor([1, -1], dtype=torch.int8).repeat(32)
+    rows = torch.stack([signs.abs() * 127, signs * 127, signs.abs() * -128, signs.roll(1) * 64]).to(device)
+    weight = torch.stack([signs.abs() * 127, signs * -127, signs.abs() * -127] + [signs * 127] * 13).to(device)
+    ones = torch.ones(16, 1, device=device)
+    try:
+        found = _PRODUCTS[kernel](rows.float(), weight, ones, Packed())
+    except (RuntimeError, AttributeError, NotImplementedError, AssertionError):
+        return False
+    return torch.equal(found.cpu(), (rows.cpu().long() @ weight.cpu().long().t()).float())
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, packed: Packed, share_flat: bool = False
+) -> Tensor:
+    """Linear layer in W8A8: x [..., in], weight int8 [out, in], weight_scale [out, 1], bias [out] -> [..., out].
+
+    `share_flat`: an x of two dimensions takes one activation scale for all its rows, as compressed-tensors does.
+    No gradient flows.
+    """
+    x = x.detach()
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.dtype not in (torch.float32, torch.float64):
+        rows = rows.float()
+    if share_flat and x.ndim == 2:
+        peak = torch.linalg.vector_norm(rows, torch.inf).view(1, 1)
+    else:
+        peak = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
+    peak.clamp_min_(SMALLEST)
+    kernel = choose(x.device, x.dtype, rows.shape[0])
+    if kernel == "fbgemm_split":
+        y = _rescaled_split(rows, peak, weight, weight_scale, bias, packed)
+    elif kernel == "float":
+        step = peak.div_(ACTIVATION_LEVELS)
+        values = integers_of(rows / step).mul_(step)
+        wide = weight.to(rows.dtype) * weight_scale.to(rows.dtype)
+        y = F.linear(values, wide, None if bias is None else bias.to(rows.dtype))
+    else:
+        step = peak.div_(ACTIVATION_LEVELS)
+        sums = _PRODUCTS[kernel](rows / step, weight, weight_scale, packed)
+        y = sums.mul_(step) if bias is None else torch.addcmul(bias.to(sums.dtype), sums, step)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _rescaled_split(
+    rows: Tensor, peak: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, packed: Packed
+) -> Tensor:
+    """`fbgemm_split` with the rescaling folded in: at one token the two signs and the bias are one small product."""
+    steps = peak / _signed_levels()  # [2, rows or 1, 1]: s and -s
+    halves = _fbgemm(torch.minimum(rows / steps, _signed_limits()), 0, weight, weight_scale, packed)
+    if rows.shape[0] == 1:
+        row, signs = halves.view(2, -1), steps.view(1, 2)
+        return torch.mm(signs, row) if bias is None else torch.addmm(bias.float(), signs, row)
+    sums = halves[0].sub_(halves[1])
+    return sums.mul_(steps[0]) if bias is None else torch.addcmul(bias.float(), sums, steps[0])
+
+
+@functools.cache
+def _signed_levels() -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor([ACTIVATION_LEVELS, -ACTIVATION_LEVELS], dtype=torch.float32).view(2, 1, 1)
+
+
+@functools.cache
+def _signed_limits() -> Tensor:
+    """The largest integers of the two signs."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor([127.0, 128.0], dtype=torch.float32).view(2, 1, 1)
+
+
+def _fbgemm(rows: Tensor, zero_point: int, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
+    """FBGEMM rounds `rows` to integers itself (half to even), and multiplies each sum by its row's weight scale."""
+    if packed.value is None:
+        packed.value = _fbgemm_pack(weight, weight_scale)
+    product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
+        rows, 1.0, zero_point, packed.value
+    )
+    return product
+
+
+def _fbgemm_pack(weight: Tensor, weight_scale: Tensor) -> Any:
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        raise RuntimeError("FBGEMM is not this build's quantized engine")
+    with warnings.catch_warnings():
+        # Quantized tensors are deprecated; one is made only to hand FBGEMM its weights, and `works` guards the day
+        # they are gone.
+        warnings.simplefilter("ignore")
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+        tensor = torch._make_per_channel_quantized_tensor(weight.contiguous(), weight_scale.double().view(-1), zeros, 0)
+        return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+def _fbgemm_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
+    return _fbgemm(rows, 128, weight, weight_scale, packed)
+
+
+def _split_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
+    halves = _fbgemm(torch.minimum(torch.stack((rows, -rows)), _signed_limits()), 0, weight, weight_scale, packed)
+    return halves[0] - halves[1]
+
+
+def integers_of(rows: Tensor) -> Tensor:
+    """Activations over their step -> integers in [-128, 127], still in float."""
+    return rows.round().clamp_(-128, 127)
+
+
+def _int_mm_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
+    integers = integers_of(rows).to(torch.int8)
+    if rows.device.type == "cuda":
+        tokens, features, outputs = rows.shape[0], rows.shape[1], weight.shape[0]
+        # cuBLAS wants more than 16 rows, and multiples of 8 for the other two.
+        integers = F.pad(integers, (0, -features % 8, 0, max(0, 17 - tokens)))
+        weight = F.pad(weight, (0, -features % 8, 0, -outputs % 8))
+        sums = torch._int_mm(integers, weight.t())[:tokens, :outputs]
+    else:
+        sums = torch._int_mm(integers, weight.t())  # the transposed view: a copy is slower
+    return sums.to(rows.dtype) * weight_scale.to(rows.dtype).view(1, -1)
+
+
+def _reference_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
+    integers = integers_of(rows)
+    sums = torch.zeros(rows.shape[0], weight.shape[0], dtype=rows.dtype, device=rows.device)
+    for start in range(0, rows.shape[1], EXACT_SLICE):
+        part = slice(start, start + EXACT_SLICE)
+        sums += integers[:, part] @ weight[:, part].to(rows.dtype).t()
+    return sums * weight_scale.to(rows.dtype).view(1, -1)
+
+
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor, Packed], Tensor]] = {
+    "fbgemm": _fbgemm_product,
+    "fbgemm_split": _split_product,
+    "int_mm": _int_mm_product,
+    "reference": _reference_product,
+}
+KERNELS = (*_PRODUCTS, "float")

@@ -1,0 +1,113 @@
+"""Which layers of a model a method touches, which it leaves in float and why, and what is wrong with such a choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from pipeline.errors import did_you_mean
+from pipeline.layers.quantized import quantized_layers
+from pipeline.models.base import Architecture
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names of layers a method works on, and of those of the same kind that it leaves, with the reason."""
+
+    layers: tuple[str, ...]
+    left_in_float: dict[str, str] = field(default_factory=dict)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` (fnmatch) is for the module `name`: by whole name or last component, its own or a parent's."""
+    parts = name.split(".")
+    parents = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    return any(fnmatchcase(parent, pattern) or fnmatchcase(parent.rpartition(".")[2], pattern) for parent in parents)
+
+
+def select(
+    model: nn.Module, architecture: Architecture, ignore: Iterable[str] = (), types: tuple[type[nn.Module], ...] = ()
+) -> Selection:
+    """Layers of `types` (nn.Linear and nn.Conv2d where none are given) that a method works on.
+
+    Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
+    model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
+    than with zeros.
+    """
+    types = types or (nn.Linear, nn.Conv2d)
+    embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    layers, left = [], {}
+    for name, module in model.named_modules():
+        if not isinstance(module, types):
+            continue
+        pattern = next((p for p in ignore if matches(name, p)), None)
+        if pattern is not None:
+            left[name] = f"ignored by '{pattern}'"
+        elif id(module.weight) in embedded:
+            left[name] = f"tied to the embedding {embedded[id(module.weight)]}"
+        elif name == architecture.head and architecture.embeddings:
+            left[name] = "projects to the vocabulary"
+        elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            left[name] = f"pads with '{module.padding_mode}'"
+        else:
+            layers.append(name)
+    return Selection(tuple(layers), left)
+
+
+def selection_problems(
+    model: nn.Module, architecture: Architecture, ignore: Iterable[str], key: str, types: tuple[type[nn.Module], ...] = ()
+) -> list[str]:
+    """What is wrong with working on `model`: quantized already, a pattern that names nothing, no layer left.
+
+    `key` is the link's, `compression.<stage>`.
+    """
+    quantized = quantized_layers(model)
+    if quantized:
+        scheme = next(iter(quantized.values())).scheme
+        return [f"{key}: the model is quantized already ({scheme}, {len(quantized)} layers); start from a float one"]
+    names = [name for name, _ in model.named_modules() if name]
+    words = {*names, *(name.rpartition(".")[2] for name in names)}
+    problems = [
+        f"{key}.ignore={pattern}: no module of the model is called so{did_you_mean(pattern, words)}"
+        for pattern in ignore
+        if not any(matches(name, pattern) for name in names)
+    ]
+    if not problems and not select(model, architecture, ignore, types).layers:
+        kinds = ", ".join(cls.__name__ for cls in types or (nn.Linear, nn.Conv2d))
+        problems.append(f"{key}: no layer to work on; it knows {kinds}, and leaves embeddings, the vocabulary and `ignore`")
+    return problems
+
+
+def group_problems(model: nn.Module, layers: Iterable[str], group_size: int, key: str) -> list[str]:
+    """One message for the linear layers whose inputs `group_size` does not divide, with sizes that divide them all."""
+    inputs = {name: m.in_features for name in layers if isinstance(m := model.get_submodule(name), nn.Linear)}
+    wrong = {name: size for name, size in inputs.items() if size % group_size}
+    if not wrong:
+        return []
+    common = math.gcd(*inputs.values())
+    choices = [size for size in (16, 32, 64, 128, 256) if common % size == 0] or [
+        size for size in range(2, common + 1) if common % size == 0
+    ]
+    shown = ", ".join(f"{name} ({size})" for name, size in list(wrong.items())[:3])
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    fix = f"choose one of {', '.join(map(str, choices))}" if choices else "leave these layers out with `ignore`"
+    return [f"{key}.group_size={group_size} does not divide the inputs of {shown}{more}; {fix}"]
+
+
+def pattern_problems(model: nn.Module, layers: Iterable[str], pattern: str, key: str) -> list[str]:
+    """One message for the layers whose inputs (a convolution's: flattened kernels) M of an N:M pattern does not divide."""
+    block = int(pattern.partition(":")[2])
+    inputs = {name: model.get_submodule(name).get_parameter("weight")[0].numel() for name in layers}
+    wrong = {name: size for name, size in inputs.items() if size % block}
+    if not wrong:
+        return []
+    shown = ", ".join(f"{name} ({size})" for name, size in list(wrong.items())[:3])
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return [
+        f"{key}.pattern={pattern}: {block} does not divide the inputs of {shown}{more}; "
+        "choose another pattern, or leave these layers out with `ignore`"
+    ]

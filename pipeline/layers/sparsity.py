@@ -1,0 +1,76 @@
+"""Masks of pruned weights: from scores to masks, and masks on layers. Pure functions; the callbacks are in masks.py.
+
+A mask is a persistent bool buffer `weight_mask` beside the weight, True where a weight is kept, so that checkpoints
+hold it. Sources: Han et al., 2015 (arXiv:1506.02626) for magnitudes, Mishra et al., 2021 (arXiv:2104.08378) for N:M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+MASK = "weight_mask"
+
+
+def unstructured_mask(scores: Tensor, sparsity: float) -> Tensor:
+    """bool, shape of `scores`: False for exactly floor(sparsity * numel) of the lowest scores, True elsewhere."""
+    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    # The small addend: 0.7 * 10 is 6.999... in floats, and means 7.
+    pruned = int(sparsity * scores.numel() + 1e-6)
+    if pruned:
+        mask[torch.topk(scores.flatten(), pruned, largest=False, sorted=False).indices] = False
+    return mask.view(scores.shape)
+
+
+def n_of_m_mask(scores: Tensor, keep: int, block: int) -> Tensor:
+    """bool, shape of `scores` [out, ...]: True for the `keep` highest of each `block` consecutive inputs of a row.
+
+    Rows of a convolution are its flattened kernels. `block` must divide the row.
+    """
+    blocks = scores.reshape(scores.shape[0], -1, block)
+    kept = torch.topk(blocks, keep, dim=-1, sorted=False).indices
+    return torch.zeros(blocks.shape, dtype=torch.bool, device=scores.device).scatter_(-1, kept, True).view(scores.shape)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """'2:4' -> (2, 4): keep 2 of each 4."""
+    keep, _, block = pattern.partition(":")
+    return int(keep), int(block)
+
+
+def set_mask(layer: nn.Module, mask: Tensor) -> None:
+    """Give `layer` this mask (what was pruned before stays pruned) and zero the weights it prunes."""
+    old = getattr(layer, MASK, None)
+    if old is None:
+        layer.register_buffer(MASK, mask)
+    else:
+        old.logical_and_(mask)
+    with torch.no_grad():
+        cast(Tensor, layer.weight).mul_(cast(Tensor, layer.weight_mask))
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer that has a mask, by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(getattr(module, MASK, None), Tensor))
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether any layer of `model` is masked."""
+    return next(masked_layers(model), None) is not None
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module) -> None:
+    """Zero every weight that a mask prunes."""
+    for _, layer in masked_layers(model):
+        cast(Tensor, layer.weight).mul_(cast(Tensor, layer.weight_mask))
+
+
+def measured_sparsity(model: nn.Module, layers: list[str] | tuple[str, ...]) -> float:
+    """Share of exact zeros in the weights of the named layers, counted."""
+    weights = [cast(Tensor, model.get_submodule(name).weight) for name in layers]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)

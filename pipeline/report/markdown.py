@@ -1,0 +1,314 @@
+"""report.md: a run for a reader. Headline, before and after, stages, memory, what did not improve, how to go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.result import write_text
+from pipeline.report.table import (
+    amount,
+    artifact_path,
+    command,
+    comparison,
+    held_out,
+    pick,
+    program,
+    quotient,
+    receipt,
+    relative,
+    setting,
+    word,
+)
+from pipeline.report.units import (
+    format_bytes,
+    format_count,
+    format_quality,
+    format_seconds,
+    quality_change,
+    shorten,
+    significant,
+    times,
+    worsening,
+)
+
+AUTO_CLASSES = {"tokens/s": "AutoModelForCausalLM", "samples/s": "AutoModelForImageClassification"}
+OPEN_FORMATS = frozenset({"dense", "int-quantized", "pack-quantized"})
+"""Artifact formats that plain transformers opens."""
+
+
+def cell(value: Any) -> str:
+    """`value` inside a Markdown table: one line, no bar or markup that would end the cell."""
+    text = " ".join(str(value).split())
+    for sign in "\\|`*_<>[]":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def code(text: str) -> str:
+    """`text` as inline code, whatever backticks it holds."""
+    text = " ".join(text.split())
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """A Markdown table; columns in `right` are aligned right."""
+    rule = ["---:" if position in right else "---" for position in range(len(header))]
+    lines = [list(map(cell, header)), rule, *(list(map(cell, row)) for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def chain_text(result: Mapping[str, Any]) -> str:
+    """'wanda, then int8', or an empty text for no compression."""
+    stages = pick(result, "stages")
+    names = [word(stage, "name") for stage in stages] if isinstance(stages, list) else []
+    return ", then ".join(name for name in names if name)
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """The run in one sentence."""
+    status = word(result, "status")
+    model, chain = pick(result, "choices", "model"), chain_text(result)
+    subject = f"{model or 'The model'}{' after ' if chain else ''}{chain}"
+    if status == "failed":
+        return f"**The run failed:** {cell(word(result, 'error', 'message') or 'no message was left')}"
+    metric, direction = word(result, "quality", "metric"), word(result, "quality", "direction")
+    before, after = amount(result, "quality", "before"), amount(result, "quality", "after")
+    facts = []
+    size_before, size_after = amount(result, "size", "bytes_before"), amount(result, "size", "bytes_after")
+    if size_after is not None:
+        ratio = amount(result, "size", "ratio") or quotient(size_before, size_after)
+        change = times(ratio, "smaller", "larger", "the same size as before")
+        facts.append(f"{format_bytes(size_after)} on disk" + _in_brackets(change))
+    if after is not None:
+        change = quality_change(metric, direction, before, after)
+        facts.append(f"{cell(metric)} {format_quality(metric, after)}" + _in_brackets(change))
+    speed = amount(result, "speed", "after")
+    if speed is not None:
+        ratio = amount(result, "speed", "ratio") or quotient(speed, amount(result, "speed", "before"))
+        change = times(ratio, "faster", "slower", "the same speed as before")
+        facts.append(f"{format_count(speed)} {word(result, 'speed', 'unit')}" + _in_brackets(change))
+    sentence = f"**{cell(subject)}:** {', '.join(facts)}." if facts else f"**{cell(subject)}.**"
+    if status == "gate":
+        sentence += f"\n\n**Not accepted:** {cell(word(result, 'error', 'message') or 'no message was left')}"
+    return sentence
+
+
+def shortcomings(result: Mapping[str, Any]) -> list[str]:
+    """What did not improve, or is not known, said plainly."""
+    said = []
+    compressed = bool(chain_text(result))
+    size = amount(result, "size", "ratio")
+    if size is not None and size < 1.005:
+        change = times(size, "smaller", "larger than before", "the same size as before")
+        claim = " No link of the chain claims to shrink the file." if word(result, "size", "claim") == "none" else ""
+        said.append(f"Not smaller on disk: {change}.{claim if compressed else ''}")
+    elif size is None:
+        said.append("The size before and after was not compared.")
+    speed = amount(result, "speed", "ratio")
+    if speed is not None and speed < 1.005:
+        slower = times(speed, "faster", "slower", "the same speed as before")
+        said.append(f"Not faster: {slower}.")
+    elif speed is None:
+        said.append("The speed before and after was not compared.")
+    direction, metric = word(result, "quality", "direction"), word(result, "quality", "metric")
+    before, after = amount(result, "quality", "before"), amount(result, "quality", "after")
+    if before is not None and after is not None and worsening(direction, before, after) > 0:
+        change = quality_change(metric, direction, before, after)
+        said.append(
+            f"Quality: {metric} is {change} ({format_quality(metric, before)} to {format_quality(metric, after)})."
+        )
+    elif before is None or after is None:
+        said.append("The quality before and after was not compared.")
+    baseline = amount(result, "quality", "baseline")
+    if after is not None and baseline is not None and worsening(direction, baseline, after) >= 0:
+        said.append(
+            f"The model is no better than one that learned nothing "
+            f"({format_quality(metric, after)} against {format_quality(metric, baseline)})."
+        )
+    if pick(result, "artifact", "reload", "ok") is not True:
+        said.append("There is no receipt: the artifact was not reloaded with equal outputs in a fresh process.")
+    return said
+
+
+def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    metric = word(result, "quality", "metric")
+    stages = pick(result, "stages")
+    rows = [
+        [
+            "train",
+            f"{format_count(amount(result, 'train', 'steps') or 0)} steps",
+            format_seconds(amount(result, "train", "seconds")),
+            format_quality(metric, amount(result, "quality", "before")),
+            format_bytes(amount(result, "size", "bytes_before")),
+            _fit_detail(pick(result, "train")),
+        ]
+    ]
+    for stage in stages if isinstance(stages, list) else []:
+        detail = pick(stage, "detail")
+        facts = [f"{key}: {_short_json(value)}" for key, value in detail.items()] if isinstance(detail, dict) else []
+        if pick(stage, "train"):
+            facts.insert(0, _fit_detail(pick(stage, "train")))
+        rows.append(
+            [
+                word(stage, "name"),
+                word(stage, "method"),
+                format_seconds(amount(stage, "seconds")),
+                format_quality(metric, amount(stage, "quality_after")),
+                format_bytes(amount(stage, "bytes_after")),
+                shorten("; ".join(facts), 200),
+            ]
+        )
+    return rows
+
+
+def _fit_detail(train: Any) -> str:
+    first, last = amount(train, "loss_first"), amount(train, "loss_last")
+    return "" if first is None or last is None else f"loss {significant(first, 4)} to {significant(last, 4)}"
+
+
+def _short_json(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return shorten(text, 80)
+
+
+def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for phase in ("train", "compress", "evaluate"):
+        predicted, measured = amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase)
+        ratio = quotient(predicted, measured)
+        if predicted is not None or measured is not None:
+            error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
+            rows.append([phase, format_bytes(predicted), format_bytes(measured), error])
+    return rows
+
+
+def _section(title: str, body: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *body] if body else []
+
+
+def _machine(result: Mapping[str, Any]) -> list[str]:
+    device = " · ".join(filter(None, (word(result, "device", "kind"), word(result, "device", "name"))))
+    used, requested = word(result, "precision", "used"), word(result, "precision", "requested")
+    lines = [f"Device: {cell(device)}."] if device else []
+    if used:
+        asked = f" (asked for as {cell(requested)})" if requested not in ("", used) else ""
+        lines.append(f"Precision: {cell(used)}{asked}.")
+    strategy = word(result, "parallelism", "strategy")
+    if strategy:
+        devices, nodes = amount(result, "parallelism", "devices"), amount(result, "parallelism", "nodes")
+        lines.append(f"Parallelism: {cell(strategy)}, devices: {devices or 1:.0f}, nodes: {nodes or 1:.0f}.")
+    versions = pick(result, "versions")
+    if isinstance(versions, Mapping):
+        lines.append(
+            "Versions: " + ", ".join(f"{cell(name)} {cell(version)}" for name, version in versions.items()) + "."
+        )
+    return [f"- {line}" for line in lines]
+
+
+def _open_in_python(result: Mapping[str, Any], artifact: Path) -> list[str]:
+    where = repr(relative(artifact))
+    lines = [
+        "```python",
+        "import pipeline",
+        "",
+        f"model = pipeline.load({where})  # a torch.nn.Module in eval mode",
+        "```",
+    ]
+    auto = AUTO_CLASSES.get(word(result, "speed", "unit"))
+    if word(result, "artifact", "format") in OPEN_FORMATS and auto:
+        lines += ["", "or with transformers alone:", "", "```python", f"from transformers import {auto}", ""]
+        lines += [f"model = {auto}.from_pretrained({where})", "```"]
+    return lines
+
+
+def _again(run_dir: Path) -> list[str]:
+    """How to repeat, share and resume the run, as far as what they need is there."""
+    lines = []
+    lock = run_dir / "recipe.lock.yaml"
+    if lock.exists():
+        again = f"{program()} {setting('recipe', relative(lock))}"
+        lines.append(f"- repeat it, here or elsewhere (one file holds it all): {code(again)}")
+    if (run_dir / "checkpoints").exists() or (run_dir / "stages").exists():
+        resume = f"{program()} {setting('resume', relative(run_dir))}"
+        lines.append(f"- go on where it stopped, or for longer with a larger `trainer.max_steps`: {code(resume)}")
+    if (run_dir / ".hydra" / "config.yaml").exists():
+        lines.append("- every setting of it: [.hydra/config.yaml](.hydra/config.yaml)")
+    if (run_dir / "metrics.csv").exists():
+        lines.append("- loss, rate, throughput and memory over steps: [metrics.csv](metrics.csv)")
+    return lines
+
+
+def _explanation(result: Mapping[str, Any]) -> list[str]:
+    """What before and after mean, and on how much was measured."""
+    said = ["Before is the trained model; after is the artifact, read back from disk; both are measured alike."]
+    n = amount(result, "quality", "n")
+    if n is not None:
+        said.append(f"Quality is over {n:,.0f} held-out {held_out(result)}.")
+    baseline, metric = amount(result, "quality", "baseline"), word(result, "quality", "metric")
+    if baseline is not None:
+        said.append(f"A model that learned nothing has {cell(metric)} {format_quality(metric, baseline)}.")
+    return ["", " ".join(said)]
+
+
+def _plots(run_dir: Path, result: Mapping[str, Any]) -> Iterator[str]:
+    """Draw the plots and name them; one that cannot be drawn costs a line in the log, never the report."""
+    from pipeline.report import plots
+
+    try:
+        if plots.before_after(result, run_dir / "plots" / "before_after.png"):
+            yield "![size, quality and speed before and after](plots/before_after.png)"
+        baseline = amount(result, "quality", "baseline")
+        # A perplexity is the exponential of a loss; another metric has no place on the loss's axis.
+        nats = math.log(baseline) if baseline and word(result, "quality", "metric") == "perplexity" else None
+        if plots.loss_curve(run_dir / "metrics.csv", run_dir / "plots" / "loss.png", baseline=nats):
+            yield "![loss over steps](plots/loss.png)"
+    except Exception as error:
+        logging.getLogger(__name__).warning("a plot could not be drawn: %s: %s", type(error).__name__, error)
+        yield f"A plot could not be drawn: {cell(error)}"
+
+
+def write_report(run_dir: str | Path, result: Mapping[str, Any], config_yaml: str | None = None) -> Path:
+    """Write `report.md` and its plots into `run_dir`; `config_yaml`, where given, is shown at the end."""
+    run_dir = Path(run_dir)
+    overrides = pick(result, "overrides")
+    typed = command(overrides if isinstance(overrides, list) else [])
+    lines = ["# Report", "", headline(result), "", "```bash", typed, "```"]
+    rows = [[row.label, row.before, row.after, row.change] for row in comparison(result)]
+    if rows:
+        before_after = table(["", "before", "after", "change"], rows, right=(1, 2))
+        lines += _section("Before and after", [*before_after, *_explanation(result)])
+    for plot in _plots(run_dir, result):
+        lines += ["", plot]
+    lines += _section("What did not improve", [f"- {cell(text)}" for text in shortcomings(result)])
+    header = ["stage", "method", "time", word(result, "quality", "metric") or "quality", "bytes", "detail"]
+    lines += _section("Stages", table(header, _stage_rows(result), right=(2, 3, 4)))
+    memory = _memory_rows(result)
+    header = ["phase", "planned", "measured", "plan off by"]
+    lines += _section("Peak memory", table(header, memory, right=(1, 2, 3)) if memory else [])
+    artifact = artifact_path(result, run_dir)
+    if artifact is not None:
+        proof = receipt(result)
+        body = [f"{code(relative(artifact))}, format {cell(word(result, 'artifact', 'format') or 'unknown')}."]
+        body += ["", f"Receipt: {cell(proof)}."] if proof else []
+        lines += _section("The artifact", [*body, "", *_open_in_python(result, artifact)])
+    lines += _section("Again", _again(run_dir))
+    lines += _section("Made with", _machine(result))
+    if config_yaml is not None:
+        fence = "```" if "```" not in config_yaml else "`" * 10
+        lines += _section("Config", [f"{fence}yaml", config_yaml.rstrip(), fence])
+    report = run_dir / "report.md"
+    write_text(report, "\n".join(lines) + "\n")
+    return report

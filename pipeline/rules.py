@@ -1,0 +1,159 @@
+"""What does not go together: RunConfig -> one line for each problem, naming key, value, what is allowed, and a fix.
+
+Each rule is a small function of the whole config. Imports no torch: these are the mistakes told within a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import registry
+from pipeline.chain import link_fit, order_problems
+from pipeline.schema import GROUPS, RunConfig
+
+FLOAT16_SMALLEST = 6.1e-5
+"""Smallest normal float16: an epsilon below it is lost, and 0 / 0 is NaN."""
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Every problem of a decoded config."""
+    return [told for rule in RULES for told in rule(config)]
+
+
+def own_problems(config: RunConfig) -> list[str]:
+    """What each choice says about its own settings. A job that works on an artifact does not use the model's."""
+    unused = {"run": set[str](), "compress": {"model"}, "evaluate": {"model"}}.get(config.job, {"model", "data"})
+    parts = [getattr(config, group) for group in GROUPS if group not in unused and group != "device"]
+    asked = [part.problems for part in [*parts, *config.chain.values()] if hasattr(part, "problems")]
+    return [told for ask in asked for told in ask()]
+
+
+def model_and_data(config: RunConfig) -> list[str]:
+    """A model reads one kind of batch; a data choice gives one kind."""
+    model, data = config.model, config.data
+    if config.job != "run" or model.task == data.task:
+        return []
+    fitting = [name for name in registry.names("data") if registry.lookup("data", name).task == model.task]
+    models = [name for name in registry.names("model") if registry.lookup("model", name).task == data.task]
+    return [
+        f"data={_choice(config, 'data')} is for {_words(data.task)}, model={_choice(config, 'model')} for "
+        f"{_words(model.task)}; with this model choose data={' or '.join(fitting) or 'none there is'}, "
+        f"with this data model={' or '.join(models) or 'none there is'}"
+    ]
+
+
+def device(config: RunConfig) -> list[str]:
+    """Whether this machine has what was asked for."""
+    return config.device.problems(config.parallelism.devices)
+
+
+def batch_divides(config: RunConfig) -> list[str]:
+    """The global batch is split evenly over devices, then into micro batches."""
+    trainer, ranks = config.trainer, config.parallelism.devices * config.parallelism.nodes
+    micro, batch = trainer.micro_batch_size or 1, trainer.batch_size
+    unit = micro * ranks
+    if batch % unit == 0:
+        return []
+    near = " or ".join(str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number)
+    what = f"{ranks} device{'s' if ranks > 1 else ''}"
+    what = f"trainer.micro_batch_size={micro} x {what} = {unit}" if trainer.micro_batch_size else what
+    return [f"trainer.batch_size={batch} is not a multiple of {what}; choose {near}"]
+
+
+def distributed_device(config: RunConfig) -> list[str]:
+    """Apple GPUs have no collectives."""
+    if not config.parallelism.distributed or config.device.problems(1) or config.device.kind() != "mps":
+        return []
+    return [f"parallelism={_choice(config, 'parallelism')} needs device=cpu or device=cuda; mps has no collectives"]
+
+
+def chain_order(config: RunConfig) -> list[str]:
+    return order_problems(config.chain)
+
+
+def precision_on_device(config: RunConfig) -> list[str]:
+    """Apple GPUs have no float64."""
+    if config.precision.dtype != "float64" or config.device.problems(1) or config.device.kind() != "mps":
+        return []
+    return [f"precision={_choice(config, 'precision')}: mps has no float64; choose precision=32-true, or device=cpu"]
+
+
+def float16_epsilon(config: RunConfig) -> list[str]:
+    """With float16 weights, an optimizer's epsilon below float16's range becomes 0 and the first update NaN."""
+    epsilon = getattr(config.optimizer, "eps", None)
+    pure = config.precision.dtype == "float16" and config.precision.name == "full"
+    if not pure or epsilon is None or epsilon >= FLOAT16_SMALLEST or not _trains(config):
+        return []
+    return [
+        f"optimizer.eps={epsilon:g} is lost in float16 and gives NaN with precision={_choice(config, 'precision')}; "
+        "use optimizer.eps=1e-4, or precision=16-mixed"
+    ]
+
+
+def artifact(config: RunConfig) -> list[str]:
+    """Every job but `run` works on an artifact made earlier."""
+    job, given = config.job, config.artifact
+    if job == "run":
+        return [f"artifact={given} goes with job=compress, evaluate, verify or generate, not job=run"] if given else []
+    if not given:
+        return [f"job={job} needs artifact=DIR, the artifact directory of an earlier run (outputs/.../artifact)"]
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return [f"artifact={given}: {'is a file, not a directory' if path.exists() else 'no such directory'}"]
+    if not (path / "manifest.json").is_file():
+        inner = path / "artifact"
+        meant = f"; did you mean artifact={inner}?" if (inner / "manifest.json").is_file() else ""
+        return [f"artifact={given}: no manifest.json there, so it is no artifact{meant}"]
+    return []
+
+
+def something_to_compress(config: RunConfig) -> list[str]:
+    if config.job != "compress" or config.chain:
+        return []
+    methods = ", ".join(name for name in registry.available("compression") if name != "none")
+    return [f"job=compress needs a method: compression=CHOICE, one or a list of {methods}"]
+
+
+def prompts(config: RunConfig) -> list[str]:
+    """`generate` takes one prompt, other jobs none."""
+    given = [key for key in ("prompt", "prompt_file") if getattr(config, key) is not None]
+    if config.job != "generate":
+        return [f"{key} goes with job=generate, not job={config.job}" for key in given]
+    if len(given) != 1:
+        return ["job=generate needs one prompt: prompt=TEXT or prompt_file=PATH" + (", not both" if given else "")]
+    if config.prompt == "":
+        return ["prompt is empty; give at least one character"]
+    if config.prompt_file is not None and not Path(config.prompt_file).expanduser().is_file():
+        return [f"prompt_file={config.prompt_file}: no such file"]
+    return []
+
+
+RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
+    own_problems,
+    model_and_data,
+    device,
+    distributed_device,
+    batch_divides,
+    chain_order,
+    precision_on_device,
+    float16_epsilon,
+    artifact,
+    something_to_compress,
+    prompts,
+)
+
+
+def _trains(config: RunConfig) -> bool:
+    steps, lr = config.trainer.max_steps, config.optimizer.lr
+    links = any(link_fit(method, steps, lr) for method in config.chain.values())
+    return config.job in ("run", "compress") and (links or (config.job == "run" and steps > 0))
+
+
+def _choice(config: RunConfig, group: str) -> str:
+    """The choice as typed; the name behind it where a config was made without Hydra."""
+    return str(config.choices.get(group) or getattr(config, group).name)
+
+
+def _words(task: str) -> str:
+    return {"causal_lm": "language modelling"}.get(task, task.replace("_", " "))

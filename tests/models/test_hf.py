@@ -1,0 +1,145 @@
+"""Pretrained directories: real ones made here with transformers, and those that must be refused in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
+
+from pipeline.data.base import DataSpec
+from pipeline.errors import ConfigError
+from pipeline.models.gpt import GPT
+from pipeline.models.hf import HuggingFace
+
+SPEC = DataSpec(vocabulary=256, sequence_length=16)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a dense artifact is made of: weights, config and byte tokenizer."""
+    path = tmp_path_factory.mktemp("pretrained")
+    settings = GPT(name="gpt", layers=1, heads=2, width=16, dropout=0.0, activation="gelu", tie_embeddings=True)
+    torch.manual_seed(0)
+    settings.build(SPEC).save_pretrained(path)
+    settings.tokenizer().save_pretrained(path)
+    (path / "manifest.json").write_text("{}", encoding="utf-8")
+    return path
+
+
+def hf(path: Path | str) -> HuggingFace:
+    return HuggingFace(name="hf", pretrained=str(path))
+
+
+def copy(directory: Path, to: Path, **config: object) -> Path:
+    for file in directory.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    changed = {**json.loads((to / "config.json").read_text(encoding="utf-8")), **config}
+    (to / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    return to
+
+
+def test_a_directory_gives_its_weights_and_its_tokenizer(directory: Path) -> None:
+    assert hf(directory).problems() == []
+    model = hf(directory).build(SPEC)
+    saved = load_file(directory / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert model.training
+    assert hf(directory).tokenizer()("é\n")["input_ids"] == list("é\n".encode())
+
+
+def test_half_precision_files_open_in_float32(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path, dtype="bfloat16")
+    weights = {k: v.bfloat16() for k, v in load_file(directory / "model.safetensors").items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    model = hf(path).build(SPEC)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_on_meta_only_shapes_are_made(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path)
+    (path / "model.safetensors").unlink()
+    with torch.device("meta"):
+        model = hf(path).build(SPEC)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_more_tokens_than_positions_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=17 is more than the 16 positions of .*at most 16"):
+        hf(directory).build(DataSpec(vocabulary=256, sequence_length=17))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="256 tokens, its tokenizer 300"):
+        hf(directory).build(DataSpec(vocabulary=300, sequence_length=16))
+
+
+def test_missing_weights_are_not_filled_with_random_numbers(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path)
+    weights = load_file(path / "model.safetensors")
+    del weights["model.decoder.layers.0.fc1.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 1 of the model's weights.*fc1\.weight"):
+        hf(path).build(SPEC)
+
+
+def test_truncated_weights_are_one_clear_line(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cannot be opened") as caught:
+        hf(path).build(SPEC)
+    assert len(caught.value.problems) == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="no tokenizer that can be opened"):
+        hf(path).tokenizer()
+
+
+@pytest.mark.parametrize("said", ["/nowhere/at/all", "./nowhere", "../nowhere", "~/no/where", "a/b/c", "with space"])
+def test_a_path_that_does_not_exist_is_named(said: str) -> None:
+    assert hf(said).problems() == [
+        f"model.pretrained={said} does not exist; give a directory with a config.json, or a hub id such as org/name"
+    ]
+
+
+@pytest.mark.parametrize("said", ["gpt2", "facebook/opt-125m"])
+def test_a_hub_id_is_left_to_the_hub(said: str) -> None:
+    assert hf(said).problems() == []
+
+
+def test_directories_that_are_no_causal_language_model_are_refused(directory: Path, tmp_path: Path) -> None:
+    assert "holds no config.json" in hf(tmp_path).problems()[0]
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert "cannot be read" in hf(tmp_path).problems()[0]
+    assert "is a file" in hf(tmp_path / "config.json").problems()[0]
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=256)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    assert "holds a BertForMaskedLM, not a causal language model" in hf(tmp_path).problems()[0]
+    with pytest.raises(ConfigError, match="BertForMaskedLM"):
+        hf(tmp_path).build(SPEC)
+
+
+def test_a_quantized_directory_is_refused(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path, quantization_config={"quant_method": "compressed-tensors"})
+    assert "is quantized already" in hf(path).problems()[0]
+
+
+def test_checking_the_settings_imports_no_torch(directory: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pipeline.models.hf import HuggingFace\n"
+        f"print(HuggingFace(name='hf', pretrained={str(directory)!r}).problems(), 'torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["[]", "False"]

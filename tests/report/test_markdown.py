@@ -1,0 +1,186 @@
+"""report.md: what a reader finds in it, whole runs and broken ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.report.markdown import cell, code, headline, shortcomings, table, write_report
+from pipeline.report.metrics_file import Row, format_rows
+from pipeline.report.result import new_result
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "outputs" / "a run"
+    for name in ("artifact", "checkpoints", ".hydra"):
+        (directory / name).mkdir(parents=True)
+    (directory / "recipe.lock.yaml").touch()
+    (directory / ".hydra" / "config.yaml").touch()
+    rows = [Row(step, "train", 5 - step / 50, 1e-3, 2e4, 10**8) for step in range(10, 101, 10)]
+    (directory / "metrics.csv").write_text(format_rows(rows, header=True), encoding="utf-8")
+    return directory
+
+
+def sections(text: str) -> dict[str, str]:
+    parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+    return dict(zip(["", *parts[1::2]], parts[::2], strict=True))
+
+
+def test_a_reader_finds_everything(run_dir: Path, language: dict[str, Any]) -> None:
+    found = sections(write_report(run_dir, language, "model:\n  name: gpt\n").read_text(encoding="utf-8"))
+    assert list(found) == [
+        "",
+        "Before and after",
+        "What did not improve",
+        "Stages",
+        "Peak memory",
+        "The artifact",
+        "Again",
+        "Made with",
+        "Config",
+    ]
+    assert "5.40 MB on disk (3.64x smaller), perplexity 8.934 (0.25% worse), 905 tokens/s (2.21x faster)." in found[""]
+    assert "python run.py compression=int8 precision=16-mixed\n" in found[""]
+    assert "| perplexity | 8.912 | 8.934 | 0.25% worse |" in found["Before and after"]
+    assert "65,536 held-out tokens" in found["Before and after"]
+    assert "| int8 | int8 | 400 ms | 8.934 | 5.40 MB |" in found["Stages"]
+    assert "| train | 200 steps | 41 s | 8.912 | 19.6 MB | loss 5.610 to 2.190 |" in found["Stages"]
+    assert "| train | - | 215 MB |  |" in found["Peak memory"]
+    assert "same outputs" in found["The artifact"]
+    assert "model = pipeline.load('outputs/a run/artifact')" in found["The artifact"]
+    assert "AutoModelForCausalLM.from_pretrained('outputs/a run/artifact')" in found["The artifact"]
+    assert "recipe='outputs/a run/recipe.lock.yaml'" in found["Again"]
+    assert "resume='outputs/a run'" in found["Again"]
+    assert "torch " in found["Made with"]
+    assert "a processor, 2 cores" in found["Made with"]
+    assert "name: gpt" in found["Config"]
+
+
+def test_every_plot_and_link_that_is_named_is_there(run_dir: Path, language: dict[str, Any]) -> None:
+    text = write_report(run_dir, language).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {"plots/before_after.png", "plots/loss.png", "metrics.csv"} <= set(links)
+    for link in links:
+        assert (run_dir / link).is_file(), link
+
+
+def test_the_python_code_parses(run_dir: Path, language: dict[str, Any]) -> None:
+    for block in re.findall(
+        r"```python\n(.*?)```", write_report(run_dir, language).read_text(encoding="utf-8"), re.DOTALL
+    ):
+        compile(block, "report.md", "exec")
+
+
+def test_only_what_transformers_opens_is_said_to_open_there(run_dir: Path, language: dict[str, Any]) -> None:
+    language["artifact"]["format"] = "leanfit"
+    assert "transformers" not in sections(write_report(run_dir, language).read_text(encoding="utf-8"))["The artifact"]
+
+
+def test_what_did_not_improve_is_said_plainly(image: dict[str, Any]) -> None:
+    assert shortcomings(image) == [
+        "Not smaller on disk: 1.25x larger than before. No link of the chain claims to shrink the file.",
+        "Not faster: 0.400x: slower.",
+        "Quality: accuracy is 1.90 points worse (98.10% to 96.20%).",
+    ]
+
+
+def test_nothing_to_confess_no_section(run_dir: Path, language: dict[str, Any]) -> None:
+    language["quality"]["after"] = 8.9
+    assert shortcomings(language) == []
+    assert "What did not improve" not in write_report(run_dir, language).read_text(encoding="utf-8")
+
+
+def test_what_was_not_measured_is_not_passed_over() -> None:
+    said = " ".join(shortcomings(new_result("run", [], {})))
+    for topic in ("size", "speed", "quality", "receipt"):
+        assert topic in said
+
+
+def test_a_model_that_learned_nothing_is_called_that(language: dict[str, Any], image: dict[str, Any]) -> None:
+    language["quality"].update(after=28.3)
+    assert any("no better than one that learned nothing" in said for said in shortcomings(language))
+    image["quality"].update(after=0.1)
+    assert any("no better than one that learned nothing" in said for said in shortcomings(image))
+
+
+def test_a_failure_and_a_broken_gate_stand_in_the_headline(language: dict[str, Any]) -> None:
+    language.update(status="gate", error={"type": "ReceiptError", "message": "gate.min_ratio=4: 3.64"})
+    assert "**Not accepted:** gate.min\\_ratio=4: 3.64" in headline(language)
+    language.update(status="failed")
+    assert headline(language).startswith("**The run failed:**")
+
+
+def test_a_chain_is_told_in_order(run_dir: Path, language: dict[str, Any]) -> None:
+    first = {
+        **language["stages"][0],
+        "name": "wanda",
+        "method": "wanda",
+        "detail": {"sparsity": 0.5, "note": "a | b\n`c`"},
+    }
+    first["train"] = {"loss_first": 2.5, "loss_last": 2.25}
+    language["stages"].insert(0, first)
+    assert "**gpt after wanda, then int8:**" in headline(language)
+    lines = [
+        line
+        for line in write_report(run_dir, language).read_text(encoding="utf-8").splitlines()
+        if line.startswith("| wanda")
+    ]
+    assert len(lines) == 1
+    assert "loss 2.500 to 2.250; sparsity: 0.5" in lines[0]
+    assert len(re.findall(r"(?<!\\)\|", lines[0])) == 7
+
+
+@given(st.text())
+def test_no_text_breaks_out_of_a_cell_or_of_code(text: str) -> None:
+    (line,) = table([text], [])[:1]
+    assert "\n" not in line
+    assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 2
+    assert "\n" not in code(text)
+    assert "<" not in cell(text).replace("\\<", "")
+
+
+def test_the_command_can_be_pasted(run_dir: Path, language: dict[str, Any]) -> None:
+    language["overrides"] = ["compression=[wanda,int8]", "artifact=a b's", "optimizer.lr=1e-3"]
+    text = write_report(run_dir, language).read_text(encoding="utf-8")
+    (typed,) = re.findall(r"```bash\n(.*?)\n```", text)
+    assert shlex.split(typed) == ["python", "run.py", *language["overrides"]]
+
+
+def test_a_config_with_a_fence_stays_inside(run_dir: Path, language: dict[str, Any]) -> None:
+    text = write_report(run_dir, language, "prompt: '```\n# Not a heading'\n").read_text(encoding="utf-8")
+    assert text.rstrip().endswith("`" * 10)
+
+
+@pytest.mark.parametrize("result", [{}, {"stages": "x", "choices": 3, "overrides": None, "size": []}, {"status": "ok"}])
+def test_a_damaged_result_still_gives_a_report(tmp_path: Path, result: dict[str, Any]) -> None:
+    assert write_report(tmp_path, result).read_text(encoding="utf-8").startswith("# Report")
+
+
+def test_a_plot_that_fails_costs_a_line_not_the_report(
+    run_dir: Path, language: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / "metrics.csv").write_text("other,columns\n", encoding="utf-8")
+    text = write_report(run_dir, language).read_text(encoding="utf-8")
+    assert "A plot could not be drawn" in text
+    assert "## Made with" in text
+
+
+damage = st.none() | st.booleans() | st.floats() | st.text(max_size=30) | st.lists(st.integers(), max_size=2)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(st.data())
+def test_headline_and_confession_take_any_values(language: dict[str, Any], data: st.DataObject) -> None:
+    result = {**language}
+    for section in ("quality", "size", "speed", "artifact", "choices"):
+        result[section] = {key: data.draw(damage | st.just(value)) for key, value in language[section].items()}
+    assert "\n" not in headline(result)
+    assert all("\n" not in said for said in shortcomings(result))

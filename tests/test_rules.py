@@ -1,0 +1,202 @@
+"""One test a rule: the config it refuses, the line it gives, and a config it lets through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import app, rules
+from pipeline.device.auto import Auto
+from pipeline.device.cpu import CPU
+from pipeline.schema import RunConfig, decode_run
+
+
+def config(*overrides: str) -> RunConfig:
+    """Decoded, rules not yet asked."""
+    from pipeline.arguments import parse
+
+    lines = parse(overrides).overrides
+    return decode_run(app.provenance.compose(app.loader(), lines), overrides, lambda note: None)
+
+
+@pytest.fixture(scope="module")
+def plain() -> RunConfig:
+    return config("device=cpu")
+
+
+def with_device(plain: RunConfig, kind: str, **changes: Any) -> RunConfig:
+    """The config on a machine that has this device."""
+    from dataclasses import replace
+
+    class Here(CPU):
+        def kind(self) -> Any:
+            return kind
+
+        def problems(self, devices: int) -> list[str]:
+            return []
+
+    return replace(plain, device=Here(name=kind), **changes)
+
+
+def test_the_defaults_have_no_problem(plain: RunConfig) -> None:
+    assert rules.problems(plain) == []
+    assert isinstance(config().device, Auto)
+
+
+def test_model_and_data_must_be_of_one_task(plain: RunConfig) -> None:
+    (line,) = rules.model_and_data(config("data=digits"))
+    assert line.startswith("data=digits is for image classification, model=gpt for language modelling; ")
+    assert "choose data=pystdlib or text" in line
+    assert "model=efficientnet" in line
+    (line,) = rules.model_and_data(config("model=efficientnet_b0"))
+    assert "model=efficientnet_b0 for image classification" in line
+    assert rules.model_and_data(config("model=efficientnet", "data=digits")) == []
+    assert rules.model_and_data(plain) == []
+
+
+def test_a_job_on_an_artifact_does_not_ask_about_the_model() -> None:
+    assert rules.model_and_data(config("job=evaluate", "artifact=x", "data=digits")) == []
+
+
+def test_each_choice_says_what_is_wrong_with_its_own_settings(tmp_path: Path, plain: RunConfig) -> None:
+    told = rules.own_problems(
+        config("model.heads=3", "optimizer=sgd", "optimizer.momentum=0", "data=text", "data.path=/no/such", "parallelism.devices=2")
+    )
+    assert len(told) == 4
+    assert [line.partition(".")[0] for line in told] == ["model", "data", "parallelism", "optimizer"]
+    assert rules.own_problems(plain) == []
+
+
+def test_a_link_of_the_chain_says_what_is_wrong_with_its_settings() -> None:
+    from dataclasses import replace
+
+    class Picky:
+        def problems(self) -> list[str]:
+            return ["compression.int8.ignore=[]: no"]
+
+    faulty = replace(config("compression=int8"), chain={"int8": Picky()})  # type: ignore[dict-item]
+    assert rules.own_problems(faulty) == ["compression.int8.ignore=[]: no"]
+
+
+def test_the_device_must_be_here(plain: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def problems(self: CPU, devices: int) -> list[str]:
+        asked.append(devices)
+        return ["device=cpu: gone"]
+
+    monkeypatch.setattr(CPU, "problems", problems)
+    assert rules.device(config("device=cpu", "parallelism=ddp", "parallelism.devices=2")) == ["device=cpu: gone"]
+    assert asked == [2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["trainer.batch_size=7", "parallelism=ddp"], "trainer.batch_size=7 is not a multiple of 2 devices; choose 6 or 8"),
+        (
+            ["trainer.batch_size=16", "trainer.micro_batch_size=3"],
+            "trainer.batch_size=16 is not a multiple of trainer.micro_batch_size=3 x 1 device = 3; choose 15 or 18",
+        ),
+        (
+            ["trainer.batch_size=4", "trainer.micro_batch_size=4", "parallelism=ddp"],
+            "trainer.batch_size=4 is not a multiple of trainer.micro_batch_size=4 x 2 devices = 8; choose 8",
+        ),
+        (["trainer.batch_size=12", "parallelism=ddp", "parallelism.nodes=4"], "trainer.batch_size=12 is not a multiple of 8"),
+        (["trainer.batch_size=16", "trainer.micro_batch_size=4", "parallelism=ddp"], ""),
+    ],
+)
+def test_the_batch_divides_over_devices_and_micro_batches(overrides: list[str], line: str) -> None:
+    told = rules.batch_divides(config(*overrides))
+    assert [text[: len(line)] for text in told] == ([line] if line else [])
+
+
+def test_apple_gpus_have_no_collectives(plain: RunConfig) -> None:
+    ddp = config("parallelism=ddp")
+    (line,) = rules.distributed_device(with_device(ddp, "mps"))
+    assert line.startswith("parallelism=ddp needs device=cpu or device=cuda")
+    assert rules.distributed_device(with_device(ddp, "cpu")) == []
+    assert rules.distributed_device(with_device(plain, "mps")) == []
+
+
+def test_apple_gpus_have_no_float64() -> None:
+    double = config("precision=64-true")
+    (line,) = rules.precision_on_device(with_device(double, "mps"))
+    assert line.startswith("precision=64-true: mps has no float64")
+    assert rules.precision_on_device(with_device(double, "cpu")) == []
+    assert rules.precision_on_device(with_device(config("precision=32"), "mps")) == []
+
+
+def test_an_epsilon_that_float16_loses() -> None:
+    (line,) = rules.float16_epsilon(config("precision=16-true"))
+    assert line.startswith("optimizer.eps=1e-08 is lost in float16")
+    assert "optimizer.eps=1e-4" in line
+    for fine in (
+        ["precision=16-true", "optimizer.eps=1e-4"],
+        ["precision=16-mixed"],
+        ["precision=bf16-true"],
+        ["precision=16-true", "optimizer=sgd"],
+        ["precision=16-true", "trainer.max_steps=0"],
+    ):
+        assert rules.float16_epsilon(config(*fine)) == [], fine
+
+
+def test_the_order_of_the_chain_is_checked() -> None:
+    assert rules.chain_order(config("compression=[magnitude,int8]")) == []
+    (line,) = rules.chain_order(config("compression=[int8,magnitude]"))
+    assert "'magnitude' cannot follow 'int8'" in line
+
+
+@pytest.mark.parametrize("job", ["compress", "evaluate", "verify", "generate"])
+def test_a_job_on_an_artifact_needs_one(job: str, tmp_path: Path) -> None:
+    (line,) = rules.artifact(config(f"job={job}"))
+    assert line.startswith(f"job={job} needs artifact=DIR")
+    (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}/nowhere"))
+    assert line == f"artifact={tmp_path}/nowhere: no such directory"
+    (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}"))
+    assert "no manifest.json there" in line
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "manifest.json").write_text("{}")
+    (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}"))
+    assert line.endswith(f"did you mean artifact={tmp_path / 'artifact'}?")
+    (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}/artifact/manifest.json"))
+    assert "is a file, not a directory" in line
+    assert rules.artifact(config(f"job={job}", f"artifact={tmp_path}/artifact")) == []
+
+
+def test_a_run_takes_no_artifact() -> None:
+    (line,) = rules.artifact(config("artifact=x"))
+    assert line.startswith("artifact=x goes with job=compress")
+
+
+def test_compress_needs_a_method() -> None:
+    (line,) = rules.something_to_compress(config("job=compress", "artifact=x"))
+    assert line.startswith("job=compress needs a method: compression=CHOICE")
+    assert rules.something_to_compress(config("job=compress", "artifact=x", "compression=int8")) == []
+
+
+def test_generate_takes_exactly_one_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("def ")
+    generate = ("job=generate", "artifact=x")
+    assert rules.prompts(config(*generate)) == ["job=generate needs one prompt: prompt=TEXT or prompt_file=PATH"]
+    (line,) = rules.prompts(config(*generate, "prompt=a", f"prompt_file={file}"))
+    assert line.endswith("not both")
+    assert rules.prompts(config(*generate, "prompt=")) == ["prompt is empty; give at least one character"]
+    assert rules.prompts(config(*generate, f"prompt_file={file}x")) == [f"prompt_file={file}x: no such file"]
+    assert rules.prompts(config(*generate, f"prompt_file={file}")) == []
+    assert rules.prompts(config(*generate, "prompt= ")) == []
+
+
+def test_other_jobs_take_no_prompt() -> None:
+    (line,) = rules.prompts(config("prompt=a"))
+    assert line == "prompt goes with job=generate, not job=run"
+
+
+def test_every_rule_is_asked_and_every_problem_told() -> None:
+    faulty = config("data=digits", "prompt=a", "artifact=x", "trainer.batch_size=3", "trainer.micro_batch_size=2")
+    assert len(rules.problems(faulty)) == 4
+    named = {name for name, value in vars(rules).items() if getattr(value, "__module__", "") == rules.__name__ and callable(value)}
+    assert {rule.__name__ for rule in rules.RULES} == {n for n in named if not n.startswith("_") and n != "problems"}
