@@ -1,6 +1,6 @@
 """The program in a checkout: `python run.py compression=int8 precision=16-mixed`. Same as the console script `leanfit`.
 
-Shell completion of Hydra looks for the literal @hydra.main in this file; it stands on the task function in pipeline/app.py.
+Shell completion of Hydra looks for the literal @hydra.main in this file; it stands on a function in pipeline/app.py.
 """
 
 import sys

@@ -1,10 +1,10 @@
 """Step time of each precision as a ratio to float32, measured in turns on one machine.
 
-    python benchmarks/precision.py [--layers 4 --width 256 --batch 16 --length 128 --rounds 9 --threads 2] [--model conv]
+    python benchmarks/precision.py [--layers 4 --width 256 --batch 16 --length 128] [--rounds 9 --model conv]
 
 Every precision trains its own copy of one model; in each round each takes one step, so that drift hits all alike. A
-ratio is that of a round; its median and its quartiles are printed. The step is a whole one: forward, backward, unscaling,
-clipping, optimizer.
+ratio is that of a round; its median and its quartiles are printed. The step is a whole one: forward, backward,
+unscaling, clipping, optimizer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def transformer(layers: int, width: int, length: int) -> nn.Module:
 def convolutional() -> nn.Module:
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
-    config = EfficientNetConfig(width_coefficient=0.5, depth_coefficient=0.5, num_channels=1, num_labels=10, image_size=32)
+    config = EfficientNetConfig(
+        width_coefficient=0.5, depth_coefficient=0.5, hidden_dim=640, num_channels=1, num_labels=10, image_size=32
+    )
     return EfficientNetForImageClassification(config)
 
 
@@ -99,20 +101,27 @@ def main() -> None:
     for name, default in (("layers", 4), ("width", 256), ("batch", 16), ("length", 128), ("rounds", 9), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--model", choices=("transformer", "conv"), default="transformer")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time, on a busy machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's time, on a busy machine"
+    )
     parser.add_argument("--choices", default=",".join(CHOICES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.model == "conv":
         model = convolutional()
-        batch = {"pixel_values": torch.randn(options.batch, 1, 32, 32), "labels": torch.randint(0, 10, (options.batch,))}
+        batch = {
+            "pixel_values": torch.randn(options.batch, 1, 32, 32),
+            "labels": torch.randint(0, 10, (options.batch,)),
+        }
     else:
         model = transformer(options.layers, options.width, options.length)
         ids = torch.randint(0, 256, (options.batch, options.length))
         batch = {"input_ids": ids, "labels": ids}
     count = sum(weight.numel() for weight in model.parameters())
-    print(f"{count / 1e6:.1f}M parameters, {storage_bytes(model.parameters()) / 2**20:.1f} MiB, {options.threads} threads")
+    print(
+        f"{count / 1e6:.1f}M parameters, {storage_bytes(model.parameters()) / 2**20:.1f} MiB, {options.threads} threads"
+    )
     print(f"native float16: {native(torch.float16)}, native bfloat16: {native(torch.bfloat16)}")
     steps = {choice: step_of(choice, copy.deepcopy(model), batch) for choice in options.choices.split(",")}
     seconds: dict[str, list[float]] = {choice: [] for choice in steps}

@@ -36,7 +36,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import arguments, provenance, recipes, rules
+from pipeline import arguments, environment, provenance, recipes, rules
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.registry import conf_root
 from pipeline.schema import RunConfig, decode_run
@@ -58,10 +58,12 @@ class Outcome:
 
 _outcome = Outcome()
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (default: the process's own) and return the exit code. Never raises."""
     global _outcome
     _outcome = Outcome()
+    environment.prepare()
     debug = "1" in (os.environ.get("HYDRA_FULL_ERROR"), os.environ.get("LEANFIT_DEBUG"))
     try:
         with _signals(_outcome):

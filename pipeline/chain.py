@@ -73,6 +73,8 @@ def order_problems(chain: Mapping[str, Method]) -> list[str]:
             )
         missing = method.must_follow - words
         if missing:
-            problems.append(f"compression: '{name}' must follow {' and '.join(sorted(missing))}; put it later in the list")
+            problems.append(
+                f"compression: '{name}' must follow {' and '.join(sorted(missing))}; put it later in the list"
+            )
         before.append((name, method))
     return problems

@@ -87,9 +87,7 @@ class SaveLast(Checkpoint):
 class TaskModule(lightning.LightningModule):
     """The LightningModule around a model: the task's loss (or the stage's), the optimizer and its schedule."""
 
-    def __init__(
-        self, model: nn.Module, task: Task, config: RunConfig, fit: Fit, loss: StageLoss | None
-    ) -> None:
+    def __init__(self, model: nn.Module, task: Task, config: RunConfig, fit: Fit, loss: StageLoss | None) -> None:
         super().__init__()
         self.model, self.task, self.config, self.fit, self.stage_loss = model, task, config, fit, loss
 
@@ -220,7 +218,11 @@ def fit(
         trainer.fit(
             module,
             train_loader(
-                data.train, batch_size=micro, seed=config.trainer.seed, rank=trainer.global_rank, world=trainer.world_size
+                data.train,
+                batch_size=micro,
+                seed=config.trainer.seed,
+                rank=trainer.global_rank,
+                world=trainer.world_size,
             ),
             evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size) if every else None,
             ckpt_path=last if resume and last.is_file() else None,

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
@@ -21,13 +20,13 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, Quote, QuotedString
 from hydra.core.utils import setup_globals
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.errors import did_you_mean
-from pipeline.recipes import GROUP, RecipeSource, choice_problem, label
+from pipeline.explain import explain
+from pipeline.recipes import GROUP, RecipeSource, choice_problem, file_of, label
 from pipeline.registry import Absent, shown
 
 CHAIN = "compression"
@@ -115,7 +114,7 @@ class Composition:
         while True:
             for default in reversed(self.loader.defaults):
                 if _says(self.loader.used, default, key):
-                    file = _file(self.loader.used, default.config_path or "")
+                    file = file_of(self.loader.used, default.config_path or "")
                     return label(file) if file else ""
             if not key:
                 return ""
@@ -137,7 +136,7 @@ def compose(loader: Loader, overrides: Sequence[str], config_name: str = "config
             config = loader.load_configuration(config_name, kept, RunMode.RUN)
         except Exception as error:
             found.problems += [told for told in loader.recipe_problems() if told not in found.problems]
-            message, culprit = explain(error, kept, loader)
+            message, culprit = explain(error, kept, loader.defaults, loader.used)
             found.problems.append(message)
             if culprit is None:
                 found.complete = False
@@ -153,7 +152,7 @@ def compose(loader: Loader, overrides: Sequence[str], config_name: str = "config
 
 
 def _left_open(loader: Loader) -> Iterator[str]:
-    """Full keys that a file declares mandatory (`???`) and nothing after it says: OmegaConf would keep an older value."""
+    """Full keys that a file declares mandatory (`???`) and nothing later says: OmegaConf keeps older values."""
     for number, default in enumerate(loader.defaults):
         if default.package == "hydra" or (default.package or "").startswith("hydra."):
             continue
@@ -225,48 +224,10 @@ def _unquoted(value: Any) -> Any:
     )
 
 
-def explain(error: Exception, overrides: Sequence[str], loader: Loader) -> tuple[str, str | None]:
-    """What went wrong in a composition, in one line, and the override that is to blame (None: a file is)."""
-    text = " ".join(str(error).split())
-    culprit = next((line for line in sorted(overrides, key=len, reverse=True) if line in str(error)), None)
-    if isinstance(error, MissingConfigException):
-        return _no_such_choice(error, text), None
-    if isinstance(error, yaml.YAMLError):
-        mark = getattr(error, "problem_mark", None)
-        place = f"{label(Path(mark.name))}, line {mark.line + 1}" if mark else "a config file"
-        return f"{place}: not valid YAML: {getattr(error, 'problem', None) or text!s}", None
-    cause = error.__cause__
-    if culprit and isinstance(cause, OmegaConfBaseException):
-        key = culprit.lstrip("+~").partition("=")[0]
-        options = [str(name) for name in cause.parent_node] if isinstance(cause.parent_node, DictConfig) else []
-        near = did_you_mean(str(cause.key), options)
-        why = " ".join((cause.msg or text).partition("full_key")[0].split())
-        return f"{culprit}: {key}: {why}{near} (command line)", culprit
-    if culprit:
-        return f"{culprit}: {text} (command line)", culprit
-    named = next((line for line in overrides if f"'{line.lstrip('+~').partition('=')[0]}'" in text), None)
-    if isinstance(error, AssertionError) and not text:
-        text = "a defaults list puts an 'override' entry before others; those entries come last"
-    kind = "" if isinstance(error, HydraException | OmegaConfBaseException) else f"{type(error).__name__}: "
-    detail = f": {' '.join(str(cause).split())}" if isinstance(cause, OmegaConfBaseException) else ""
-    place = " (command line)" if named else ""
-    return f"the config cannot be composed: {kind}{text or 'no reason given'}{detail}{place}", named
-
-
-def _no_such_choice(error: MissingConfigException, text: str) -> str:
-    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    source = re.match(r"In '([^']+)'", text)
-    place = f" (said in {source[1]})" if source else ""
-    if not error.options:
-        return f"{text.partition(' Config search path')[0]}"
-    options = list(error.options)
-    return f"{group}={choice}: no such choice; choose one of {', '.join(options)}{did_you_mean(choice, options)}{place}"
-
-
 def _recipe_files(loader: Loader) -> Iterator[Path]:
     for default in loader.defaults:
         if (default.config_path or "").startswith(f"{GROUP}/"):
-            file = _file(loader.used, default.config_path or "")
+            file = file_of(loader.used, default.config_path or "")
             if file:
                 yield file
 
@@ -282,6 +243,9 @@ def _record_choices(found: Composition, config: DictConfig) -> None:
     for default in loader.defaults:
         path, package = default.config_path or "", default.package or ""
         group, _, choice = path.partition("/")
+        if group == CHAIN and package == CHAIN and choice != "none":
+            file = file_of(loader.used, path)
+            found.problems.append(f"{label(file) if file else path}: must begin with '# @package compression.{choice}'")
         if group != CHAIN or not package.startswith(f"{CHAIN}."):
             continue
         if (default.parent or "").startswith(f"{CHAIN}/") and not default.is_self:
@@ -356,19 +320,13 @@ def _says(repository: Any, default: ResultDefault, key: str) -> bool:
     loaded = repository.load_config(default.config_path)
     node = loaded.config if loaded else None
     for part in rest.split("."):
-        if not isinstance(node, DictConfig) or node._is_none() or node._get_node(part) is None:
+        inner = (
+            None if not isinstance(node, DictConfig) or node._is_none() else node._get_node(part, validate_access=False)
+        )
+        if inner is None:
             return False
-        node = node._get_node(part)
+        node = inner
     return True
-
-
-def _file(repository: Any, config_path: str) -> Path | None:
-    for source in repository.get_sources():
-        if source.is_config(config_path):
-            if isinstance(source, RecipeSource):
-                return source.file(config_path)
-            return Path(source.path) / f"{config_path}.yaml" if source.scheme() == "file" else None
-    return None
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:

@@ -83,6 +83,16 @@ def label(path: Path) -> str:
     return str(path)
 
 
+def file_of(repository: Any, config_path: str) -> Path | None:
+    """The file behind a path of Hydra's (`model/gpt`, `recipe/int8`); None where it is no file, as Hydra's own are."""
+    for source in repository.get_sources():
+        if source.is_config(config_path):
+            if isinstance(source, RecipeSource):
+                return source.file(config_path)
+            return Path(source.path) / f"{config_path}.yaml" if source.scheme() == "file" else None
+    return None
+
+
 class RecipeSource(ConfigSource):
     """Hydra's view of one recipes folder, and of every recipe given by path. Problems are collected, never raised."""
 

@@ -119,6 +119,12 @@ def decode(cls: type[T], values: Any, key: str, said: Said, leaves: Iterable[str
         return None, [f"{shown(key, values)} must be a mapping with {_listed(cls)}{_where(said, key)}"]
     present = {str(name): value for name, value in values.items() if not isinstance(value, Absent)}
     told = {str(name) for name, value in values.items() if isinstance(value, Absent) and value.reported}
+    stray = [name for name, value in values.items() if isinstance(value, Absent) and name not in field_names(cls)]
+    if stray:
+        rest = {name: value for name, value in values.items() if name not in stray}
+        strays = [f"{key}.{name}" if key else str(name) for name in stray]
+        unknown = [unknown_key(one, Absent(), field_names(cls), said, leaves) for one in strays]
+        return None, [*unknown, *decode(cls, rest, key, said, leaves)[1]]
     open_values = list(_open(present, key))
     if open_values:
         return None, [f"{full} is required{_where(said, full)}" for full in open_values]

@@ -93,7 +93,12 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     tokenizer = tokenizer or config.model.tokenizer()
     data = config.data.open(tokenizer)
     task = lookup.get(config.data.task)
-    lock: dict[str, Any] = {"versions": versions(), "device": result["device"], "data": data.fingerprint, "result": None}
+    lock: dict[str, Any] = {
+        "versions": versions(),
+        "device": result["device"],
+        "data": data.fingerprint,
+        "result": None,
+    }
     warn_of_differences(config, lock)
     line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
     steps = {stage.name: stage.fit.steps for stage in line if stage.fit}
@@ -122,7 +127,9 @@ def warn_of_differences(config: RunConfig, now: dict[str, Any]) -> None:
     if config.lock is None:
         return
     then = config.lock.get("versions") or {}
-    differing = [f"{name} {then.get(name)} then, {new} now" for name, new in now["versions"].items() if then.get(name) != new]
+    differing = [
+        f"{name} {then.get(name)} then, {new} now" for name, new in now["versions"].items() if then.get(name) != new
+    ]
     if config.lock.get("data") != now["data"]:
         differing.append("the data has another fingerprint")
     if config.lock.get("device") != now["device"]:
@@ -191,7 +198,9 @@ def generate_text(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> N
     artifact = Path(str(config.artifact))
     tokenizer = store.load_tokenizer(artifact)
     if tokenizer is None:
-        raise ConfigError(f"artifact={artifact}: it holds no tokenizer, so it cannot generate text; choose a language model")
+        raise ConfigError(
+            f"artifact={artifact}: it holds no tokenizer, so it cannot generate text; choose a language model"
+        )
     prompt = config.prompt if config.prompt is not None else Path(str(config.prompt_file)).read_text(encoding="utf-8")
     task: Any = lookup.get("causal_lm")
     settings = config.generate

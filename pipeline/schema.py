@@ -151,8 +151,7 @@ def decode_run(
 def _unknown_at_root(key: str, value: Any, known: list[str], composed: Composition, leaves: list[str]) -> str:
     inner = value if isinstance(value, Mapping) else {}
     full = f"{key}.{next(iter(inner))}" if inner else key
-    allowed = [name for name in known if name != "lock"]
-    return registry.unknown_key(key, value, allowed, lambda _: composed.said(full), [] if inner else leaves)
+    return registry.unknown_key(key, value, known, lambda _: composed.said(full), [] if inner else leaves)
 
 
 def decode_chain(
@@ -228,18 +227,14 @@ def _listed(stages: Sequence[str]) -> str:
     return stages[0] if len(stages) == 1 else f"[{','.join(stages)}]" if stages else "none"
 
 
-def composed(config: RunConfig) -> dict[str, Any]:
-    """The plain values of a RunConfig, as a recipe would say them: the inverse of `decode_run`."""
-    groups = {group: asdict(getattr(config, group)) for group in GROUPS}
-    blocks = {block: asdict(getattr(config, block)) for block in BLOCKS}
-    root = {key: getattr(config, key) for key in registry.field_names(_Root) if key not in ("lock", "resume")}
-    chain = {stage: asdict(method) for stage, method in config.chain.items()}
-    return {**root, **groups, "compression": chain, **blocks}
-
-
 def values_of(config: RunConfig) -> dict[str, Any]:
-    """A config as plain containers, in the form that was composed: what a lock file repeats."""
+    """A config as plain containers, as a recipe would say them: the inverse of `decode_run`."""
     blocks = {block: asdict(getattr(config, block)) for block in BLOCKS}
     rest = {key: getattr(config, key) for key in ("job", "artifact", "prompt", "prompt_file", "keep_stages")}
     groups = {group: asdict(getattr(config, group)) for group in GROUPS}
-    return {**rest, **groups, "compression": {stage: asdict(method) for stage, method in config.chain.items()}, **blocks}
+    return {
+        **rest,
+        **groups,
+        "compression": {stage: asdict(method) for stage, method in config.chain.items()},
+        **blocks,
+    }

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from pipeline import __version__
 
-PACKAGES = ("torch", "lightning", "transformers", "torchao", "compressed-tensors", "safetensors", "numpy")
+PACKAGES = ("torch", "lightning", "transformers", "compressed-tensors", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from pipeline.models.architecture import describe
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Quality, Task
-from pipeline.worker import launch
+from pipeline.launch import launch
 
 
 @dataclass
@@ -127,7 +126,7 @@ def base_model(config: RunConfig, data: DataBundle) -> nn.Module:
     model = config.model.build(data.spec)
     if config.artifact is not None:
         load_checkpoint(model, Path(config.artifact))
-    return model.to(config.precision.weight_dtype)
+    return config.precision.convert(model)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -138,12 +137,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
-        raise ConfigError(f"artifact={path}: these are not the weights of the model that was chosen: {first}") from error
+        raise ConfigError(
+            f"artifact={path}: these are not the weights of the model that was chosen: {first}"
+        ) from error
 
 
-def stage_input(
-    config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage
-) -> nn.Module:
+def stage_input(config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage) -> nn.Module:
     """The model as it enters `stage`: the base model, or the snapshot that the stage before left."""
     if stage.index == 0:
         return base_model(config, data)
@@ -287,19 +286,24 @@ def finish(run: Run, first: Stage, last: Stage) -> None:
     """Artifact, receipt, quality and speed of what was read back from disk, gates."""
     artifact = run.directory / "artifact"
     store.publish(run.snapshot(last), artifact)
-    with ThreadPoolExecutor(1) as pool, run.progress.phase("checking the artifact in a fresh process"):
-        checked = pool.submit(receipt.check, artifact)
-        after = store.load(artifact, device=run.device)
-        with measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak:
-            quality = evaluate(run, after)
-        proof = checked.result()
+    with run.progress.phase("checking in a fresh process"):
+        proof = receipt.check(artifact)
+    after = store.load(artifact, device=run.device)
+    with (
+        run.progress.phase("evaluating the artifact"),
+        measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
+    ):
+        quality = evaluate(run, after)
     before = store.load(run.snapshot(first), device=run.device)
     with run.progress.phase("measuring speed"), run.config.precision.evaluation_context(run.device):
         speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
     fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)
     run.result["memory"]["measured"]["evaluate"] = peak.bytes
+    run.result["memory"]["kind"] = "allocated"
     store.annotate(artifact, {key: run.result[key] for key in ("quality", "size", "speed")})
     run.result["artifact"]["files"] = store.files(artifact)
+    if not run.config.keep_stages:
+        shutil.rmtree(run.directory / "stages")
     demand(run.config, run.result, proof)
 
 
@@ -350,7 +354,9 @@ def demand(config: RunConfig, result: dict[str, Any], proof: receipt.Receipt) ->
     drop = worse / abs(quality["before"]) if quality["before"] else float("inf")
     points = worse * 100 if quality["metric"] == "accuracy" else worse
     if gate.max_quality_drop is not None and not drop <= gate.max_quality_drop:
-        broken.append(f"gate.max_quality_drop={gate.max_quality_drop}: {quality['metric']} is {drop:.4f} worse (relative)")
+        broken.append(
+            f"gate.max_quality_drop={gate.max_quality_drop}: {quality['metric']} is {drop:.4f} worse (relative)"
+        )
     if gate.max_quality_points is not None and not points <= gate.max_quality_points:
         broken.append(f"gate.max_quality_points={gate.max_quality_points}: {quality['metric']} is {points:.4f} worse")
     if gate.min_ratio is not None and size["ratio"] < gate.min_ratio:

@@ -18,7 +18,7 @@ import yaml
 
 from pipeline import app, recipes
 from pipeline.errors import ArtifactError, ConfigError, ReceiptError
-from pipeline.schema import RunConfig, composed
+from pipeline.schema import RunConfig, values_of
 
 ROOT = Path(__file__).resolve().parent.parent
 Runner = Callable[[RunConfig, Path], dict[str, Any]]
@@ -127,7 +127,11 @@ class TestExitCodes:
         [
             (ConfigError(["a=1 must be 2", "b=3 must be 4"]), 2, "error: b=3 must be 4"),
             (ReceiptError("size.ratio 1.1 is below gate.min_ratio 3.5"), 3, "error: size.ratio 1.1 is below"),
-            (ArtifactError("model.safetensors is truncated"), 1, "error: model.safetensors is truncated (log: outputs/"),
+            (
+                ArtifactError("model.safetensors is truncated"),
+                1,
+                "error: model.safetensors is truncated (log: outputs/",
+            ),
             (RuntimeError("mat1 and mat2\ncannot"), 1, "error: RuntimeError: mat1 and mat2 cannot (log: outputs/"),
             (MemoryError(), 1, "error: MemoryError (log: outputs/"),
             (KeyboardInterrupt(), 130, "stopped by SIGINT (resume="),
@@ -162,7 +166,7 @@ class TestExitCodes:
         monkeypatch.setenv(variable, "1")
         failing(monkeypatch, RuntimeError("boom"))
         assert app.main([]) == 1
-        assert 'raise error' in capsys.readouterr().err
+        assert "raise error" in capsys.readouterr().err
         assert os.environ[variable] == "1"
 
     def test_sigterm_is_143_whatever_a_library_makes_of_it(
@@ -271,7 +275,7 @@ class TestResume:
     def test_goes_on_in_place(self, runs: list[tuple[RunConfig, Path]]) -> None:
         assert app.main(["trainer.max_steps=40", "compression=int8"]) == 0
         config, run_dir = runs[0]
-        (run_dir / recipes.LOCK).write_text(recipes.lock_text(composed(config), config.choices, {"results": {}}))
+        (run_dir / recipes.LOCK).write_text(recipes.lock_text(values_of(config), config.choices, {"results": {}}))
         before = (run_dir / ".hydra" / "overrides.yaml").read_text()
         assert app.main([f"resume={run_dir}", "trainer.max_steps=80"]) == 0
         again, there = runs[1]
@@ -281,7 +285,11 @@ class TestResume:
         assert list(again.chain) == ["int8"]
         assert (run_dir / ".hydra" / "overrides.yaml").read_text() == before
         assert app.main([f"resume={run_dir}"]) == 0
-        assert sorted(path.name for path in run_dir.glob(".hydra*")) == [".hydra", ".hydra-resumed-1", ".hydra-resumed-2"]
+        assert sorted(path.name for path in run_dir.glob(".hydra*")) == [
+            ".hydra",
+            ".hydra-resumed-1",
+            ".hydra-resumed-2",
+        ]
 
     def test_another_model_is_refused(
         self, runs: list[tuple[RunConfig, Path]], capsys: pytest.CaptureFixture[str], outside: Path
@@ -347,7 +355,16 @@ class TestProgram:
                 assert any(choice in line.split() for line in done.stdout.splitlines()), (group, choice)
         for name in recipes.listed():
             assert f"  {name}" in done.stdout
-        for words in ("trainer:", "max_steps=200", "devices=1", "* 32", "* gpt", "resume=", "job=evaluate", "Exit codes"):
+        for words in (
+            "trainer:",
+            "max_steps=200",
+            "devices=1",
+            "* 32",
+            "* gpt",
+            "resume=",
+            "job=evaluate",
+            "Exit codes",
+        ):
             assert words in done.stdout
 
     @pytest.mark.parametrize(
@@ -375,5 +392,5 @@ class TestProgram:
         (tmp_path / "model" / "mine.yaml").write_text("defaults: [gpt, _self_]\nlayer: 3\n")
         done = program("model=mine", f"--config-dir={tmp_path}")
         assert done.returncode == 2
-        assert f"model.layer=3: no such key; " in done.stderr
+        assert "model.layer=3: no such key; " in done.stderr
         assert str(tmp_path / "model" / "mine.yaml") in done.stderr

@@ -22,7 +22,7 @@ HOSTILE = [
     "{a: 1}",
     "'quoted'",
     '"quoted"',
-    "it's \"both\"",
+    'it\'s "both"',
     "${oc.env:HOME}",
     "\\${x}",
     "\\\\${x}",
@@ -94,7 +94,7 @@ def test_other_overrides_are_left_alone() -> None:
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prompt=.* is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"prompt=.* is not UTF-8 text"):
         arguments.parse(["prompt=\udcff"])
 
 
@@ -119,12 +119,12 @@ def test_info_does_not_swallow_an_override() -> None:
 
 
 def test_an_unknown_flag_names_the_one_that_was_meant() -> None:
-    with pytest.raises(ConfigError, match="--multrun.*did you mean '--multirun'"):
+    with pytest.raises(ConfigError, match=r"--multrun.*did you mean '--multirun'"):
         arguments.parse(["--multrun"])
 
 
 @pytest.mark.parametrize(
-    "name", ["shared.yaml", "with space.yaml", "a,b.yaml", "k=v (1).yaml", "ü@:%${x}.yaml", "it's \"q\".yaml", "[x].yml"]
+    "name", ["shared.yaml", "with space.yaml", "a,b.yaml", "k=v (1).yaml", "ü@:%${x}.yaml", 'it\'s "q".yaml', "[x].yml"]
 )
 def test_a_recipe_is_found_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "sub").mkdir()
@@ -141,7 +141,9 @@ def test_a_recipe_is_found_by_any_path(tmp_path: Path, monkeypatch: pytest.Monke
         assert arguments.typed(line) == f"recipe={file}"
 
 
-def test_names_sweep_and_an_existing_file_with_a_comma_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_sweep_and_an_existing_file_with_a_comma_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "a,b.yaml"
     file.write_text("{}")
@@ -159,9 +161,9 @@ class TestResume:
         directory = tmp_path / "run, (a=b) 1"
         (directory / ".hydra").mkdir(parents=True)
         config = app.compose(["trainer.max_steps=40"])
-        from pipeline.schema import composed
+        from pipeline.schema import values_of
 
-        (directory / recipes.LOCK).write_text(recipes.lock_text(composed(config), config.choices, {}))
+        (directory / recipes.LOCK).write_text(recipes.lock_text(values_of(config), config.choices, {}))
         return directory
 
     def test_composes_the_lock_in_place(self, run_dir: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline import app, recipes, registry
 from pipeline.arguments import parse
-from pipeline.schema import GROUPS, RunConfig, composed, decode_run
+from pipeline.schema import GROUPS, RunConfig, decode_run, values_of
 from pipeline.usage import defaults, first_comment
 
 CHOICES = [(group, choice) for group in registry.PACKAGES for choice in registry.available(group)]
@@ -63,7 +63,7 @@ def test_every_recipe_passes_every_rule(name: str) -> None:
 
 
 def test_composed_is_the_inverse_of_decoding() -> None:
-    values = composed(decoded("compression=[magnitude,int8]"))
+    values = values_of(decoded("compression=[magnitude,int8]"))
     raw = app.provenance.compose(app.loader(), ["compression=[magnitude,int8]"]).values
     raw.pop("lock"), raw.pop("resume")
     listed = yaml.safe_load(yaml.safe_dump(raw))

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import app, recipes
 from pipeline.errors import ConfigError
-from pipeline.schema import RunConfig, composed
+from pipeline.schema import RunConfig, values_of
 
 Write = Callable[[str, str], Path]
 
@@ -36,11 +36,11 @@ def problems(*overrides: str) -> list[str]:
 
 
 TWICE = """\
-# prune, quantize, prune again
+# prune twice, then quantize
 defaults:
   - /compression/magnitude@compression.p1
-  - /compression/int4
   - /compression/magnitude@compression.p2
+  - /compression/int4
   - override /compression: none
 compression:
   p1: {sparsity: 0.25}
@@ -69,7 +69,9 @@ def test_every_recipe_says_in_its_first_line_what_it_is() -> None:
 
 
 def test_values_and_groups_of_a_recipe_win_over_the_defaults(write: Write) -> None:
-    file = write("r.yaml", "defaults:\n  - override /model: llama\n  - override /precision: 64-true\ntrainer: {seed: 7}\n")
+    file = write(
+        "r.yaml", "defaults:\n  - override /model: llama\n  - override /precision: 64-true\ntrainer: {seed: 7}\n"
+    )
     config = app.compose([f"recipe={file}"])
     assert (config.model.name, config.precision.dtype, config.trainer.seed) == ("llama", "float64", 7)
     assert app.compose([f"recipe={file}", "trainer.seed=9", "model=gpt"]).trainer.seed == 9
@@ -111,11 +113,11 @@ def test_every_file_of_a_composition_is_listed(write: Write) -> None:
 
 def test_a_method_repeated_under_names_of_its_own(write: Write) -> None:
     config = app.compose([f"recipe={write('twice.yaml', TWICE)}"])
-    assert list(config.chain) == ["p1", "int4", "p2"]
-    assert [method.name for method in config.chain.values()] == ["magnitude", "int4", "magnitude"]
+    assert list(config.chain) == ["p1", "p2", "int4"]
+    assert [method.name for method in config.chain.values()] == ["magnitude", "magnitude", "int4"]
     assert config.chain["p1"].sparsity == 0.25  # type: ignore[attr-defined]
     assert config.chain["p2"].sparsity == 0.75  # type: ignore[attr-defined]
-    assert config.choices["compression"] == ["p1", "int4", "p2"]
+    assert config.choices["compression"] == ["p1", "p2", "int4"]
 
 
 def test_the_order_is_that_of_the_choices_not_of_earlier_settings(write: Write) -> None:
@@ -141,7 +143,7 @@ def test_stages_are_dropped_with_a_line_each_where_the_command_line_chooses(
     config = app.compose([f"recipe={file}", "compression=int8"], quiet=False)
     assert list(config.chain) == ["int8"]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["compression.p1", "compression.int4", "compression.p2"]
+    assert [line.split()[1] for line in lines] == ["compression.p1", "compression.p2", "compression.int4"]
     assert all(line.startswith("note: ") and "since compression=int8 was chosen" in line for line in lines)
 
 
@@ -251,7 +253,8 @@ def test_a_recipe_that_cannot_stand_is_refused_naming_the_file(write: Write, bod
 def test_every_problem_of_a_recipe_at_once(write: Write) -> None:
     file = write(
         "r.yaml",
-        "defaults: [override /compression: int9, nosuch]\nhydra: {}\nmodel: {_target_: x, layer: 3}\ntrainer: {seed: a}\n",
+        "defaults: [override /compression: int9, nosuch]\nhydra: {}\n"
+        "model: {_target_: x, layer: 3}\ntrainer: {seed: a}\n",
     )
     assert len(problems(f"recipe={file}", "optimizer.lrr=1")) == 7
 
@@ -293,7 +296,7 @@ def decoded(overrides: list[str], source: Any = None) -> RunConfig:
 
 
 def same(first: RunConfig, second: RunConfig) -> None:
-    assert composed(first) == composed(second)
+    assert values_of(first) == values_of(second)
     assert list(first.chain.items()) == list(second.chain.items())
     for field in ("model", "data", "precision", "parallelism", "device", "optimizer", "memory", "trainer"):
         assert getattr(first, field) == getattr(second, field)
@@ -306,7 +309,7 @@ def test_a_lock_composes_to_the_same_run(tmp_path: Path, overrides: list[str]) -
     first = decoded(overrides)
     lock = {"versions": {"torch": "2.13"}, "results": {"text": "${not} an interpolation", "n": 1}}
     file = tmp_path / recipes.LOCK
-    file.write_text(recipes.lock_text(composed(first), first.choices, lock), encoding="utf-8")
+    file.write_text(recipes.lock_text(values_of(first), first.choices, lock), encoding="utf-8")
     second = decoded([f"recipe={file}"])
     same(first, second)
     assert second.lock == lock
@@ -315,25 +318,25 @@ def test_a_lock_composes_to_the_same_run(tmp_path: Path, overrides: list[str]) -
 def test_a_lock_of_repeated_methods_keeps_names_and_order(tmp_path: Path, write: Write) -> None:
     first = decoded([f"recipe={write('twice.yaml', TWICE)}"])
     file = tmp_path / recipes.LOCK
-    file.write_text(recipes.lock_text(composed(first), first.choices, {}), encoding="utf-8")
+    file.write_text(recipes.lock_text(values_of(first), first.choices, {}), encoding="utf-8")
     same(first, decoded([f"recipe={file}"]))
     assert list(decoded([f"recipe={file}", "compression=none"]).chain) == []
 
 
 def test_a_lock_of_a_lock_is_the_same(tmp_path: Path) -> None:
     first = decoded(["compression=[magnitude,int8]"])
-    text = recipes.lock_text(composed(first), first.choices, {"a": 1})
+    text = recipes.lock_text(values_of(first), first.choices, {"a": 1})
     file = tmp_path / recipes.LOCK
     file.write_text(text)
     second = decoded([f"recipe={file}"])
-    assert recipes.lock_text(composed(second), second.choices, {"a": 1}) == text
+    assert recipes.lock_text(values_of(second), second.choices, {"a": 1}) == text
 
 
 def test_a_lock_is_plain_yaml_with_overrides_last() -> None:
     config = app.compose(["compression=[magnitude,int8]"])
-    before = copy.deepcopy(composed(config))
-    content = yaml.safe_load(recipes.lock_text(composed(config), config.choices, {}))
-    assert composed(config) == before
+    before = copy.deepcopy(values_of(config))
+    content = yaml.safe_load(recipes.lock_text(values_of(config), config.choices, {}))
+    assert values_of(config) == before
     assert content["defaults"][-1] == {"override /trainer": "default"}
     assert {"override /compression": ["magnitude", "int8"]} in content["defaults"]
     assert json.dumps(content)

@@ -81,7 +81,11 @@ def test_integers_pass_for_floats_and_lists_for_tuples() -> None:
         ("pair", [1, 2, 3], "sample.pair=[1, 2, 3] must have at most 2 items (conf/sample.yaml)"),
         ("pair", [1, "x"], "sample.pair[1]=x must be a number (conf/sample.yaml)"),
         ("ignore", "head", "sample.ignore=head must be a list (conf/sample.yaml)"),
-        ("ignore", ["a", 1], "sample.ignore[1]=1 must be text; to mean the text, quote it twice: \"'1'\" (conf/sample.yaml)"),
+        (
+            "ignore",
+            ["a", 1],
+            "sample.ignore[1]=1 must be text; to mean the text, quote it twice: \"'1'\" (conf/sample.yaml)",
+        ),
         ("teacher", {}, "sample.teacher={} must be text or be a list (conf/sample.yaml)"),
         ("width", ..., "sample.width is required: give sample.width=VALUE (conf/sample.yaml)"),
         ("width", Absent(), "sample.width is required: give sample.width=VALUE (conf/sample.yaml)"),
@@ -95,7 +99,9 @@ def test_a_wrong_value_is_told_in_one_line(key: str, value: Any, line: str) -> N
 def test_every_problem_is_told_at_once() -> None:
     told = problems(width="x", rate=-1, kind="?", flag=None, widht=3)
     assert len(told) == 5
-    assert {line.partition("=")[0] for line in told} == {f"sample.{k}" for k in ("width", "rate", "kind", "flag", "widht")}
+    assert {line.partition("=")[0] for line in told} == {
+        f"sample.{k}" for k in ("width", "rate", "kind", "flag", "widht")
+    }
 
 
 def test_an_unknown_key_names_the_one_that_was_meant() -> None:

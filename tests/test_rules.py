@@ -62,7 +62,14 @@ def test_a_job_on_an_artifact_does_not_ask_about_the_model() -> None:
 
 def test_each_choice_says_what_is_wrong_with_its_own_settings(tmp_path: Path, plain: RunConfig) -> None:
     told = rules.own_problems(
-        config("model.heads=3", "optimizer=sgd", "optimizer.momentum=0", "data=text", "data.path=/no/such", "parallelism.devices=2")
+        config(
+            "model.heads=3",
+            "optimizer=sgd",
+            "optimizer.momentum=0",
+            "data=text",
+            "data.path=/no/such",
+            "parallelism.devices=2",
+        )
     )
     assert len(told) == 4
     assert [line.partition(".")[0] for line in told] == ["model", "data", "parallelism", "optimizer"]
@@ -95,7 +102,10 @@ def test_the_device_must_be_here(plain: RunConfig, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["trainer.batch_size=7", "parallelism=ddp"], "trainer.batch_size=7 is not a multiple of 2 devices; choose 6 or 8"),
+        (
+            ["trainer.batch_size=7", "parallelism=ddp"],
+            "trainer.batch_size=7 is not a multiple of 2 devices; choose 6 or 8",
+        ),
         (
             ["trainer.batch_size=16", "trainer.micro_batch_size=3"],
             "trainer.batch_size=16 is not a multiple of trainer.micro_batch_size=3 x 1 device = 3; choose 15 or 18",
@@ -104,7 +114,10 @@ def test_the_device_must_be_here(plain: RunConfig, monkeypatch: pytest.MonkeyPat
             ["trainer.batch_size=4", "trainer.micro_batch_size=4", "parallelism=ddp"],
             "trainer.batch_size=4 is not a multiple of trainer.micro_batch_size=4 x 2 devices = 8; choose 8",
         ),
-        (["trainer.batch_size=12", "parallelism=ddp", "parallelism.nodes=4"], "trainer.batch_size=12 is not a multiple of 8"),
+        (
+            ["trainer.batch_size=12", "parallelism=ddp", "parallelism.nodes=4"],
+            "trainer.batch_size=12 is not a multiple of 8",
+        ),
         (["trainer.batch_size=16", "trainer.micro_batch_size=4", "parallelism=ddp"], ""),
     ],
 )
@@ -198,5 +211,9 @@ def test_other_jobs_take_no_prompt() -> None:
 def test_every_rule_is_asked_and_every_problem_told() -> None:
     faulty = config("data=digits", "prompt=a", "artifact=x", "trainer.batch_size=3", "trainer.micro_batch_size=2")
     assert len(rules.problems(faulty)) == 4
-    named = {name for name, value in vars(rules).items() if getattr(value, "__module__", "") == rules.__name__ and callable(value)}
+    named = {
+        name
+        for name, value in vars(rules).items()
+        if getattr(value, "__module__", "") == rules.__name__ and callable(value)
+    }
     assert {rule.__name__ for rule in rules.RULES} == {n for n in named if not n.startswith("_") and n != "problems"}

@@ -47,7 +47,7 @@ def read(directory: Path) -> dict[str, Any]:
     """The manifest of `directory`, its schema and types checked, its files not yet.
 
     Raises:
-        ArtifactError: there is none, it is no JSON object of the expected form, or its schema is newer than this program's.
+        ArtifactError: there is none, it is no JSON object of the expected form, or its schema is newer.
     """
     path = directory / NAME
     if not path.is_file():
@@ -61,7 +61,9 @@ def read(directory: Path) -> dict[str, Any]:
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ArtifactError(f"{path}: altered, schema={schema!r} is not a positive integer")
     if schema > SCHEMA:
-        raise ArtifactError(f"{path}: schema {schema} is newer than this program's ({SCHEMA}); update leanfit to open it")
+        raise ArtifactError(
+            f"{path}: schema {schema} is newer than this program's ({SCHEMA}); update leanfit to open it"
+        )
     for key, kind in _TYPES.items():
         if not isinstance(manifest.get(key), kind):
             raise ArtifactError(f"{path}: altered, '{key}' is missing or not a JSON {kind.__name__}")

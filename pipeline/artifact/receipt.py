@@ -64,6 +64,7 @@ def examine(directory: Path) -> Receipt:
 
     from pipeline.artifact import manifest as manifests
     from pipeline.artifact import store
+    from pipeline.artifact.machine import machine
 
     try:
         manifest = store.read_manifest(directory)
@@ -79,14 +80,18 @@ def examine(directory: Path) -> Receipt:
     batch = {name.removeprefix("input."): tensor.to(device) for name, tensor in stored.items()}
     output = store.output_of(model, batch)
     if output.shape != before.shape:
-        return Receipt(False, None, [f"{directory}: outputs of shape {list(output.shape)}, before {list(before.shape)}"])
+        return Receipt(
+            False, None, [f"{directory}: outputs of shape {list(output.shape)}, before {list(before.shape)}"]
+        )
     difference = _largest(output.double() - before.double())
-    same = made == {"device": device, **store.machine()} and manifest.get("kernels") == _kernels(model)
+    same = made == {"device": device, **machine()} and manifest.get("kernels") == _kernels(model)
     allowed = 0.0 if same else RELATIVE * _largest(before.double())
     problems = []
     if not difference <= allowed:  # a NaN is a problem too
         where = "same machine and kernels" if same else "another machine or kernel"
-        problems.append(f"{directory}: outputs differ by {difference:.3g} from those before saving ({where}: {allowed:.3g})")
+        problems.append(
+            f"{directory}: outputs differ by {difference:.3g} from those before saving ({where}: {allowed:.3g})"
+        )
     relative = None
     if manifest["format"] != "leanfit":
         try:

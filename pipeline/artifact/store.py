@@ -8,7 +8,6 @@ there is never half an artifact, and an older one is lost only once the new one 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 from collections import Counter
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import pipeline
 from pipeline.artifact import manifest as manifests
 from pipeline.artifact import sparse
+from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
@@ -71,7 +71,9 @@ def save(
     from pipeline.artifact.formats import PUBLIC, format_of, write_config
 
     if not isinstance(model, PreTrainedModel):
-        raise ArtifactError(f"{type(model).__name__} is not a transformers model; it cannot be stored by its class's name")
+        raise ArtifactError(
+            f"{type(model).__name__} is not a transformers model; it cannot be stored by its class's name"
+        )
     directory = Path(directory)
     _refuse_foreign(directory)
     _renew_transient_buffers(model)
@@ -116,24 +118,7 @@ def save(
         manifests.write(place, made)
         return made
 
-    return _write_whole(directory, fill)
-
-
-def machine() -> dict[str, Any]:
-    """What two runs must share for their floats to be equal bit for bit."""
-    return {
-        "threads": torch.get_num_threads(),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_name()}",
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return cast(dict[str, Any], _write_whole(directory, fill))
 
 
 def publish(source: Path, directory: Path) -> None:
@@ -195,7 +180,9 @@ def load(directory: Path, device: str = "cpu", trainable: bool = False) -> nn.Mo
     quantized = {id(p) for layer in quantized_layers(model).values() for p in layer.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and id(parameter) not in quantized)
-    return model.train(trainable).to(device)
+    model.train(trainable)
+    model.to(cast(Any, device))
+    return model
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
@@ -216,7 +203,13 @@ def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     cls = model_class(manifest["model"].get("class"))
     data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     # Attention may name code on a hub; only torch's own kinds are taken, and only from the manifest.
-    for key in ("quantization_config", "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"):
+    for key in (
+        "quantization_config",
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+    ):
         data.pop(key, None)
     attention = manifest["model"].get("attention")
     if attention not in ("eager", "sdpa"):
@@ -224,7 +217,7 @@ def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
     config._attn_implementation = attention
     with no_init_weights():
-        return cls(config)
+        return cast("PreTrainedModel", cls(config))
 
 
 def model_class(name: object) -> Any:
@@ -263,7 +256,9 @@ def _fill(model: PreTrainedModel, directory: Path, manifest: dict[str, Any]) -> 
     tied = manifest["tied"]
     result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
     if result.missing_keys or result.unexpected_keys:
-        raise ArtifactError(f"{directory}: tensors {[*result.missing_keys, *result.unexpected_keys][:3]} do not fit the model")
+        raise ArtifactError(
+            f"{directory}: tensors {[*result.missing_keys, *result.unexpected_keys][:3]} do not fit the model"
+        )
     for alias, kept in tied.items():
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))

@@ -72,7 +72,9 @@ class Method:
         """Lightning callbacks for schedules; mutable state lives there and in their state_dict."""
         return []
 
-    def loss(self, context: Context) -> Callable[[nn.Module, dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None:
+    def loss(
+        self, context: Context
+    ) -> Callable[[nn.Module, dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None:
         """A replacement for the task's loss in the link's fit, as distillation needs: (model, batch, task loss) -> loss."""
         return None
 

@@ -59,7 +59,7 @@ def prune_magnitude(model: nn.Module, layers: Sequence[str], sparsity: float, pa
 @register("compression", "magnitude")
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Method):
-    """`steps`, `lr`: the recovery's; steps=0 prunes and does not train. `ignore`: names or patterns of layers to spare."""
+    """`steps`, `lr`: the recovery's; steps=0 prunes only. `ignore`: names or patterns of layers to spare."""
 
     kind: ClassVar[Kind] = "pruning"
     trains: ClassVar[bool] = True
@@ -79,7 +79,9 @@ class Magnitude(Method):
             return [no_effect] if self.sparsity == 0 else []
         keep, block = map(int, self.pattern.split(":"))
         if keep >= block:
-            return [f"compression.{self.name}.pattern={self.pattern} prunes nothing: N:M keeps N of each M, as 2:4 does"]
+            return [
+                f"compression.{self.name}.pattern={self.pattern} prunes nothing: N:M keeps N of each M, as 2:4 does"
+            ]
         found = []
         implied = 1 - keep / block
         if abs(self.sparsity - implied) > 1e-9:
@@ -88,7 +90,9 @@ class Magnitude(Method):
                 f"set sparsity={implied:g}, or pattern=null"
             )
         if self.schedule == "cubic":
-            found.append(f"compression.{self.name}.schedule=cubic grows a sparsity; with a pattern choose schedule=once")
+            found.append(
+                f"compression.{self.name}.schedule=cubic grows a sparsity; with a pattern choose schedule=once"
+            )
         return found
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
@@ -136,9 +140,10 @@ class Magnitude(Method):
         layers = self._layers(model, context)
         total = sum(model.get_submodule(name).get_parameter("weight").numel() for name in layers)
         # Each layer rounds down to whole weights.
-        if not has_masks(model) or measured_sparsity(model, layers) < self.sparsity - len(layers) / total - 1e-6:
+        reached = measured_sparsity(model, layers)
+        if not has_masks(model) or reached < self.sparsity - len(layers) / total - 1e-6:
             raise LeanfitError(
-                f"{context.stage}: the schedule ended at sparsity {measured_sparsity(model, layers):.4f}, short of {self.sparsity}"
+                f"{context.stage}: the schedule ended at sparsity {reached:.4f}, short of {self.sparsity}"
             )
         return model
 

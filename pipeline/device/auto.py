@@ -22,7 +22,8 @@ class Auto(Device):
         if apple_gpu():
             return MPS(name=self.name), "device=auto: mps, this is Apple silicon"
         if count:
-            return CPU(name=self.name), f"device=auto: cpu, because the installed torch {build} cannot use the NVIDIA GPU"
+            why = f"because the installed torch {build} cannot use the NVIDIA GPU"
+            return CPU(name=self.name), f"device=auto: cpu, {why}"
         return CPU(name=self.name), "device=auto: cpu, no GPU found"
 
     def reason(self) -> str:

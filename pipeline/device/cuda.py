@@ -27,7 +27,8 @@ class CUDA(Device):
                 "install one that has it (see pytorch.org), or use device=cpu"
             ]
         if devices > count:
-            return [f"parallelism.devices={devices}: this machine has {count} NVIDIA GPU{'s' * (count > 1)}; use at most {count}"]
+            here = f"{count} NVIDIA GPU{'s' * (count > 1)}"
+            return [f"parallelism.devices={devices}: this machine has {here}; use at most {count}"]
         return []
 
     def description(self) -> str:
@@ -54,7 +55,7 @@ def gpus(library: str | None = None) -> int:
 
 
 def torch_without_cuda() -> str | None:
-    """The version of an installed torch that names another build than CUDA ('2.13.0+cpu'); None where it may have it."""
+    """The version of a torch that was built for something else than CUDA ('2.13.0+cpu'); None where it may have it."""
     version = importlib.metadata.version("torch")
     build = version.partition("+")[2]
     return version if build.startswith(("cpu", "rocm", "xpu")) else None

@@ -4,8 +4,8 @@ One arithmetic, whatever the kernel. Activations: scale s = max|x| / 127.5 over 
 [-128, 127], the dynamic symmetric quantization of compressed-tensors. Result: (sum_k q_k w_k) * w_scale * s + bias, the
 sum in exact integers. Kernels differ only in the rounding of the final float products.
 
-- `fbgemm`: FBGEMM's int8 GEMM, fed integers at scale 1 and zero point 128. The fastest at every batch size where the CPU
-  has VNNI. Without it FBGEMM adds pairs of products in saturating 16 bits, which is not exact: the probe finds out.
+- `fbgemm`: FBGEMM's int8 GEMM, fed integers at scale 1 and zero point 128. The fastest at every batch where the CPU has
+  VNNI. Without it FBGEMM adds pairs of products in saturating 16 bits, which is not exact: the probe finds out.
 - `fbgemm_split`: the same where there is no VNNI. max(q, 0) and max(-q, 0) go as two rows, at zero point 0: a pair of
   products is then at most 128 * (127 + 127) = 32512, which 16 bits hold. At batch 1 the weights are read once for both.
 - `int_mm`: `torch._int_mm`, on CUDA with its limits on shapes (padded), and on CPUs without FBGEMM.
@@ -14,9 +14,9 @@ sum in exact integers. Kernels differ only in the rounding of the final float pr
   plain transformers gives the same logits bit for bit. Exact integers cannot: they differ from it in the seventh digit,
   which moves a few activations of the next layer over a rounding edge, by a whole step, about 1e-3 of an output each.
 
-Up to `INTEGER_ROWS` tokens at once (decoding, where a layer waits for its weights) the integer kernels run. Above, where
-weights are read once for many tokens, `float` does, but on kernels that are much faster than float (`fbgemm` and CUDA's
-`int_mm`) only up to `FLOAT_ROWS`.
+Up to `INTEGER_ROWS` tokens at once (decoding, where a layer waits for its weights) the integer kernels run. Above,
+where weights are read once for many tokens, `float` does; but where integers are much faster (`fbgemm`, and `int_mm` on
+CUDA) only up to `FLOAT_ROWS`.
 """
 
 from __future__ import annotations

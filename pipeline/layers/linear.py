@@ -6,7 +6,7 @@ disk, not time.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,7 +59,8 @@ class Int8Linear(_QuantizedLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         self._packed = kernels.Packed()
-        return cast(Int8Linear, super()._apply(fn, recurse))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed = kernels.Packed()

@@ -6,7 +6,7 @@ The stored tensors have the names and shapes of compressed-tensors on disk: `wei
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class QuantizedLayer(nn.Module):
     bits: ClassVar[int]
     packed: ClassVar[bool]
 
+    weight: Tensor
+    weight_packed: Tensor
     weight_scale: Tensor
     bias: nn.Parameter | None
 
@@ -62,8 +64,8 @@ class QuantizedLayer(nn.Module):
     def integers(self) -> Tensor:
         """int8 [out, in] (a convolution's kernels flattened)."""
         if self.packed:
-            return unpack_int32(cast(Tensor, self.weight_packed), self.bits, self._columns)
-        return cast(Tensor, self.weight).flatten(1)
+            return unpack_int32(self.weight_packed, self.bits, self._columns)
+        return self.weight.flatten(1)
 
     def set_integers(self, integers: Tensor) -> None:
         """Store int8 [out, in]."""
@@ -75,7 +77,7 @@ class QuantizedLayer(nn.Module):
     def dequantized(self) -> Tensor:
         """The weight that the integers stand for, in the float layer's shape and the scales' dtype."""
         if self.packed:
-            unsigned = unpack_unsigned(cast(Tensor, self.weight_packed), self.bits, self._columns)
+            unsigned = unpack_unsigned(self.weight_packed, self.bits, self._columns)
             weight = dequantize_rows(unsigned, self.weight_scale, offset=1 << (self.bits - 1))
         else:
             weight = dequantize_rows(self.integers(), self.weight_scale)

@@ -59,7 +59,11 @@ def select(
 
 
 def selection_problems(
-    model: nn.Module, architecture: Architecture, ignore: Iterable[str], key: str, types: tuple[type[nn.Module], ...] = ()
+    model: nn.Module,
+    architecture: Architecture,
+    ignore: Iterable[str],
+    key: str,
+    types: tuple[type[nn.Module], ...] = (),
 ) -> list[str]:
     """What is wrong with working on `model`: quantized already, a pattern that names nothing, no layer left.
 
@@ -78,7 +82,9 @@ def selection_problems(
     ]
     if not problems and not select(model, architecture, ignore, types).layers:
         kinds = ", ".join(cls.__name__ for cls in types or (nn.Linear, nn.Conv2d))
-        problems.append(f"{key}: no layer to work on; it knows {kinds}, and leaves embeddings, the vocabulary and `ignore`")
+        problems.append(
+            f"{key}: no layer to work on; it knows {kinds}, and leaves embeddings, the vocabulary and `ignore`"
+        )
     return problems
 
 
@@ -99,7 +105,7 @@ def group_problems(model: nn.Module, layers: Iterable[str], group_size: int, key
 
 
 def pattern_problems(model: nn.Module, layers: Iterable[str], pattern: str, key: str) -> list[str]:
-    """One message for the layers whose inputs (a convolution's: flattened kernels) M of an N:M pattern does not divide."""
+    """One message for the layers whose inputs (a convolution's: flattened kernels) M of N:M does not divide."""
     block = int(pattern.partition(":")[2])
     inputs = {name: model.get_submodule(name).get_parameter("weight")[0].numel() for name in layers}
     wrong = {name: size for name, size in inputs.items() if size % block}

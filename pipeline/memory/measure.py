@@ -1,9 +1,9 @@
 """Measured peaks of allocated memory: what a phase, or two warm optimizer steps of a fit, really held.
 
-CPU: the C++ allocator reports each allocation and release to torch's profiler; the running sum over them, on top of the
-tensors that were alive at the start, gives the exact peak of tensors (resident memory is no oracle: it counts the
-interpreter and pages that were freed long ago). Scratch space that oneDNN allocates by itself is not among the events. CUDA: the
-caching allocator's own high-water mark. MPS: what the driver holds at the end; its pool only grows between
+CPU: the C++ allocator reports each allocation and release to torch's profiler; the running sum over them, on top of
+the tensors that were alive at the start, gives the exact peak of tensors (resident memory is no oracle: it counts the
+interpreter and pages that were freed long ago). Scratch space that oneDNN allocates by itself is not among the events.
+CUDA: the caching allocator's own high-water mark. MPS: what the driver holds at the end; its pool only grows between
 clearings.
 """
 
@@ -135,7 +135,8 @@ def measure_peak(device: str, alive: Iterable[Tensor] = ()) -> Iterator[Peak]:
         device: 'cpu', 'cuda' or 'mps'.
         alive: tensors that exist at the start and belong to the phase (CPU only: accelerators know by themselves).
 
-    The events of a phase are kept until its end, about 300 bytes an operator: measure some hundred batches, not millions.
+    The events of a phase are kept until its end, about 300 bytes an operator: measure hundreds of batches, not
+    millions.
     """
     peak = Peak()
     meter = Meter(device)
@@ -149,8 +150,8 @@ def measure_peak(device: str, alive: Iterable[Tensor] = ()) -> Iterator[Peak]:
 class MeasureTraining(lightning.Callback):
     """Measures the peak over warm optimizer steps of a fit, counted from the first step that this process runs.
 
-    By the second step gradients and optimizer states exist, and from then on every step is alike: two are measured. In a fit
-    too short for them the last steps it has are taken. Later fits with the same callback are left alone.
+    By the second step gradients and optimizer states exist, and from then on every step is alike: two are measured. In
+    a fit too short for them the last steps it has are taken. Later fits with the same callback are left alone.
 
     Args:
         steps: first and last optimizer step to measure, from 0.
@@ -163,7 +164,7 @@ class MeasureTraining(lightning.Callback):
         self.peak_bytes: int | None = None
         """Peak in bytes; None until it has been measured."""
         self.skipped_steps: frozenset[int] = frozenset()
-        """Optimizer steps (`trainer.global_step` at their start) that the measurement slowed down: to leave out of rates."""
+        """Optimizer steps (`trainer.global_step` at their start) that were slowed down: to leave out of rates."""
         self._meter: Meter | None = None
         self._finished = False
 
@@ -210,7 +211,7 @@ class MeasureTraining(lightning.Callback):
 
 
 def _training_tensors(trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any) -> list[Tensor]:
-    """Everything that training holds between steps: weights, gradients, buffers, optimizer states, the batch at hand."""
+    """What training holds between steps: weights, gradients, buffers, optimizer states, and the batch at hand."""
     parameters = list(module.parameters())
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     states = [leaf for optimizer in trainer.optimizers for leaf in tree_leaves(list(optimizer.state.values()))]

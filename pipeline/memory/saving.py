@@ -1,9 +1,9 @@
 """Less memory while training: blocks computed twice, gradients freed early.
 
-Activation checkpointing: `full` (Chen et al., 2016, arXiv:1604.06174) keeps each block's input and runs the block again
-in the backward pass. `selective` keeps the results of the large products and of fused attention as well and recomputes what
-lies between; products of attention scores grow with the square of the length and are recomputed too (Korthikanti et al., 2022,
-arXiv:2205.05198).
+Activation checkpointing: `full` (Chen et al., 2016, arXiv:1604.06174) keeps each block's input and runs the block
+again in the backward pass. `selective` keeps the results of the large products and of fused attention as well and
+recomputes what lies between; products of attention scores grow with the square of the length and are recomputed too
+(Korthikanti et al., 2022, arXiv:2205.05198).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ KEPT = frozenset(
 def apply_activation_checkpointing(model: nn.Module, blocks: Sequence[str], mode: Mode) -> Callable[[], None]:
     """Recompute each of `blocks` (module names) in the backward pass, in place; names and parameters stay as they are.
 
-    May be applied again, and then only sets the mode. Blocks inside blocks would be computed three times and are refused.
+    May be applied again, and then only sets the mode. Blocks inside blocks would be computed three times and are
+    refused.
 
     Returns:
         A function that takes it off again; calling it twice does nothing more.
@@ -111,12 +112,14 @@ def _contexts(block: nn.Module, mode: Mode) -> tuple[AbstractContextManager[Any]
     """What the first and the second run of a block are entered in."""
     if mode == "full":
         return nullcontext(), _second_run(block, nullcontext())
-    first, second = create_selective_checkpoint_contexts(_policy)
+    first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
     return first, _second_run(block, second)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator.name().partition(".")[0] in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if operator.name().partition(".")[0] in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 @contextmanager

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
     from pipeline.data.base import DataSpec
 
-STAGES = 7
+# One entry a stage of B0 (the paper's table 1).
+KERNELS = (3, 3, 5, 3, 5, 5, 3)
+WIDTHS_IN = (32, 16, 24, 40, 80, 112, 192)
+WIDTHS_OUT = (16, 24, 40, 80, 112, 192, 320)
+REPEATS = (1, 2, 2, 3, 3, 4, 1)
+EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
 STEM_STRIDE = 2
 """Fixed in transformers' class, so that a saved model opens with plain transformers."""
 TOP_CHANNELS = 1280
@@ -39,9 +44,9 @@ BATCH_NORM_MOMENTUM = 0.1
 class EfficientNet(Model):
     """Sizes relative to B0. Blocks of a stage: B0's times `depth_coefficient`, rounded up, so at 0.25 or less one each.
 
-    `strides`: one for each of the 7 stages, after the stem's 2. `dropout` is before the classifier; `drop_connect` is
-    that of the last block's branch, growing linearly from 0 in the first (transformers drops elements, where the paper
-    drops whole branches).
+    `strides`: one for each stage that is kept, the first 1 to 7 of B0's, after the stem's 2; small images are learned
+    faster with fewer. `dropout` is before the classifier; `drop_connect` is that of the last block's branch, growing
+    linearly from 0 in the first (transformers drops elements, where the paper drops whole branches).
     """
 
     task: ClassVar[TaskName] = "image_classification"
@@ -53,12 +58,11 @@ class EfficientNet(Model):
     drop_connect: Annotated[float, Ge(0), Lt(1)]
 
     def problems(self) -> list[str]:
-        if len(self.strides) == STAGES:
+        stages = len(self.strides)
+        if 1 <= stages <= len(REPEATS):
             return []
-        return [
-            f"model.strides={list(self.strides)} has {len(self.strides)} entries; give {STAGES}, one a stage, "
-            "each 1 or 2"
-        ]
+        limit = f"give 1 to {len(REPEATS)}, one a stage, each 1 or 2"
+        return [f"model.strides={list(self.strides)} has {stages} entries; {limit}"]
 
     def smallest_image(self) -> int:
         """Pixels a side below which a layer of stride 2 would be left with a single pixel to halve."""
@@ -80,13 +84,19 @@ class EfficientNet(Model):
                 f"it by {self.smallest_image()} (the stem's 2 included); choose data.image_size>="
                 f"{self.smallest_image()} or fewer strides of 2"
             )
+        stages = len(self.strides)
         config = EfficientNetConfig(
             num_channels=spec.channels,
             image_size=spec.image_size,
             width_coefficient=self.width_coefficient,
             depth_coefficient=self.depth_coefficient,
             depth_divisor=WIDTH_UNIT,
+            kernel_sizes=list(KERNELS[:stages]),
+            in_channels=list(WIDTHS_IN[:stages]),
+            out_channels=list(WIDTHS_OUT[:stages]),
             strides=list(self.strides),
+            num_block_repeats=list(REPEATS[:stages]),
+            expand_ratios=list(EXPANSIONS[:stages]),
             hidden_dim=scaled_width(TOP_CHANNELS, self.width_coefficient),
             batch_norm_momentum=BATCH_NORM_MOMENTUM,
             dropout_rate=self.dropout,

@@ -84,5 +84,5 @@ def head_problems(heads: int, width: int) -> list[str]:
     """A message where `heads` does not divide `width`, with the counts that do (up to the width's 12 smallest)."""
     if width % heads == 0:
         return []
-    divisors = [str(d) for d in range(1, width + 1) if width % d == 0]
+    divisors = [str(d) for d in range(1, min(width, 1024) + 1) if width % d == 0]
     return [f"model.heads={heads} does not divide model.width={width}; choose one of {', '.join(divisors[:12])}"]

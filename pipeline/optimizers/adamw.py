@@ -41,8 +41,8 @@ class AdamW(Optimizer):
         possible = all(fusible(weight) for group in groups for weight in group["params"])
         if self.fused and not possible:
             raise ConfigError(
-                f"optimizer.fused=true: these weights have no fused kernel (needs floats on {', '.join(FUSED_DEVICES)}); "
-                "use optimizer.fused=null"
+                f"optimizer.fused=true: these weights have no fused kernel, which takes floats on "
+                f"{', '.join(FUSED_DEVICES)}; use optimizer.fused=null"
             )
         fused = possible if self.fused is None else self.fused
         return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused, foreach=False)

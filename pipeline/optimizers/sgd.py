@@ -26,12 +26,18 @@ class SGD(Optimizer):
 
     def problems(self) -> list[str]:
         if self.nesterov and self.momentum == 0:
-            return ["optimizer.nesterov=true needs momentum; give optimizer.momentum above 0, or optimizer.nesterov=false"]
+            return [
+                "optimizer.nesterov=true needs momentum; give optimizer.momentum above 0, or optimizer.nesterov=false"
+            ]
         return []
 
     def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.SGD:
         import torch
 
         return torch.optim.SGD(
-            decay_groups(parameters, self.weight_decay), lr=lr, momentum=self.momentum, nesterov=self.nesterov, foreach=False
+            decay_groups(parameters, self.weight_decay),
+            lr=lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            foreach=False,
         )

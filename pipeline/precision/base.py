@@ -40,7 +40,8 @@ class Precision:
     def convert(self, module: nn.Module) -> nn.Module:
         """`module` with its weights in `weight_dtype`, in place; constants that are not saved with it stay as they are.
 
-        To be done before a fit: Lightning reads a checkpoint's weights into the module as it finds it, and converts after.
+        To be done before a fit: Lightning reads a checkpoint's weights into the module as it finds it, and converts
+        after.
         """
         from pipeline.precision.plugins import convert_floating
 

@@ -1,9 +1,10 @@
 """Fast 16-bit matrix products on a CPU that has no instructions for them.
 
 Without AVX512-FP16 or AMX (float16), AVX512 or AMX (bfloat16), torch multiplies 16-bit matrices element by element: a
-training step takes 17 to 30 times as long as in float32. While `sixteen_bit_kernels` is entered, the products, convolutions and
-attention of such a dtype run in other kernels of the same contract, the one of tensor cores (Micikevicius et al.,
-2018, arXiv:1710.03740): 16-bit operands, float32 products and sums, one rounding of the result to 16 bits.
+training step takes 17 to 30 times as long as in float32. While `sixteen_bit_kernels` is entered, the products,
+convolutions and attention of such a dtype run in other kernels of the same contract, the one of tensor cores
+(Micikevicius et al., 2018, arXiv:1710.03740): 16-bit operands, float32 products and sums, one rounding of the result
+to 16 bits.
 
 The kernels are registered with torch's dispatcher below autograd and autocast. So what is cast, what is saved for the
 backward pass, second derivatives, activation checkpointing and the module's code stay as with native kernels,
@@ -98,11 +99,15 @@ def _convolution_backward(
 
 
 def _attention(
-    original: Kernel, query: Tensor, key: Tensor, value: Tensor, *settings: Any, attn_mask: Tensor | None = None, **named: Any
+    original: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *settings: Any,
+    attn_mask: Tensor | None = None,
+    **named: Any,
 ) -> tuple[Tensor, Tensor]:
-    out, log_sum = original(
-        query.float(), key.float(), value.float(), *settings, attn_mask=_wide(attn_mask), **named
-    )
+    out, log_sum = original(query.float(), key.float(), value.float(), *settings, attn_mask=_wide(attn_mask), **named)
     return out.to(query.dtype), log_sum
 
 
@@ -153,13 +158,13 @@ def _register(library: torch.library.Library, name: str, kernel: Kernel, decidin
 
         return kernel(original, *args, **kwargs)
 
-    library.impl(name, dispatch, "CPU", with_keyset=True)
+    library.impl(name, dispatch, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _install() -> torch.library.Library:
     """The kernels, registered for as long as the returned library lives."""
     global _warned
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     # torch warns, once in a process, that a kernel is overridden, which is the purpose. Filters are not touched after
     # that: each change of them makes Python forget which warnings it has shown already.
     with nullcontext() if _warned else warnings.catch_warnings():

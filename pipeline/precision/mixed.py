@@ -1,4 +1,4 @@
-"""`16-mixed`, `bf16-mixed`: compute in 16 bits, float32 master weights (Micikevicius et al., 2018, arXiv:1710.03740)."""
+"""`16-mixed`, `bf16-mixed`: 16-bit compute, float32 master weights (Micikevicius et al., 2018, arXiv:1710.03740)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Mixed(Precision):
     """`cache_weights`: a weight used more than once in a forward pass is cast once (torch.autocast's cache).
 
-    `initial_scale`, `growth_interval`: the loss scale at the start, and the steps without overflow after which it doubles;
-    an overflow halves it and skips the step. They are set for float16, null for bfloat16, which needs no scaling.
+    `initial_scale`, `growth_interval`: the loss scale at the start, and the steps without overflow after which it
+    doubles; an overflow halves it and skips the step. They are set for float16, null for bfloat16, which needs no
+    scaling.
     """
 
     dtype: Literal["float16", "bfloat16"]
@@ -61,10 +62,9 @@ class Mixed(Precision):
             raise ConfigError(problems)
         if self.dtype == "bfloat16":
             return Plugin("bf16-mixed", device, None, self.cache_weights)
-        assert self.initial_scale is not None and self.growth_interval is not None
-        scaler = torch.amp.GradScaler(
-            device, init_scale=self.initial_scale, growth_interval=self.growth_interval
-        )
+        assert self.initial_scale is not None
+        assert self.growth_interval is not None
+        scaler = torch.amp.GradScaler(device, init_scale=self.initial_scale, growth_interval=self.growth_interval)
         return Plugin("16-mixed", device, scaler, self.cache_weights)
 
     def evaluation_context(self, device: str) -> AbstractContextManager[object]:

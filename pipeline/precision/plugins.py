@@ -1,8 +1,9 @@
 """Lightning plugins behind the precision choices: what Lightning's own do, and what they leave out.
 
 On a CPU without 16-bit matrix kernels both use `cpu_kernels`, forward and backward. `TrueSixteen` keeps constants that
-are not saved with a model (rotary frequencies) in float32. `Mixed` has autocast's weight cache, and unscales the gradients
-before clipping whatever the optimizer is: Lightning leaves that to fused optimizers and then refuses to clip.
+are not saved with a model (rotary frequencies) in float32. `Mixed` has autocast's weight cache, and unscales the
+gradients before clipping whatever the optimizer is: Lightning leaves that to fused optimizers and then refuses to
+clip.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def kernels(device: str) -> AbstractContextManager[None]:
 def convert_floating(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`module` with parameters and persistent buffers in `dtype`, in place; other buffers and integers are untouched.
 
-    A buffer that is not saved is a constant which the model recomputes (rotary frequencies). Rounded to 16 bits it would
-    shift positions, and a model loaded back from disk, where it is computed afresh, would give other outputs.
+    A buffer that is not saved is a constant which the model recomputes (rotary frequencies). Rounded to 16 bits it
+    would shift positions, and a model loaded back from disk, where it is computed afresh, would give other outputs.
     """
     constants = [
         (owner, name, buffer)
@@ -57,11 +58,13 @@ class TrueSixteen(HalfPrecision):
         return convert_floating(module, torch.float16 if self.precision == "16-true" else torch.bfloat16)
 
     @contextmanager
-    def forward_context(self) -> Iterator[None]:  # type: ignore[override]
+    def forward_context(self) -> Iterator[None]:
         with kernels(self.device), super().forward_context():
             yield
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         with kernels(self.device):
             super().backward(tensor, model, *args, **kwargs)
 
@@ -91,11 +94,13 @@ class Mixed(MixedPrecision):
         return torch.autocast(self.device, dtype=dtype, cache_enabled=self.cache_weights)
 
     @contextmanager
-    def forward_context(self) -> Iterator[None]:  # type: ignore[override]
+    def forward_context(self) -> Iterator[None]:
         with kernels(self.device), self.autocast_context_manager():
             yield
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         with kernels(self.device):
             super().backward(tensor, model, *args, **kwargs)
 

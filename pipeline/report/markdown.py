@@ -180,6 +180,12 @@ def _fit_detail(train: Any) -> str:
 
 
 def _short_json(value: Any) -> str:
+    """A fact of a stage in a few words: a list of layers is counted, not listed; result.json holds it whole."""
+    if isinstance(value, dict) and len(value) > 3:
+        distinct = {json.dumps(item, default=str, sort_keys=True) for item in value.values()}
+        return f"{distinct.pop()} in all {len(value)}" if len(distinct) == 1 else f"{len(value)} entries"
+    if isinstance(value, (list, tuple)) and len(value) > 3:
+        return f"{len(value)} entries"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return shorten(text, 80)
 

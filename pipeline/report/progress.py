@@ -97,7 +97,7 @@ class Progress(Callback):
             yield
         finally:
             self._label, self._fit, self._phase_start = outer
-        self.say(f"{name:<12} {format_seconds(time.monotonic() - start)}")
+        self.say(f"{name}  {format_seconds(time.monotonic() - start)}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar; silent within a sweep."""

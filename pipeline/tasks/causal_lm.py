@@ -108,6 +108,18 @@ class CausalLM(Task):
         held_out = len(cast("Sized", data.evaluation))
         return {"input_ids": torch.stack([data.evaluation[i % held_out]["input_ids"][:length] for i in range(rows)])}
 
+    def generate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> str:
+        """`prompt` and its continuation: see the function of the same name."""
+        return generate(model, tokenizer, prompt, max_new_tokens, temperature, seed)
+
 
 def generate(
     model: nn.Module,

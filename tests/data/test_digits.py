@@ -48,7 +48,7 @@ def test_the_splits_are_disjoint_and_lose_nothing(bundle: DataBundle) -> None:
     assert sorted([*train, *held_out]) == list(range(SAMPLES))
     assert labels(bundle.train) == source.target[train].tolist()
     assert labels(bundle.evaluation) == source.target[held_out].tolist()
-    assert SAMPLES == len(source.target)
+    assert len(source.target) == SAMPLES
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.9])

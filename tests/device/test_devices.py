@@ -130,7 +130,13 @@ def test_an_apple_gpu_is_a_mac_with_apple_silicon(monkeypatch, system, machine, 
         (1, None, True, "cuda", "device=auto: cuda, 1 NVIDIA GPU found"),
         (0, None, True, "mps", "device=auto: mps, this is Apple silicon"),
         (0, "2.13.0+cpu", False, "cpu", "device=auto: cpu, no GPU found"),
-        (1, "2.13.0+cpu", False, "cpu", "device=auto: cpu, because the installed torch 2.13.0+cpu cannot use the NVIDIA GPU"),
+        (
+            1,
+            "2.13.0+cpu",
+            False,
+            "cpu",
+            "device=auto: cpu, because the installed torch 2.13.0+cpu cannot use the NVIDIA GPU",
+        ),
     ],
 )
 def test_auto_takes_the_best_and_says_why(monkeypatch, gpus, build, apple, kind, why):

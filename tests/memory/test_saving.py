@@ -1,4 +1,4 @@
-"""Recomputed blocks give the losses and gradients of plain ones, and hold less; gradients are freed when they may be."""
+"""Recomputed blocks give the losses and gradients of plain ones, and hold less; gradients are freed in time."""
 
 import copy
 
@@ -278,11 +278,11 @@ def test_none_touches_nothing():
 
 
 def test_a_model_without_blocks_and_unknown_or_nested_blocks_are_errors():
-    with pytest.raises(ConfigError, match="memory.activation_checkpointing=full: this model has no repeated blocks"):
+    with pytest.raises(ConfigError, match=r"memory\.activation_checkpointing=full: this model has no repeated blocks"):
         apply_activation_checkpointing(nn.Linear(2, 2), [], "full")
-    with pytest.raises(ValueError, match="no module 'layers.7'"):
+    with pytest.raises(ValueError, match=r"no module 'layers\.7'"):
         apply_activation_checkpointing(Convolutional(), ["layers.0", "layers.7"], "full")
-    with pytest.raises(ValueError, match="'layers.0.1' lies inside block 'layers.0'"):
+    with pytest.raises(ValueError, match=r"'layers\.0\.1' lies inside block 'layers\.0'"):
         apply_activation_checkpointing(Convolutional(), ["layers.0", "layers.0.1"], "full")
 
 
@@ -305,7 +305,8 @@ def fit(tmp_path, callbacks, accumulation, batches=6):
     module = Module([])
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=callbacks, accumulate_grad_batches=accumulation, default_root_dir=tmp_path,
+        enable_model_summary=False, callbacks=callbacks, accumulate_grad_batches=accumulation,
+        default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, DataLoader(torch.randn(batches, 4), batch_size=1))
     return module

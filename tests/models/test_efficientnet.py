@@ -1,4 +1,4 @@
-"""The EfficientNet that is built: sizes, weights that can learn, sizes that do not fit, and what transformers reopens."""
+"""The EfficientNet that is built: sizes, weights that can learn, sizes that do not fit, reopening in transformers."""
 
 import dataclasses
 import math
@@ -43,12 +43,14 @@ def test_logits_have_a_column_a_class_for_the_channels_and_size_of_the_data() ->
 
 def test_strides_decide_the_size_of_the_last_map() -> None:
     images = torch.randn(2, 1, 32, 32)
-    for strides, side in (((1, 1, 2, 1, 1, 2, 1), 4), ((1,) * 7, 16), ((1, 2, 2, 2, 1, 2, 1), 1)):
+    for strides, side in (((1, 1, 2, 1, 1, 2, 1), 4), ((1,) * 7, 16), ((1, 2, 2, 2, 1, 2, 1), 1), ((1, 2), 8)):
         model = dataclasses.replace(SMALL, strides=strides).build(SPEC)
         assert model.efficientnet(images).last_hidden_state.shape[-2:] == (side, side)
 
 
-@pytest.mark.parametrize("strides", [(1,) * 7, (2, 1, 1, 1, 1, 1, 1), (1, 1, 2, 1, 1, 2, 1), (1, 2, 2, 2, 1, 2, 1)])
+@pytest.mark.parametrize(
+    "strides", [(1,), (1,) * 7, (2, 1, 1, 1, 1, 1, 1), (1, 1, 2, 1, 1, 2, 1), (1, 2, 2, 2, 1, 2, 1)]
+)
 def test_the_smallest_image_works_and_one_pixel_less_is_refused(strides: tuple[int, ...]) -> None:
     model = dataclasses.replace(SMALL, strides=strides)
     side = model.smallest_image()
@@ -60,11 +62,11 @@ def test_the_smallest_image_works_and_one_pixel_less_is_refused(strides: tuple[i
         built(pixel_values=torch.randn(1, 1, side // 2, side // 2))
 
 
-@pytest.mark.parametrize("strides", [(), (1, 2), (1,) * 8])
+@pytest.mark.parametrize("strides", [(), (1,) * 8])
 def test_a_wrong_number_of_strides_is_one_line(strides: tuple[int, ...]) -> None:
     [problem] = dataclasses.replace(SMALL, strides=strides).problems()
     assert problem.startswith(f"model.strides={list(strides)} ")
-    assert "give 7" in problem
+    assert "give 1 to 7" in problem
     assert SMALL.problems() == []
 
 
@@ -93,6 +95,14 @@ def test_weights_follow_the_global_seed() -> None:
 
     assert torch.equal(build(1), build(1))
     assert not torch.equal(build(1), build(2))
+
+
+def test_as_many_stages_are_kept_as_there_are_strides() -> None:
+    for stages, blocks in ((1, 1), (4, 8), (7, 16)):
+        with torch.device("meta"):
+            model = dataclasses.replace(B0, strides=B0.strides[:stages]).build(SPEC)
+        assert len(model.efficientnet.encoder.blocks) == blocks
+        assert model.efficientnet.encoder.top_conv.in_channels == (16, 24, 40, 80, 112, 192, 320)[stages - 1]
 
 
 def test_dropout_settings_reach_the_layers() -> None:

@@ -72,7 +72,9 @@ def train(make_model, make_loader, make_trainer):
     def run(steps, plugin, optimizer, model=None, ckpt_path=None, **settings):
         module = Module(model or make_model(), optimizer)
         trainer = make_trainer(steps, plugin, **settings)
-        trainer.fit(module, make_loader(steps * trainer.accumulate_grad_batches), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(
+            module, make_loader(steps * trainer.accumulate_grad_batches), ckpt_path=ckpt_path, weights_only=True
+        )
         return module, trainer
 
     return run

@@ -31,7 +31,9 @@ def attention(**settings):
 
 
 def masked(q, k, v):
-    mask = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype).masked_fill(torch.eye(q.shape[-2], k.shape[-2]) > 0, -1.0)
+    mask = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype).masked_fill(
+        torch.eye(q.shape[-2], k.shape[-2]) > 0, -1.0
+    )
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -193,7 +195,7 @@ def test_shapes_that_do_not_fit_give_torchs_own_error():
     with sixteen_bit_kernels():
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             left @ right
-        with pytest.raises(RuntimeError, match="must be a matrix|2-D"):
+        with pytest.raises(RuntimeError, match=r"must be a matrix|2-D"):
             torch.mm(left, torch.randn(5).half())
 
 

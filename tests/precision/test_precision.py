@@ -50,7 +50,8 @@ def test_label_is_the_name_of_the_choice(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), list(zip(CHOICES, ["float32", "float64", "float16", "bfloat16", "float32", "float32"], strict=True))
+    ("name", "dtype"),
+    list(zip(CHOICES, ["float32", "float64", "float16", "bfloat16", "float32", "float32"], strict=True)),
 )
 def test_weights_gradients_and_states_have_the_dtype_that_was_asked_for(train, name, dtype):
     precision = choice(name)
@@ -71,7 +72,9 @@ def test_loss_falls_and_follows_that_of_float32(train, name, kernels):
     module, _ = train(25, choice(name).plugin("cpu"), adamw(), gradient_clip_val=1.0)
     reference, _ = train(25, choice("32-true").plugin("cpu"), adamw(), gradient_clip_val=1.0)
     assert module.losses[-1] < 0.7 * module.losses[0]
-    near = {"64-true": 1e-3, "16-mixed": 2e-2, "bf16-mixed": 6e-2, "16-true": 2e-1, "bf16-true": 2e-1, "32-true": 0}[name]
+    near = {"64-true": 1e-3, "16-mixed": 2e-2, "bf16-mixed": 6e-2, "16-true": 2e-1, "bf16-true": 2e-1, "32-true": 0}[
+        name
+    ]
     assert abs(module.losses[-1] - reference.losses[-1]) <= near
 
 
@@ -278,9 +281,24 @@ def test_float64_on_an_apple_gpu_is_refused():
     ("cls", "settings"),
     [
         (Full, {"name": "full", "dtype": "float8"}),
-        (Mixed, {"name": "mixed", "dtype": "float32", "cache_weights": True, "initial_scale": None, "growth_interval": None}),
-        (Mixed, {"name": "mixed", "dtype": "float16", "cache_weights": True, "initial_scale": 0.0, "growth_interval": 1}),
-        (Mixed, {"name": "mixed", "dtype": "float16", "cache_weights": True, "initial_scale": 1.0, "growth_interval": 0}),
+        (
+            Mixed,
+            {
+                "name": "mixed",
+                "dtype": "float32",
+                "cache_weights": True,
+                "initial_scale": None,
+                "growth_interval": None,
+            },
+        ),
+        (
+            Mixed,
+            {"name": "mixed", "dtype": "float16", "cache_weights": True, "initial_scale": 0.0, "growth_interval": 1},
+        ),
+        (
+            Mixed,
+            {"name": "mixed", "dtype": "float16", "cache_weights": True, "initial_scale": 1.0, "growth_interval": 0},
+        ),
         (Mixed, {"name": "mixed", "dtype": "float16", "cache_weights": 1, "initial_scale": 1.0, "growth_interval": 1}),
     ],
 )

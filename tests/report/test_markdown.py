@@ -138,6 +138,18 @@ def test_a_chain_is_told_in_order(run_dir: Path, language: dict[str, Any]) -> No
     assert len(re.findall(r"(?<!\\)\|", lines[0])) == 7
 
 
+def test_long_details_are_counted_not_listed(run_dir: Path, language: dict[str, Any]) -> None:
+    names = [f"layer{n}" for n in range(24)]
+    language["stages"][0]["detail"] = {
+        "names": names,
+        "bits": dict.fromkeys(names, 8),
+        "mixed": {name: n for n, name in enumerate(names)},
+        "few": ["a", "b"],
+    }
+    text = write_report(run_dir, language).read_text(encoding="utf-8")
+    assert 'names: 24 entries; bits: 8 in all 24; mixed: 24 entries; few: \\["a", "b"\\]' in text
+
+
 @given(st.text())
 def test_no_text_breaks_out_of_a_cell_or_of_code(text: str) -> None:
     (line,) = table([text], [])[:1]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.report import metrics as metrics_module
 from pipeline.report.metrics import MetricsCsv, memory_in_use
 from pipeline.report.metrics_file import COLUMNS, read_metrics
 from pipeline.report.result import empty_train
@@ -261,3 +266,50 @@ def test_memory_on_cuda_is_the_allocators_peak() -> None:
     assert label == "peak allocated"
     assert used is not None
     assert used >= block.numel() * 4
+
+
+@pytest.mark.slow
+def test_ranks_log_one_mean_and_count_together(tmp_path: Path) -> None:
+    script = """
+        import json, sys, warnings
+        warnings.simplefilter("ignore")
+        import torch
+        from lightning.pytorch import Callback, LightningModule, Trainer
+        from torch.utils.data import DataLoader, DistributedSampler
+        from pipeline.report.metrics import MetricsCsv
+
+        class Mean(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(()))
+            def training_step(self, batch, batch_idx):
+                return (self.weight * batch["x"]).mean()
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.0)
+            def train_dataloader(self):
+                data = [{"x": torch.tensor([float(n)])} for n in range(40)]
+                sampler = DistributedSampler(data, num_replicas=2, rank=self.global_rank, shuffle=False)
+                return DataLoader(data, batch_size=2, sampler=sampler)
+
+        class Save(Callback):
+            def on_train_end(self, trainer, module):
+                json.dump(metrics.totals(), open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w"))
+
+        path = f"{sys.argv[1]}/metrics.csv"
+        metrics = MetricsCsv(path, stage="train", count=lambda batch: batch["x"].numel(), log_every=2)
+        Trainer(
+            max_steps=4, accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[metrics, Save()], logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            use_distributed_sampler=False,
+        ).fit(Mean())
+    """
+    root = Path(metrics_module.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], env=environment, check=True)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    # Both ranks together see 0 to 3, then 4 to 7, and so on: the mean of a step is that of its four numbers.
+    assert [(row.step, row.loss) for row in rows] == [(2, 3.5), (4, 11.5)]
+    for rank in (0, 1):
+        totals = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert totals["samples"] == 4 * 2 * 2
+        assert (totals["loss_first"], totals["loss_last"]) == (1.5, 11.5)

@@ -1,7 +1,6 @@
-"""Image classification on real digits: loss and accuracy against references, speed in turns, and a model that learns."""
+"""Image classification on real digits: loss and accuracy against references, speed in turns, a model that learns."""
 
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,9 +77,8 @@ def bundle() -> DataBundle:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 def batch_of(bundle: DataBundle, start: int, size: int) -> dict[str, torch.Tensor]:
@@ -109,7 +107,8 @@ def test_loss_is_the_mean_negative_log_likelihood(bundle: DataBundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "loss"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)]
+    ("weights", "loss"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
 )
 def test_images_follow_the_weights_and_the_loss_is_wide(
     bundle: DataBundle, weights: torch.dtype, loss: torch.dtype

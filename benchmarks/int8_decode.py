@@ -1,0 +1,73 @@
+"""Decoding at batch 1: float32 against int8 and int8_weight_only, at width 768, in one process, in turns.
+
+The model is a GPT of random weights: speed does not depend on what they are. Each round decodes the same tokens with
+each model; a round makes one ratio.
+
+    python benchmarks/int8_decode.py
+    python benchmarks/int8_decode.py --layers 6 --rounds 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from pipeline.app import compose
+from pipeline.compression.base import Context
+from pipeline.data.base import DataSpec
+from pipeline.models.architecture import describe
+
+NEW_TOKENS = 24
+
+
+@torch.inference_mode()
+def decode(model: nn.Module, prompt: torch.Tensor) -> float:
+    """Seconds a token, greedy, with the key-value cache."""
+    step = model(input_ids=prompt, use_cache=True)
+    start = time.perf_counter()
+    for _ in range(NEW_TOKENS):
+        token = step.logits[:, -1:].argmax(-1)
+        step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True)
+    return (time.perf_counter() - start) / NEW_TOKENS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=12)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = compose(["model=gpt_124m", f"model.layers={arguments.layers}"])
+    torch.manual_seed(0)
+    dense = base.model.build(DataSpec(vocabulary=256, sequence_length=128)).eval()
+    models: dict[str, nn.Module] = {"float32": dense.to(device)}
+    for choice in ("int8", "int8_weight_only"):
+        method = compose([f"compression={choice}"]).chain[choice]
+        model = copy.deepcopy(dense)
+        context = Context(stage=choice, architecture=describe(model), device=device, steps=0, seed=0)
+        models[choice] = method.finalize(method.prepare(model, context), context).eval()
+    prompt = torch.randint(0, 256, (1, 16), device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(arguments.rounds + 1):
+        for name, model in models.items():
+            spent = decode(model, prompt)
+            if turn:  # the first warms up
+                seconds[name].append(spent)
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {arguments.layers} layers of width 768"
+    )
+    for name, values in seconds.items():
+        ratios = sorted(slow / fast for slow, fast in zip(seconds["float32"], values, strict=True))
+        print(
+            f"{name:<18} {1e3 * statistics.median(values):6.2f} ms a token; faster than float32 by median "
+            f"{statistics.median(ratios):.2f}x (from {ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Settings of the process that must stand before torch is imported. A user's own values are left alone. Imports no torch.
+
+OMP_WAIT_POLICY: torch's threads spin while they wait for one another. With as many threads as cores, one other busy
+process makes them spin against it: on two cores a training step took 32 times as long (benchmarks/waiting.py). Threads
+that sleep cost some microseconds an operator where the machine is idle.
+
+TORCH_CPP_LOG_LEVEL: the memory profiler warns of each block that was allocated before it was started, on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+
+DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def prepare() -> None:
+    """Set what is not set. Child processes inherit it."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,319 @@
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from pipeline.artifact import receipt, store
+from pipeline.compression.magnitude import prune_magnitude
+from pipeline.errors import ArtifactError
+from pipeline.layers.schemes import quantize_layers
+from pipeline.layers.select import select
+from pipeline.layers.sparsity import masked_layers
+from pipeline.models.architecture import describe
+
+IDS = {"input_ids": torch.arange(80).view(2, 40) % 64}
+# compressed-tensors' and accelerate's loaders warn about their own dependencies
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def opt(tied=True, width=32, layers=2):
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=256, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, ffn_dim=4 * width,
+            max_position_embeddings=128, word_embed_proj_dim=width, dropout=0.0, tie_word_embeddings=tied,
+            activation_function="gelu", attention_dropout=0.0,
+        )
+    ).eval()  # fmt: skip
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+        )
+    ).eval()  # fmt: skip
+
+
+def efficientnet():
+    torch.manual_seed(0)
+    model = EfficientNetForImageClassification(
+        EfficientNetConfig(
+            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
+            in_channels=[32], out_channels=[16], kernel_sizes=[3], strides=[1], num_block_repeats=[1],
+            expand_ratios=[1], depthwise_padding=[], num_labels=4,
+        )
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():  # the fresh ones are so small that outputs vanish
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    return model
+
+
+def quantized(model, scheme):
+    settings = {"int8": {"share_flat": True}, "int4": {"group_size": 16}}.get(scheme, {})
+    return quantize_layers(model, select(model, describe(model)).layers, scheme, **settings)
+
+
+def pruned(model, sparsity=0.5, pattern=None):
+    return prune_magnitude(model, select(model, describe(model)).layers, sparsity, pattern)
+
+
+MODELS = {"opt tied": opt, "opt untied": lambda: opt(False), "llama": llama}
+FORMATS = {None: "dense", "int8": "int-quantized", "int8_weight_only": "pack-quantized", "int4": "pack-quantized"}
+
+
+@pytest.mark.parametrize("scheme", FORMATS, ids=str)
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_round_trip_is_exact_and_plain_transformers_agrees(tmp_path, build, scheme, dtype):
+    model = build().to(dtype)
+    if scheme:
+        quantized(model, scheme)
+    manifest = store.save(model, tmp_path / "a", chain=[], probe=IDS, extra={})
+    assert manifest["format"] == FORMATS[scheme]
+    loaded = store.load(tmp_path / "a")
+    assert not loaded.training
+    want, got = store.output_of(model, IDS), store.output_of(loaded, IDS)
+    assert torch.equal(want, got)
+    assert {n: t.dtype for n, t in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    if dtype == torch.float32:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+        theirs = store.output_of(plain, IDS)
+        assert (theirs - got).abs().max() <= 1e-3 * got.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_ignored_linears_are_float_for_transformers_too(tmp_path, scheme):
+    model = opt()
+    layers = select(model, describe(model), ignore=("fc1",)).layers
+    quantize_layers(model, layers, scheme, **({"group_size": 16} if scheme == "int4" else {"share_flat": True}))
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    config = json.loads((tmp_path / "a/config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["model.decoder.layers.0.fc1", "model.decoder.layers.1.fc1", "lm_head"]
+    theirs = store.output_of(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), IDS)
+    ours = store.output_of(store.load(tmp_path / "a"), IDS)
+    assert (theirs - ours).abs().max() <= 1e-3 * ours.abs().max()
+
+
+def test_dequantized_loading_gives_our_weights(tmp_path):
+    model = quantized(opt(), "int4")
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    with pytest.warns(UserWarning, match="quantization_config"):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a", quantization_config=config)
+    torch.testing.assert_close(
+        plain.model.decoder.layers[0].fc1.weight, model.model.decoder.layers[0].fc1.dequantized(), rtol=0, atol=0
+    )
+
+
+def test_sizes_that_are_promised(tmp_path):
+    model = opt(width=256, layers=4)
+    store.save(model, tmp_path / "before", chain=[], probe=IDS)
+    quantized(model, "int8")
+    store.save(model, tmp_path / "after", chain=[], probe=IDS)
+    assert store.tensor_bytes(tmp_path / "before") >= 3.5 * store.tensor_bytes(tmp_path / "after")
+    layer = model.model.decoder.layers[0].fc1
+    stored = layer.weight.numel() + layer.weight_scale.numel() * 4
+    assert layer.weight.numel() * 4 >= 3.9 * stored
+    assert store.count(model) == store.count(store.load(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int8_weight_only", "int4"], ids=str)
+@pytest.mark.parametrize("pattern", [None, "2:4"], ids=str)
+def test_pruned_models_are_stored_as_bitmask_and_come_back(tmp_path, scheme, pattern):
+    dense = store.save(quantized(opt(), scheme) if scheme else opt(), tmp_path / "dense", chain=[], probe=IDS)
+    model = pruned(opt(), 0.75 if pattern is None else 0.5, pattern)
+    masks = {name: layer.weight_mask.clone() for name, layer in masked_layers(model)}
+    if scheme:
+        quantized(model, scheme)
+    manifest = store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    assert dense["format"] != "leanfit"
+    assert manifest["format"] == "leanfit"
+    assert manifest["opens_with"] == ["pipeline.load"]
+    assert store.tensor_bytes(tmp_path / "a") < store.tensor_bytes(tmp_path / "dense")
+    loaded = store.load(tmp_path / "a")
+    assert torch.equal(store.output_of(model, IDS), store.output_of(loaded, IDS))
+    if scheme is None:
+        again = store.load(tmp_path / "a", trainable=True)
+        assert {n: m.weight_mask.tolist() for n, m in masked_layers(again)} == {n: m.tolist() for n, m in masks.items()}
+        assert again.training
+        assert all(p.requires_grad for p in again.parameters())
+    # A snapshot goes through another save unharmed: bitmasks stay bitmasks.
+    second = store.save(loaded, tmp_path / "b", chain=[], probe=IDS)
+    if scheme is not None:
+        assert second["encodings"] == manifest["encodings"]
+
+
+def test_plain_transformers_refuses_what_it_would_fill_with_random_weights(tmp_path):
+    store.save(pruned(opt()), tmp_path / "a", chain=[], probe=IDS)
+    with pytest.raises(ValueError, match="leanfit"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="quant_method"):
+        OPTForCausalLM.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int8_weight_only", "int4"], ids=str)
+def test_convolutions_round_trip(tmp_path, scheme):
+    model = efficientnet()
+    x = {"pixel_values": torch.randn(3, 1, 16, 16)}
+    if scheme:
+        layers = [n for n in select(model, describe(model)).layers if scheme != "int4" or n != "classifier"]
+        quantize_layers(model, layers, scheme)
+    manifest = store.save(model, tmp_path / "a", chain=[], probe=x)
+    assert manifest["format"] == ("leanfit" if scheme else "dense")
+    assert torch.equal(store.output_of(store.load(tmp_path / "a"), x), store.output_of(model, x))
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    store.save(
+        quantized(opt(), "int8"), tmp_path / "a", chain=[{"name": "int8"}], probe=IDS, extra={"record": {"steps": 3}}
+    )
+    return tmp_path / "a"
+
+
+def edit(directory, **changes):
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "probe.safetensors"])
+def test_truncated_altered_and_missing_files_are_named(artifact, name):
+    path = artifact / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ArtifactError, match=f"{name}: truncated"):
+        store.load(artifact)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=f"{name}: altered"):
+        store.load(artifact)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=f"{name}: missing"):
+        store.load(artifact)
+
+
+def test_newer_schema_and_broken_manifests_give_one_line(artifact):
+    edit(artifact, schema=99)
+    with pytest.raises(ArtifactError, match="schema 99 is newer"):
+        store.load(artifact)
+    for text in ("", "{", "[]", "3", '{"schema": true}', '{"schema": 1}', "[" * 100_000):
+        (artifact / "manifest.json").write_text(text)
+        with pytest.raises(ArtifactError) as error:
+            store.load(artifact)
+        assert "\n" not in str(error.value)
+    (artifact / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
+        store.load(artifact)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"class": "os.system", "type": "opt", "attention": "sdpa"},
+        {"class": "AutoModel", "type": "opt", "attention": "sdpa"},
+        {"class": "pipeline", "type": "opt", "attention": "sdpa"},
+        {"class": "PreTrainedTokenizerFast", "type": "opt", "attention": "sdpa"},
+        {"class": ["OPTForCausalLM"], "type": "opt", "attention": "sdpa"},
+        {"class": "OPTForCausalLM", "type": "opt", "attention": "someone/their-kernel"},
+        {},
+    ],
+)
+def test_a_manifest_names_only_models_of_transformers(artifact, model):
+    edit(artifact, model=model)
+    with pytest.raises(ArtifactError):
+        store.load(artifact)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": [{"name": "../a/model.safetensors", "bytes": 1, "sha256": ""}]},
+        {"files": []},
+        {"files": [3]},
+        {"layers": {"no.such.layer": {"scheme": "int8", "settings": {}, "sparse": False}}},
+        {"layers": {"lm_head": {"scheme": "pickle", "settings": {}, "sparse": False}}},
+        {"layers": {"lm_head": 3}},
+        {"layers": {}},
+        {"tied": {"lm_head.weight": "nothing"}},
+        {"encodings": {"model.decoder.layers.0.fc1.weight": {"shape": [1 << 40], "bits": 8, "packed": False}}},
+    ],
+)
+def test_hostile_manifests_give_one_clear_error(artifact, changes):
+    edit(artifact, **changes)
+    with pytest.raises(ArtifactError) as error:
+        store.load(artifact)
+    assert "\n" not in str(error.value)
+
+
+def test_an_older_artifact_survives_a_save_that_fails(artifact, monkeypatch):
+    before = store.read_manifest(artifact)
+    monkeypatch.setattr(store, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        store.save(opt(), artifact, chain=[], probe=IDS)
+    assert store.read_manifest(artifact) == before
+    store.load(artifact)
+    assert [p.name for p in artifact.parent.iterdir()] == ["a"]
+
+
+def test_other_files_are_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years")
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        store.save(opt(), tmp_path / "mine", chain=[], probe=IDS)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years"
+
+
+def test_annotations_and_publishing(artifact, tmp_path):
+    store.annotate(artifact, {"quality": {"metric": "perplexity", "after": 3.0}})
+    manifest = store.read_manifest(artifact)
+    assert manifest["quality"]["after"] == 3.0
+    assert manifest["record"] == {"steps": 3}
+    assert manifest["chain"] == [{"name": "int8"}]
+    with pytest.raises(ValueError, match="schema"):
+        store.annotate(artifact, {"schema": 2})
+    store.publish(artifact, tmp_path / "published")
+    store.load(tmp_path / "published")
+    assert {f["name"] for f in store.files(artifact)} >= {"manifest.json", "model.safetensors", "config.json"}
+
+
+def test_the_receipt_of_a_fresh_process(artifact, tmp_path):
+    good = receipt.check(artifact)
+    assert good.ok, good.problems
+    assert good.max_abs_diff == 0
+    assert good.transformers_max_rel_diff is not None
+    assert good.transformers_max_rel_diff <= 1e-3
+    shutil.copytree(artifact, tmp_path / "bad")
+    path = tmp_path / "bad/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    bad = receipt.examine(tmp_path / "bad")
+    assert not bad.ok
+    assert "truncated" in bad.problems[0]
+
+
+def test_the_receipt_finds_other_outputs(artifact):
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.artifact.manifest import describe_files
+
+    stored = load_file(artifact / "probe.safetensors")
+    stored["output"] = stored["output"] + 0.01
+    save_file(stored, artifact / "probe.safetensors")
+    edit(artifact, files=describe_files(artifact))
+    found = receipt.examine(artifact)
+    assert not found.ok
+    assert "differ by 0.01" in found.problems[0]

@@ -1,0 +1,187 @@
+"""What the four methods share: what they touch, what they refuse, and what they say."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from pipeline.compression.base import Context
+from pipeline.compression.int4 import Int4
+from pipeline.compression.int8 import Int8, quantize_int8
+from pipeline.compression.int8_weight_only import Int8WeightOnly
+from pipeline.compression.magnitude import Magnitude, prune_magnitude
+from pipeline.errors import LeanfitError
+from pipeline.layers.quantized import quantized_layers
+from pipeline.models.architecture import describe
+
+QUANTIZERS = [
+    Int8(name="int8", ignore=()),
+    Int8WeightOnly(name="int8_weight_only", ignore=()),
+    Int4(name="int4", group_size=16, ignore=()),
+]
+
+
+def magnitude(**changes):
+    usual = {"sparsity": 0.5, "pattern": None, "schedule": "once", "steps": 0, "lr": None, "ignore": ()}
+    return Magnitude(name="magnitude", **{**usual, **changes})
+
+
+def opt(tied=True):
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
+            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0, tie_word_embeddings=tied,
+        )
+    ).eval()  # fmt: skip
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def efficientnet():
+    torch.manual_seed(0)
+    model = EfficientNetForImageClassification(
+        EfficientNetConfig(
+            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
+            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
+            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
+        )
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():  # the fresh ones are so small that outputs vanish
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    return model
+
+
+def context(model, stage="link", steps=0):
+    return Context(stage=stage, architecture=describe(model), device="cpu", steps=steps, seed=0)
+
+
+@pytest.mark.parametrize("method", QUANTIZERS, ids=lambda m: m.name)
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_models_keep_embeddings_and_vocabulary_in_float(method, tied):
+    model = opt(tied)
+    ids = torch.randint(0, 64, (2, 16))
+    before = model(input_ids=ids).logits
+    made = method.finalize(model, context(model))
+    assert len(quantized_layers(made)) == 12
+    assert isinstance(made.lm_head, nn.Linear)
+    detail = method.detail(made, context(made))
+    assert detail["layers"] == 12
+    assert list(detail["left_in_float"]) == ["lm_head"]
+    assert set(detail["bits"].values()) == {4 if method.name == "int4" else 8}
+    after = made(input_ids=ids).logits
+    error = ((after - before).norm() / before.norm()).item()
+    assert 0 < error < (0.3 if method.name == "int4" else 0.04)
+
+
+@pytest.mark.parametrize("method", QUANTIZERS, ids=lambda m: m.name)
+def test_classifiers_are_quantized_with_their_head(method):
+    model = efficientnet()
+    x = torch.randn(2, 1, 16, 16)
+    before = model(pixel_values=x).logits
+    method = method if method.name != "int4" else Int4(name="int4", group_size=4, ignore=())
+    assert method.preflight(model, context(model)) == []
+    made = method.finalize(model, context(model))
+    assert not [m for m in made.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert ((made(pixel_values=x).logits - before).norm() / before.norm()) < 0.6
+
+
+@pytest.mark.parametrize("method", QUANTIZERS, ids=lambda m: m.name)
+def test_a_nan_weight_is_an_error_that_names_the_layer(method):
+    model = opt()
+    model.model.decoder.layers[1].fc2.weight.data[3, 4] = float("nan")
+    with pytest.raises(LeanfitError, match=r"model\.decoder\.layers\.1\.fc2.*NaN"):
+        method.finalize(model, context(model))
+    assert not quantized_layers(model)
+
+
+def test_preflight_works_on_meta_and_names_key_value_and_fix():
+    with torch.device("meta"):
+        model = llama()
+    problems = Int4(name="int4", group_size=64, ignore=()).preflight(model, context(model, "p4"))
+    assert len(problems) == 1
+    assert "compression.p4.group_size=64" in problems[0]
+    assert "(48)" in problems[0]
+    assert "choose one of 16" in problems[0]
+    assert Int4(name="int4", group_size=16, ignore=()).preflight(model, context(model)) == []
+
+
+@pytest.mark.parametrize(
+    "method", [Int8(name="int8", ignore=("*.fc3",)), magnitude(ignore=("fc11",))], ids=["int8", "magnitude"]
+)
+def test_a_pattern_that_matches_nothing_is_a_problem(method):
+    model = opt()
+    problems = method.preflight(model, context(model))
+    assert len(problems) == 1
+    assert "did you mean" in problems[0]
+
+
+def test_ignored_layers_stay_and_ignoring_all_is_a_problem():
+    model = opt()
+    method = Int8(name="int8", ignore=("self_attn", "*.layers.0.fc1"))
+    made = method.finalize(model, context(model))
+    assert sorted(quantized_layers(made)) == [f"model.decoder.layers.{n}" for n in ("0.fc2", "1.fc1", "1.fc2")]
+    problems = Int8(name="int8", ignore=("*",)).preflight(opt(), context(opt()))
+    assert "no layer" in problems[0]
+    assert "quantized already" in method.preflight(made, context(made))[0]
+    with pytest.raises(LeanfitError, match="no layer"):
+        quantize_int8(opt(), [])
+
+
+def test_magnitude_prunes_each_layer_to_its_sparsity_and_spares_the_rest():
+    model = opt()
+    head = model.lm_head.weight.clone()
+    method = magnitude(sparsity=0.7)
+    made = method.finalize(method.prepare(model, context(model)), context(model))
+    detail = method.detail(made, context(made))
+    assert detail["layers"] == 12
+    assert all(abs(value - 0.7) < 0.001 for value in detail["sparsity_by_layer"].values())
+    assert torch.equal(made.lm_head.weight, head)
+
+
+def test_magnitude_takes_n_of_m():
+    model = opt()
+    method = magnitude(pattern="2:4")
+    made = method.finalize(method.prepare(model, context(model)), context(model))
+    weight = made.model.decoder.layers[0].fc1.weight
+    assert ((weight.view(-1, 4) != 0).sum(1) == 2).all()
+    with torch.device("meta"):
+        wide = llama()
+    assert "32 does not divide" in magnitude(sparsity=0.5, pattern="16:32").preflight(wide, context(wide))[0]
+
+
+def test_magnitude_without_effect_is_an_error():
+    assert "prunes nothing" in magnitude(sparsity=0.0).problems()[0]
+    assert "sparsity=0.75" in magnitude(pattern="1:4").problems()[0]
+    assert "cubic" in magnitude(pattern="2:4", schedule="cubic").problems()[0]
+    assert "prunes nothing" in magnitude(pattern="4:4").problems()[0]
+    assert magnitude().problems() == []
+    model = opt()
+    assert "not one weight" in magnitude(sparsity=1e-7).preflight(model, context(model))[0]
+    with pytest.raises(LeanfitError, match="not one weight"):
+        prune_magnitude(model, ["model.decoder.layers.0.fc1"], 1e-7)
+    model.model.decoder.layers[0].fc1.weight.data[0, 0] = float("inf")
+    with pytest.raises(LeanfitError, match="fc1"):
+        prune_magnitude(model, ["model.decoder.layers.0.fc1"], 0.5)
+
+
+def test_a_gradual_schedule_cut_short_is_an_error():
+    model = opt()
+    method = magnitude(schedule="cubic", steps=10)
+    with pytest.raises(LeanfitError, match="short of"):
+        method.finalize(method.prepare(model, context(model, steps=10)), context(model, steps=10))

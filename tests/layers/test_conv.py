@@ -1,0 +1,34 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.layers.quantized import KINDS
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_convolution_sums_integers_per_sample(groups, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups, bias=bias)
+    layer = KINDS["int8", nn.Conv2d].from_float(conv)
+    x = torch.randn(3, 8, 9, 9) * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1, 1)
+    step = x.abs().amax((1, 2, 3), keepdim=True) / 127.5
+    q = (x / step).round().clamp(-128, 127).double()
+    want = (
+        F.conv2d(q, layer.weight.double(), None, 2, 1, 1, groups) * layer.weight_scale.double().view(1, -1, 1, 1) * step
+    )
+    if bias:
+        want = want + conv.bias.double().view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-5)
+    assert ((layer(x) - conv(x)).norm() / conv(x).norm()) < 0.03
+
+
+@pytest.mark.parametrize(("scheme", "error"), [("int8_weight_only", 0.02), ("int4", 0.25)])
+def test_weight_only_convolution_is_the_dequantized_one(scheme, error):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 6, 3, padding="same", groups=6)
+    layer = KINDS[scheme, nn.Conv2d].from_float(conv, group_size=64)
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.dequantized(), conv.bias, 1, "same", 1, 6))
+    assert ((layer(x) - conv(x)).norm() / conv(x).norm()) < error

@@ -1,0 +1,280 @@
+"""Whole runs, as a user types them: what is left on disk, what is printed, how they end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pipeline
+from pipeline.app import main
+from pipeline.report.result import read_result, schema_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["model=gpt_nano", "trainer=smoke", "data.evaluation_tokens=2048", "device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def leanfit(*overrides: str, into: str = "run") -> tuple[int, Path]:
+    """Exit code and run directory of a command line, run in this process."""
+    directory = Path.cwd() / into
+    return main([*overrides, f"hydra.run.dir={directory}"]), directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "artifact" / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a finished int8 run in 16-mixed."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    before = Path.cwd()
+    os.chdir(directory.parent)
+    try:
+        assert main([*TINY, "compression=int8", "precision=16-mixed", f"hydra.run.dir={directory}"]) == 0
+    finally:
+        os.chdir(before)
+    return directory
+
+
+def test_a_run_leaves_everything_the_interface_names(finished: Path) -> None:
+    for name in (
+        ".hydra/config.yaml", ".hydra/overrides.yaml", "recipe.lock.yaml", "result.json", "report.md", "metrics.csv",
+        "checkpoints/last.ckpt", "plots/loss.png", "plots/before_after.png", "run.log",
+        "artifact/model.safetensors", "artifact/config.json", "artifact/manifest.json", "artifact/tokenizer.json",
+    ):  # fmt: skip
+        assert (finished / name).is_file(), name
+    assert not (finished / "stages").exists()
+
+
+def test_the_result_keeps_the_schema_and_says_what_ran(finished: Path) -> None:
+    result = read_result(finished / "result.json")
+    assert schema_problems(result) == []
+    assert result["status"] == "ok"
+    assert result["precision"] == {"requested": "16-mixed", "used": "16-mixed"}
+    assert result["parallelism"] == {"strategy": "single", "devices": 1, "nodes": 1}
+    assert result["train"]["steps"] == 8
+    assert result["artifact"]["reload"] == {"ok": True, "max_abs_diff": 0.0}
+    assert [stage["name"] for stage in result["stages"]] == ["int8"]
+    assert result["size"]["claim"] == "smaller"
+    assert result["size"]["bytes_after"] == (finished / "artifact/model.safetensors").stat().st_size
+    assert result["size"]["bytes_before"] > 2 * result["size"]["bytes_after"]
+    assert abs(result["quality"]["after"] / result["quality"]["before"] - 1) < 0.01
+    assert result["quality"]["n"] == 16 * 127
+    assert result["memory"]["measured"]["train"] > 16 * result["size"]["parameters_before"]
+
+
+def test_an_artifact_opens_in_python_and_with_transformers(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(finished / "artifact")("def f(x):", return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = pipeline.load(finished / "artifact")(input_ids=tokens).logits
+        theirs = AutoModelForCausalLM.from_pretrained(finished / "artifact").eval()(input_ids=tokens).logits
+    assert (ours - theirs).abs().max() <= 1e-3 * ours.abs().max()
+
+
+def test_the_lock_file_repeats_the_run_bit_for_bit(finished: Path) -> None:
+    code, again = leanfit(f"recipe={finished}/recipe.lock.yaml", into="again")
+    assert code == 0
+    assert same(weights(finished), weights(again))
+
+
+def test_verify_passes_and_fails_with_three(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leanfit("job=verify", f"artifact={finished}/artifact", into="good")[0] == 0
+    altered = tmp_path / "altered"
+    subprocess.run(["cp", "-r", finished / "artifact", altered], check=True)
+    data = bytearray((altered / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (altered / "model.safetensors").write_bytes(data)
+    assert leanfit("job=verify", f"artifact={altered}", into="bad")[0] == 3
+    (altered / "model.safetensors").write_bytes(data[:-100])
+    assert leanfit("job=evaluate", f"artifact={altered}", into="worse")[0] == 1
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_evaluate_gives_the_quality_that_the_run_gave(finished: Path) -> None:
+    code, directory = leanfit("job=evaluate", f"artifact={finished}/artifact")
+    assert code == 0
+    then, now = read_result(finished / "result.json"), read_result(directory / "result.json")
+    assert schema_problems(now) == []
+    assert now["quality"]["after"] == pytest.approx(then["quality"]["after"], rel=1e-5)
+    assert now["quality"]["n"] == then["quality"]["n"]
+
+
+def test_generate_prints_the_prompt_and_goes_on(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "def f(x, y=1):  # ${a}"
+    code, _ = leanfit("job=generate", f"artifact={finished}/artifact", f"prompt={prompt}", "generate.max_new_tokens=5")
+    assert code == 0
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_an_artifact_made_earlier_is_compressed_further(tmp_path: Path) -> None:
+    _, dense = leanfit(*TINY, into="dense")
+    code, directory = leanfit("job=compress", f"artifact={dense}/artifact", "compression=int4", "device=cpu")
+    assert code == 0
+    result = read_result(directory / "result.json")
+    assert result["train"] is None or result["train"]["steps"] in (None, 0)
+    assert result["size"]["bytes_after"] < result["size"]["bytes_before"]
+    assert result["quality"]["before"] == pytest.approx(
+        read_result(dense / "result.json")["quality"]["after"], rel=1e-5
+    )
+    # what is compressed already is refused before anything is written
+    assert leanfit("job=compress", f"artifact={directory}/artifact", "compression=int8", into="twice")[0] == 2
+    # a checkpoint serves as well
+    checkpoint = dense / "checkpoints" / "last.ckpt"
+    assert leanfit(*TINY, "job=compress", f"artifact={checkpoint}", "compression=int8", into="from_checkpoint")[0] == 0
+
+
+def test_a_chain_prunes_then_quantizes_and_keeps_the_zeros() -> None:
+    code, directory = leanfit(*TINY, "compression=[magnitude,int8]", "keep_stages=true")
+    assert code == 0
+    result = read_result(directory / "result.json")
+    assert [stage["name"] for stage in result["stages"]] == ["magnitude", "int8"]
+    assert result["stages"][0]["train"]["steps"] == 2  # a quarter of the run's
+    assert result["stages"][1]["train"] is None
+    assert result["stages"][0]["bytes_after"] > result["stages"][1]["bytes_after"]
+    assert result["size"]["nonzero_after"] < 0.75 * result["size"]["parameters_after"]
+    model = pipeline.load(directory / "artifact")
+    layer = model.get_submodule("model.decoder.layers.0.fc1")
+    assert (layer.weight == 0).float().mean() >= 0.5  # type: ignore[union-attr]
+    assert sorted(path.name for path in (directory / "stages").iterdir()) == ["00-train", "01-magnitude", "02-int8"]
+
+
+@pytest.mark.parametrize("precision", ["32", "64-true", "16-true", "bf16-true", "bf16-mixed"])
+def test_every_precision_runs_and_says_so(precision: str) -> None:
+    eps = ["optimizer.eps=1e-4"] if precision == "16-true" else []
+    code, directory = leanfit(*TINY, f"precision={precision}", "compression=int8", *eps)
+    result = read_result(directory / "result.json")
+    assert code == 0, result["error"]
+    assert result["precision"]["used"] == {"32": "32-true"}.get(precision, precision)
+    assert result["train"]["loss_last"] < result["train"]["loss_first"]
+
+
+def test_gates_end_with_three_and_leave_the_artifact() -> None:
+    code, directory = leanfit(*TINY, "compression=int8", "gate.min_ratio=10")
+    result = read_result(directory / "result.json")
+    assert (code, result["status"]) == (3, "gate")
+    assert "gate.min_ratio=10" in result["error"]["message"]
+    assert (directory / "artifact" / "manifest.json").is_file()
+    assert leanfit(*TINY, "compression=int8", "gate.max_quality_drop=0.5", into="kept")[0] == 0
+
+
+def test_a_group_size_that_does_not_divide_is_found_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    code, directory = leanfit(*TINY, "compression=int4", "compression.int4.group_size=48")
+    assert code == 2
+    assert "compression.int4.group_size=48" in capsys.readouterr().err
+    assert not (directory / "checkpoints").exists()
+
+
+def test_training_goes_on_for_longer_in_place() -> None:
+    _, directory = leanfit(*TINY, "optimizer.schedule=constant")
+    _, longer = leanfit(*TINY, "optimizer.schedule=constant", "trainer.max_steps=12", into="longer")
+    assert main([f"resume={directory}", "trainer.max_steps=12"]) == 0
+    assert same(weights(directory), weights(longer))
+    assert main([f"resume={directory}"]) == 2  # nothing left to do
+    assert main([f"resume={directory}", "trainer.max_steps=4"]) == 2
+    assert main([f"resume={directory}", "model.width=128"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["model.dropout=0.1", "precision=16-mixed", "trainer.micro_batch_size=4"]])
+def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(extra: list[str], tmp_path: Path) -> None:
+    settings = [*TINY, *extra, "compression=[magnitude,int8]", "trainer.max_steps=40", "trainer.checkpoint_every=3"]
+    _, whole = leanfit(*settings, into="whole")
+    broken = tmp_path / "broken"
+    command = [sys.executable, str(ROOT / "run.py"), *settings, f"hydra.run.dir={broken}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = broken / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last.exists()
+    assert not (broken / "artifact").exists(), "the run was over before it could be killed"
+    assert main([f"resume={broken}"]) == 0
+    assert same(weights(whole), weights(broken))
+    steps = [line.split(",")[:2] for line in (broken / "metrics.csv").read_text().splitlines()]
+    assert len(steps) == len({tuple(step) for step in steps})
+
+
+def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"resume={tmp_path}/nowhere"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does() -> None:
+    pinned = ["trainer.micro_batch_size=4", "precision=64-true", "optimizer.schedule=constant"]
+    _, one = leanfit(*TINY, *pinned, into="one")
+    code, two = leanfit(*TINY, *pinned, "parallelism=ddp", "compression=int8", into="two")
+    assert code == 0
+    result = read_result(two / "result.json")
+    assert result["parallelism"] == {"strategy": "ddp", "devices": 2, "nodes": 1}
+    assert result["quality"]["before"] == pytest.approx(read_result(one / "result.json")["quality"]["before"], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_run_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = leanfit(*TINY, "parallelism=ddp", "optimizer.lr=1e30", "trainer.max_steps=3")
+    assert code in (0, 1)  # whatever the numbers do, no process hangs and no traceback is printed
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_and_ends_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = Path.cwd() / "sweep"
+    code = main(
+        ["-m", *TINY, "compression=none,int8,int4", "compression.int4.group_size=64,48", f"hydra.sweep.dir={sweep}"]
+    )
+    rows = json.loads((sweep / "results.json").read_text())
+    output = capsys.readouterr().out
+    assert code == 1
+    assert len(rows) == 6
+    assert [row["status"] for row in rows].count("failed") == 1  # int4 with groups of 48
+    assert (sweep / "results.csv").is_file()
+    assert (sweep / "pareto.png").stat().st_size > 5000
+    assert max(map(len, output.splitlines())) <= 100
+
+
+@pytest.mark.slow
+def test_an_image_classifier_is_trained_and_compressed() -> None:
+    code, directory = leanfit(
+        "model=efficientnet", "data=digits", "compression=int8", "trainer.max_steps=30", "device=cpu"
+    )
+    result: dict[str, Any] = read_result(directory / "result.json")
+    assert code == 0, result["error"]
+    assert schema_problems(result) == []
+    assert result["quality"]["metric"] == "accuracy"
+    assert result["quality"]["after"] > 2 * result["quality"]["baseline"]
+    assert result["speed"]["unit"] == "samples/s"
+    assert main(["job=evaluate", f"artifact={directory}/artifact", f"hydra.run.dir={directory}2"]) == 0
+
+
+@pytest.mark.slow
+def test_what_is_printed_is_clean_in_a_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), *TINY, "compression=int8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    assert re.search(r"next +python run.py job=generate artifact=\S+ prompt='def '", done.stdout)
