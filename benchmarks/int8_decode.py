@@ -59,7 +59,8 @@ def main() -> None:
             if turn:  # the first warms up
                 seconds[name].append(spent)
     print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {arguments.layers} layers of width 768"
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+        f"{arguments.layers} layers of width 768"
     )
     for name, values in seconds.items():
         ratios = sorted(slow / fast for slow, fast in zip(seconds["float32"], values, strict=True))

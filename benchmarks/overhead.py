@@ -10,6 +10,7 @@ timed from batch to batch, so data loading counts on both sides; the median step
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -44,7 +45,7 @@ class StepTimes(lightning.Callback):
 
 def median_step(ends: list[float]) -> float:
     """Median seconds between ends, the first quarter left out as warm-up."""
-    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(ends)]
     return statistics.median(steps[len(steps) // 4 :])
 
 

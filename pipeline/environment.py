@@ -1,4 +1,4 @@
-"""Settings of the process that must stand before torch is imported. A user's own values are left alone. Imports no torch.
+"""Settings of the process that must stand before torch is imported. A user's own values are left alone.
 
 OMP_WAIT_POLICY: torch's threads spin while they wait for one another. With as many threads as cores, one other busy
 process makes them spin against it: on two cores a training step took 32 times as long (benchmarks/waiting.py). Threads

@@ -1,8 +1,8 @@
 """One fit: a model, a task and the settings of a stage become a Lightning Trainer that runs. Nothing else builds one.
 
-What a step computes depends only on (seed, step, rank), never on what ran before in the process: the loader's order is a
-function of its position, and the generators behind dropout are reseeded at each step. So a run that was killed and
-resumed ends in the same weights, bit for bit.
+What a step computes depends only on (seed, step, rank), never on what ran before in the process: the loader's order
+is a function of its position, and the generators behind dropout are reseeded at each step. So a run that was killed
+and resumed ends in the same weights, bit for bit.
 """
 
 from __future__ import annotations

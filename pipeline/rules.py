@@ -99,6 +99,8 @@ def artifact(config: RunConfig) -> list[str]:
     if not given:
         return [f"job={job} needs artifact=DIR, the artifact directory of an earlier run (outputs/.../artifact)"]
     path = Path(given).expanduser()
+    if job == "compress" and path.is_file():
+        return [] if path.suffix == ".ckpt" else [f"artifact={given}: a file must be a checkpoint of a run (.ckpt)"]
     if not path.is_dir():
         return [f"artifact={given}: {'is a file, not a directory' if path.exists() else 'no such directory'}"]
     if not (path / "manifest.json").is_file():

@@ -157,9 +157,11 @@ def evaluate_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) 
     manifest = store.read_manifest(artifact)
     with run.progress:
         model = store.load(artifact, device=run.device)
-        with run.progress.phase("evaluating"):
-            with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:
-                quality = evaluate(run, model)
+        with (
+            run.progress.phase("evaluating"),
+            measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak,
+        ):
+            quality = evaluate(run, model)
         with run.progress.phase("measuring speed"), config.precision.evaluation_context(run.device):
             speed = run.task.speed({"after": model}, run.data, run.device)["after"]
     claimed = manifest["quality"] or {}

@@ -24,12 +24,12 @@ from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, ReceiptError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
+from pipeline.launch import launch
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Quality, Task
-from pipeline.launch import launch
 
 
 @dataclass
@@ -218,7 +218,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
 
 
 def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, Any], *, last: bool) -> dict[str, Any]:
-    """Write the model as it leaves `stage`. A link's quality is measured here, but the last's on the artifact itself."""
+    """Write the model as it leaves `stage`. A link's quality is measured here, the last's on the artifact itself."""
     if stage.kind == "link" and not last:
         with run.progress.phase(f"evaluating: {stage.name}"):
             record["quality"] = asdict(evaluate(run, model))

@@ -75,7 +75,7 @@ class Method:
     def loss(
         self, context: Context
     ) -> Callable[[nn.Module, dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None:
-        """A replacement for the task's loss in the link's fit, as distillation needs: (model, batch, task loss) -> loss."""
+        """A loss instead of the task's in the link's fit, as distillation needs: (model, batch, task loss) -> loss."""
         return None
 
     @abstractmethod
