@@ -260,7 +260,6 @@ def task() -> None:
     run_dir, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     overrides = _as_composed(job.overrides.task)
     _outcome.run_dir = run_dir
-    number = f"job {job.job.num} ({' '.join(map(arguments.typed, overrides)) or 'no overrides'})" if sweep else ""
     try:
         source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
         composed = provenance.compose(source, overrides, job.job.config_name or "config")
@@ -276,10 +275,11 @@ def task() -> None:
         if sweep:
             _record_failure(run_dir, error, overrides)
             _outcome.status = "failed"
-            print(f"{number}: failed: {_one_line(error)}", file=sys.stderr)
-        return
     if sweep:
-        print(f"{number}: {_outcome.status}")
+        from pipeline.report.result import read_result
+        from pipeline.report.table import job_line
+
+        print(job_line(read_result(run_dir / "result.json"), job.job.num), flush=True)
 
 
 def _as_composed(lines: Any) -> list[str]:

@@ -10,6 +10,7 @@ TORCH_CPP_LOG_LEVEL: the memory profiler warns of each block that was allocated 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -18,3 +19,9 @@ def prepare() -> None:
     """Set what is not set. Child processes inherit it."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def child() -> dict[str, str]:
+    """The environment of a child process that runs a module of this package, wherever it was started from."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

@@ -10,27 +10,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline import environment
 from pipeline.chain import Stage
 from pipeline.errors import LeanfitError
 from pipeline.fitting import Fitted
 from pipeline.schema import RunConfig
 
 
+def figures_file(run_dir: Path, stage: Stage) -> Path:
+    """Where rank 0 leaves what the fit did."""
+    return run_dir / f".fitted-{stage.directory}.json"
+
+
+def error_file(run_dir: Path, stage: Stage) -> Path:
+    """Where the first rank that fails says why."""
+    return run_dir / f".failed-{stage.directory}.txt"
+
+
 def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool) -> Fitted:
     """Fit `stage` in `parallelism.devices` processes and wait. Raises LeanfitError when a rank fails."""
-    figures = run_dir / f"fitted-{stage.directory}.json"
-    figures.unlink(missing_ok=True)
+    figures, failure = figures_file(run_dir, stage), error_file(run_dir, stage)
+    for leftover in (figures, failure):
+        leftover.unlink(missing_ok=True)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         f"--nproc_per_node={config.parallelism.devices}",
         *("-m", "pipeline.worker", str(run_dir), stage.name, "resume" if resume else "fresh"),
     ]
     threads = max(1, (os.cpu_count() or 1) // config.parallelism.devices)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    variables = {"OMP_NUM_THREADS": str(threads), **environment.child()}
     with (run_dir / "run.log").open("ab") as log:
-        code = subprocess.run(command, env=environment, stdout=None, stderr=log, check=False).returncode
+        shown = subprocess.DEVNULL if config.sweep else None
+        code = subprocess.run(command, env=variables, stdout=shown, stderr=log, check=False).returncode
     if code or not figures.is_file():
-        raise LeanfitError(f"stage '{stage.name}': a rank failed (exit {code}); see {run_dir / 'run.log'}")
+        why = failure.read_text(encoding="utf-8") if failure.is_file() else f"torchrun ended with {code}"
+        raise LeanfitError(f"stage '{stage.name}' on {config.parallelism.devices} devices: {why}")
     fitted = Fitted.read(figures)
     figures.unlink()
     return fitted

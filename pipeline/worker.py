@@ -5,13 +5,19 @@ Started by `pipeline.launch`: `python -m torch.distributed.run ... -m pipeline.w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.app import compose
-from pipeline.chain import stages
-from pipeline.fitting import fit
+from pipeline.chain import Stage, stages
+from pipeline.fitting import Fitted, fit
+from pipeline.launch import error_file, figures_file
+from pipeline.report.console import console, mode
+from pipeline.report.progress import Progress
+from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.walk import prepared
 
@@ -22,16 +28,34 @@ def main(arguments: list[str]) -> None:
     config = compose([f"recipe={run_dir / 'recipe.lock.yaml'}"])
     line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
     stage = next(stage for stage in line if stage.name == name)
+    rank = int(os.environ["RANK"])
+    try:
+        fitted = fit_stage(config, stage, line, run_dir, rank, resume=how == "resume")
+    except BaseException as error:
+        with contextlib.suppress(FileExistsError), error_file(run_dir, stage).open("x", encoding="utf-8") as file:
+            file.write(f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    if rank == 0:
+        fitted.write(figures_file(run_dir, stage))
+
+
+def fit_stage(
+    config: RunConfig, stage: Stage, line: Sequence[Stage], run_dir: Path, rank: int, *, resume: bool
+) -> Fitted:
+    """The stage's fit on this rank; rank 0 shows the progress."""
     data = config.data.open(config.model.tokenizer())
+    task = lookup.get(config.data.task)
     model, context = prepared(config, run_dir, data, line, stage)
-    fitted = fit(
-        config, stage, model, lookup.get(config.data.task), data, context.architecture, run_dir,
-        callbacks=stage.method.callbacks(context) if stage.method else [],
-        loss=stage.method.loss(context) if stage.method else None,
-        resume=how == "resume",
-    )  # fmt: skip
-    if int(os.environ["RANK"]) == 0:
-        fitted.write(run_dir / f"fitted-{stage.directory}.json")
+    steps = {stage.name: stage.fit.steps if stage.fit else 0}
+    progress = Progress(steps, mode(console(), sweep=config.sweep or rank > 0), task.unit)
+    with progress:
+        return fit(
+            config, stage, model, task, data, context.architecture, run_dir,
+            callbacks=stage.method.callbacks(context) if stage.method else [],
+            progress=progress,
+            loss=stage.method.loss(context) if stage.method else None,
+            resume=resume,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

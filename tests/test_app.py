@@ -357,7 +357,7 @@ class TestProgram:
             assert f"  {name}" in done.stdout
         for words in (
             "trainer:",
-            "max_steps=200",
+            "max_steps=150",
             "devices=1",
             "* 32",
             "* gpt",

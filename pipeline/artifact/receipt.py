@@ -9,13 +9,13 @@ are compared there in float32, so that what is compared is the stored weights an
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import environment
 from pipeline.errors import LeanfitError
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ class Receipt:
 
 def check(directory: Path) -> Receipt:
     """The receipt of `directory`, from a fresh process. It never raises for what is wrong with the artifact."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pipeline.artifact.receipt", str(Path(directory).resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment.child(), check=False)
     try:
         return Receipt(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
