@@ -59,9 +59,11 @@ def walk(run: Run, line: Sequence[Stage]) -> None:
     """Every stage in order. Fills `run.result`; raises ReceiptError where the receipt or a gate was not met."""
     changing = [stage for stage in line if stage.kind in ("train", "link")]
     preflight(run, changing)
-    done = finished(run, changing) if run.config.resume else 0
+    done = 0
     if run.config.resume:
+        done = finished(run, changing)
         require_something(run, changing, done)
+        discard(run, changing, done)
     model: nn.Module | None = None
     for stage in changing:
         if stage.index < done:
@@ -96,7 +98,7 @@ def preflight(run: Run, changing: list[Stage]) -> None:
 
 
 def finished(run: Run, changing: list[Stage]) -> int:
-    """How many leading stages have a snapshot of the length now asked for; later ones are thrown away."""
+    """How many leading stages have a snapshot of the length now asked for."""
     done = 0
     for stage in changing:
         manifest = run.snapshot(stage) / "manifest.json"
@@ -104,18 +106,33 @@ def finished(run: Run, changing: list[Stage]) -> int:
         if not manifest.is_file() or store.read_manifest(run.snapshot(stage))["record"]["steps"] != steps:
             break
         done += 1
-    for stage in changing[done:]:
-        shutil.rmtree(run.snapshot(stage), ignore_errors=True)
     return done
 
 
+def discard(run: Run, changing: list[Stage], done: int) -> None:
+    """Throw away what a shorter run left: stale snapshots, and checkpoints of links whose input will be another."""
+    for stage in changing[done:]:
+        shutil.rmtree(run.snapshot(stage), ignore_errors=True)
+    for stage in changing[done + 1 :]:
+        shutil.rmtree(checkpoint_directory(run.directory, stage), ignore_errors=True)
+
+
 def require_something(run: Run, changing: list[Stage], done: int) -> None:
-    """Resuming needs a finished stage, or the checkpoint of one that was cut off."""
-    if done or (checkpoint_directory(run.directory, changing[0]) / "last.ckpt").is_file():
-        return
-    raise ConfigError(
-        f"resume={run.directory}: nothing to resume, it holds neither checkpoints/last.ckpt nor a finished stage"
-    )
+    """Resuming needs something to start from and something left to do.
+
+    Raises:
+        ConfigError: no finished stage and no checkpoint; a run that is over; or fewer steps than were taken already.
+    """
+    asked = changing[0].fit.steps if changing[0].fit else 0
+    checkpoint = checkpoint_directory(run.directory, changing[0]) / "last.ckpt"
+    where = f"resume={run.directory}"
+    if not done and not checkpoint.is_file():
+        raise ConfigError(f"{where}: nothing to resume, it holds neither checkpoints/last.ckpt nor a finished stage")
+    taken = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"] if checkpoint.is_file() else 0
+    if taken > asked:
+        raise ConfigError(f"{where}: it has trained {taken} steps already, so trainer.max_steps={asked} cannot be met")
+    if (run.directory / "artifact").is_dir() and taken == asked:
+        raise ConfigError(f"{where}: nothing to resume, the run is over; to train longer say trainer.max_steps=MORE")
 
 
 def base_model(config: RunConfig, data: DataBundle) -> nn.Module:

@@ -260,13 +260,13 @@ def test_a_sweep_runs_every_job_and_ends_in_one_table(capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_an_image_classifier_is_trained_and_compressed() -> None:
     code, directory = leanfit(
-        "model=efficientnet", "data=digits", "compression=int8", "trainer.max_steps=30", "device=cpu"
+        "model=efficientnet", "data=digits", "compression=int8", "trainer.max_steps=80", "device=cpu"
     )
     result: dict[str, Any] = read_result(directory / "result.json")
     assert code == 0, result["error"]
     assert schema_problems(result) == []
     assert result["quality"]["metric"] == "accuracy"
-    assert result["quality"]["after"] > 2 * result["quality"]["baseline"]
+    assert result["quality"]["after"] > 5 * result["quality"]["baseline"]
     assert result["speed"]["unit"] == "samples/s"
     assert main(["job=evaluate", f"artifact={directory}/artifact", f"hydra.run.dir={directory}2"]) == 0
 

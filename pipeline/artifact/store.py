@@ -241,7 +241,7 @@ def _fill(model: PreTrainedModel, directory: Path, manifest: dict[str, Any]) -> 
     """Put the stored tensors into `model`, quantized layers in place of float ones. Returns the masks by layer."""
     from safetensors.torch import load_file
 
-    from pipeline.layers.schemes import empty_layer, replace
+    from pipeline.layers.schemes import empty_layer, join_siblings, replace
 
     tensors = {name: _aligned(tensor) for name, tensor in load_file(directory / manifests.TENSORS).items()}
     masks: dict[str, Tensor] = {}
@@ -262,6 +262,7 @@ def _fill(model: PreTrainedModel, directory: Path, manifest: dict[str, Any]) -> 
     for alias, kept in tied.items():
         parent, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
+    join_siblings(model)
     float_masks = {}
     for name, record in manifest["layers"].items():
         if record["scheme"] == "float":

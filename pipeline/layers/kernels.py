@@ -112,41 +112,64 @@ def int8_linear(
     `share_flat`: an x of two dimensions takes one activation scale for all its rows, as compressed-tensors does.
     No gradient flows.
     """
-    x = x.detach()
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.dtype not in (torch.float32, torch.float64):
-        rows = rows.float()
-    if share_flat and x.ndim == 2:
-        peak = torch.linalg.vector_norm(rows, torch.inf).view(1, 1)
-    else:
-        peak = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
-    peak.clamp_min_(SMALLEST)
-    kernel = choose(x.device, x.dtype, rows.shape[0])
-    if kernel == "fbgemm_split":
-        y = _rescaled_split(rows, peak, weight, weight_scale, bias, packed)
-    elif kernel == "float":
-        step = peak.div_(ACTIVATION_LEVELS)
+    kernel = choose(x.device, x.dtype, x.numel() // x.shape[-1])
+    if kernel in FBGEMM:
+        if packed.value is None:
+            packed.value = fbgemm_pack(weight, weight_scale)
+        steps, sums = fbgemm_sums(x, kernel, packed.value, share_flat)
+        return rescaled(x, steps, sums, bias)
+    rows = _rows(x)
+    step = _peaks(rows, share_flat and x.ndim == 2).div_(ACTIVATION_LEVELS)
+    if kernel == "float":
         values = integers_of(rows / step).mul_(step)
         wide = weight.to(rows.dtype) * weight_scale.to(rows.dtype)
         y = F.linear(values, wide, None if bias is None else bias.to(rows.dtype))
     else:
-        step = peak.div_(ACTIVATION_LEVELS)
         sums = _PRODUCTS[kernel](rows / step, weight, weight_scale, packed)
         y = sums.mul_(step) if bias is None else torch.addcmul(bias.to(sums.dtype), sums, step)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _rescaled_split(
-    rows: Tensor, peak: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, packed: Packed
-) -> Tensor:
-    """`fbgemm_split` with the rescaling folded in: at one token the two signs and the bias are one small product."""
-    steps = peak / _signed_levels()  # [2, rows or 1, 1]: s and -s
-    halves = _fbgemm(torch.minimum(rows / steps, _signed_limits()), 0, weight, weight_scale, packed)
-    if rows.shape[0] == 1:
-        row, signs = halves.view(2, -1), steps.view(1, 2)
-        return torch.mm(signs, row) if bias is None else torch.addmm(bias.float(), signs, row)
-    sums = halves[0].sub_(halves[1])
-    return sums.mul_(steps[0]) if bias is None else torch.addcmul(bias.float(), sums, steps[0])
+def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[Tensor, Tensor]:
+    """(steps, sums times weight scales) of `fbgemm`, [tokens or 1, 1] and [tokens, out], or of `fbgemm_split`, where
+    both have a first dimension of 2: the positive part, and the negative one with its step below zero.
+
+    As few operators as there can be: with one token each costs as much as a tenth of a product.
+    """
+    rows = _rows(x)
+    peaks = _peaks(rows, share_flat and x.ndim == 2)
+    if kernel == "fbgemm":
+        steps = peaks.div_(ACTIVATION_LEVELS)
+        return steps, _fbgemm(rows / steps, 128, packed)
+    steps = peaks / _signed_levels()
+    return steps, _fbgemm(torch.minimum(rows / steps, _signed_limits()), 0, packed)
+
+
+def rescaled(x: Tensor, steps: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's output, of the shape and dtype that `x` asks for, from what `fbgemm_sums` returned."""
+    if bias is not None and bias.dtype != sums.dtype:
+        bias = bias.to(sums.dtype)
+    if sums.ndim == 3 and sums.shape[1] == 1:  # one token: the two signs and the bias are one small product
+        signs, halves = steps.view(1, 2), sums.squeeze(1)
+        y = torch.mm(signs, halves) if bias is None else torch.addmm(bias, signs, halves)
+    else:
+        if sums.ndim == 3:
+            steps, sums = steps[0], sums[0] - sums[1]
+        y = sums * steps if bias is None else torch.addcmul(bias, sums, steps)
+    y = y.view(*x.shape[:-1], -1)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [tokens, in], in float32 or float64, outside of autograd."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+
+
+def _peaks(rows: Tensor, shared: bool) -> Tensor:
+    """Largest magnitude of each token, or of all together: [tokens or 1, 1]."""
+    peaks = rows.abs().amax().view(1, 1) if shared else rows.abs().amax(-1, keepdim=True)
+    return peaks.clamp_min_(SMALLEST)
 
 
 @functools.cache
@@ -162,17 +185,16 @@ def _signed_limits() -> Tensor:
         return torch.tensor([127.0, 128.0], dtype=torch.float32).view(2, 1, 1)
 
 
-def _fbgemm(rows: Tensor, zero_point: int, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
+def _fbgemm(rows: Tensor, zero_point: int, packed: Any) -> Tensor:
     """FBGEMM rounds `rows` to integers itself (half to even), and multiplies each sum by its row's weight scale."""
-    if packed.value is None:
-        packed.value = _fbgemm_pack(weight, weight_scale)
     product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
-        rows, 1.0, zero_point, packed.value
+        rows, 1.0, zero_point, packed
     )
     return product
 
 
-def _fbgemm_pack(weight: Tensor, weight_scale: Tensor) -> Any:
+def fbgemm_pack(weight: Tensor, weight_scale: Tensor) -> Any:
+    """FBGEMM's own form of int8 [out, in] and its scales [out, 1]."""
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         raise RuntimeError("FBGEMM is not this build's quantized engine")
     with warnings.catch_warnings():
@@ -185,11 +207,12 @@ def _fbgemm_pack(weight: Tensor, weight_scale: Tensor) -> Any:
 
 
 def _fbgemm_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
-    return _fbgemm(rows, 128, weight, weight_scale, packed)
+    return _fbgemm(rows, 128, fbgemm_pack(weight, weight_scale))
 
 
 def _split_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
-    halves = _fbgemm(torch.minimum(torch.stack((rows, -rows)), _signed_limits()), 0, weight, weight_scale, packed)
+    signed = torch.minimum(torch.stack((rows, -rows)), _signed_limits())
+    halves = _fbgemm(signed, 0, fbgemm_pack(weight, weight_scale))
     return halves[0] - halves[1]
 
 
@@ -226,4 +249,5 @@ _PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor, Packed], Tensor]] = {
     "int_mm": _int_mm_product,
     "reference": _reference_product,
 }
+FBGEMM = ("fbgemm", "fbgemm_split")
 KERNELS = (*_PRODUCTS, "float")
