@@ -111,10 +111,18 @@ class Magnitude(Method):
         return []
 
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
-        """Masks, all at once, or none yet where a fit will grow them."""
-        if self.schedule == "cubic" and context.steps > 0:
-            return model
-        return prune_magnitude(model, self._layers(model, context), self.sparsity, self.pattern)
+        """Masks: final ones, or ones that keep all where a fit will grow them (its checkpoints need the buffers)."""
+        import torch
+
+        from pipeline.layers.sparsity import set_mask
+
+        layers = self._layers(model, context)
+        if self.schedule == "once" or context.steps == 0:
+            return prune_magnitude(model, layers, self.sparsity, self.pattern)
+        for name in layers:
+            layer = model.get_submodule(name)
+            set_mask(layer, torch.ones_like(layer.get_parameter("weight"), dtype=torch.bool))
+        return model
 
     def callbacks(self, context: Context) -> list[Callback]:
         from pipeline.layers.masks import GradualMasks, HoldMasks

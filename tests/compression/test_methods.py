@@ -1,4 +1,4 @@
-"""What the four methods share: what they touch, what they refuse, and what they say."""
+"""What the quantizers share: what they touch, what they refuse, and what they say."""
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from pipeline.compression.base import Context
 from pipeline.compression.int4 import Int4
 from pipeline.compression.int8 import Int8, quantize_int8
 from pipeline.compression.int8_weight_only import Int8WeightOnly
-from pipeline.compression.magnitude import Magnitude, prune_magnitude
 from pipeline.errors import LeanfitError
 from pipeline.layers.quantized import quantized_layers
 from pipeline.models.architecture import describe
@@ -26,11 +25,6 @@ QUANTIZERS = [
     Int8WeightOnly(name="int8_weight_only", ignore=()),
     Int4(name="int4", group_size=16, ignore=()),
 ]
-
-
-def magnitude(**changes):
-    usual = {"sparsity": 0.5, "pattern": None, "schedule": "once", "steps": 0, "lr": None, "ignore": ()}
-    return Magnitude(name="magnitude", **{**usual, **changes})
 
 
 def opt(tied=True):
@@ -122,7 +116,7 @@ def test_preflight_works_on_meta_and_names_key_value_and_fix():
 
 
 @pytest.mark.parametrize(
-    "method", [Int8(name="int8", ignore=("*.fc3",)), magnitude(ignore=("fc11",))], ids=["int8", "magnitude"]
+    "method", [Int8(name="int8", ignore=("*.fc3",)), Int4(name="int4", group_size=16, ignore=("fc11",))]
 )
 def test_a_pattern_that_matches_nothing_is_a_problem(method):
     model = opt()
@@ -141,47 +135,3 @@ def test_ignored_layers_stay_and_ignoring_all_is_a_problem():
     assert "quantized already" in method.preflight(made, context(made))[0]
     with pytest.raises(LeanfitError, match="no layer"):
         quantize_int8(opt(), [])
-
-
-def test_magnitude_prunes_each_layer_to_its_sparsity_and_spares_the_rest():
-    model = opt()
-    head = model.lm_head.weight.clone()
-    method = magnitude(sparsity=0.7)
-    made = method.finalize(method.prepare(model, context(model)), context(model))
-    detail = method.detail(made, context(made))
-    assert detail["layers"] == 12
-    assert all(abs(value - 0.7) < 0.001 for value in detail["sparsity_by_layer"].values())
-    assert torch.equal(made.lm_head.weight, head)
-
-
-def test_magnitude_takes_n_of_m():
-    model = opt()
-    method = magnitude(pattern="2:4")
-    made = method.finalize(method.prepare(model, context(model)), context(model))
-    weight = made.model.decoder.layers[0].fc1.weight
-    assert ((weight.view(-1, 4) != 0).sum(1) == 2).all()
-    with torch.device("meta"):
-        wide = llama()
-    assert "32 does not divide" in magnitude(sparsity=0.5, pattern="16:32").preflight(wide, context(wide))[0]
-
-
-def test_magnitude_without_effect_is_an_error():
-    assert "prunes nothing" in magnitude(sparsity=0.0).problems()[0]
-    assert "sparsity=0.75" in magnitude(pattern="1:4").problems()[0]
-    assert "cubic" in magnitude(pattern="2:4", schedule="cubic").problems()[0]
-    assert "prunes nothing" in magnitude(pattern="4:4").problems()[0]
-    assert magnitude().problems() == []
-    model = opt()
-    assert "not one weight" in magnitude(sparsity=1e-7).preflight(model, context(model))[0]
-    with pytest.raises(LeanfitError, match="not one weight"):
-        prune_magnitude(model, ["model.decoder.layers.0.fc1"], 1e-7)
-    model.model.decoder.layers[0].fc1.weight.data[0, 0] = float("inf")
-    with pytest.raises(LeanfitError, match="fc1"):
-        prune_magnitude(model, ["model.decoder.layers.0.fc1"], 0.5)
-
-
-def test_a_gradual_schedule_cut_short_is_an_error():
-    model = opt()
-    method = magnitude(schedule="cubic", steps=10)
-    with pytest.raises(LeanfitError, match="short of"):
-        method.finalize(method.prepare(model, context(model, steps=10)), context(model, steps=10))

@@ -1,0 +1,104 @@
+"""Magnitude pruning: which weights go, what stays at zero, what is refused."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from pipeline.compression.base import Context
+from pipeline.compression.magnitude import Magnitude, prune_magnitude
+from pipeline.errors import LeanfitError
+from pipeline.layers.sparsity import masked_layers
+from pipeline.models.architecture import describe
+
+
+def magnitude(**changes):
+    usual = {"sparsity": 0.5, "pattern": None, "schedule": "once", "steps": 0, "lr": None, "ignore": ()}
+    return Magnitude(name="magnitude", **{**usual, **changes})
+
+
+def opt(tied=True):
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
+            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0, tie_word_embeddings=tied,
+        )
+    ).eval()  # fmt: skip
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def context(model, stage="link", steps=0):
+    return Context(stage=stage, architecture=describe(model), device="cpu", steps=steps, seed=0)
+
+
+def test_magnitude_prunes_each_layer_to_its_sparsity_and_spares_the_rest():
+    model = opt()
+    head = model.lm_head.weight.clone()
+    method = magnitude(sparsity=0.7)
+    made = method.finalize(method.prepare(model, context(model)), context(model))
+    detail = method.detail(made, context(made))
+    assert detail["layers"] == 12
+    assert all(abs(value - 0.7) < 0.001 for value in detail["sparsity_by_layer"].values())
+    assert torch.equal(made.lm_head.weight, head)
+
+
+def test_magnitude_takes_n_of_m():
+    model = opt()
+    method = magnitude(pattern="2:4")
+    made = method.finalize(method.prepare(model, context(model)), context(model))
+    weight = made.model.decoder.layers[0].fc1.weight
+    assert ((weight.view(-1, 4) != 0).sum(1) == 2).all()
+    with torch.device("meta"):
+        wide = llama()
+    assert "32 does not divide" in magnitude(sparsity=0.5, pattern="16:32").preflight(wide, context(wide))[0]
+
+
+def test_magnitude_without_effect_is_an_error():
+    assert "prunes nothing" in magnitude(sparsity=0.0).problems()[0]
+    assert "sparsity=0.75" in magnitude(pattern="1:4").problems()[0]
+    assert "cubic" in magnitude(pattern="2:4", schedule="cubic").problems()[0]
+    assert "prunes nothing" in magnitude(pattern="4:4").problems()[0]
+    assert magnitude().problems() == []
+    model = opt()
+    assert "not one weight" in magnitude(sparsity=1e-7).preflight(model, context(model))[0]
+    with pytest.raises(LeanfitError, match="not one weight"):
+        prune_magnitude(model, ["model.decoder.layers.0.fc1"], 1e-7)
+    model.model.decoder.layers[0].fc1.weight.data[0, 0] = float("inf")
+    with pytest.raises(LeanfitError, match="fc1"):
+        prune_magnitude(model, ["model.decoder.layers.0.fc1"], 0.5)
+
+
+def test_a_gradual_schedule_cut_short_is_an_error():
+    model = opt()
+    method = magnitude(schedule="cubic", steps=10)
+    with pytest.raises(LeanfitError, match="short of"):
+        method.finalize(method.prepare(model, context(model, steps=10)), context(model, steps=10))
+
+
+def test_the_weights_that_stay_are_the_largest_of_their_layer():
+    model = opt()
+    layer = model.model.decoder.layers[0].fc1
+    before = layer.weight.detach().clone()
+    prune_magnitude(model, ["model.decoder.layers.0.fc1"], 0.25)
+    order = before.abs().flatten().argsort()
+    assert (layer.weight.flatten()[order[: order.numel() // 4]] == 0).all()
+    assert torch.equal(
+        layer.weight.flatten()[order[order.numel() // 4 :]], before.flatten()[order[order.numel() // 4 :]]
+    )
+
+
+def test_a_gradual_link_starts_with_masks_that_keep_everything():
+    model = opt()
+    method = magnitude(schedule="cubic", steps=10)
+    prepared = method.prepare(model, context(model, steps=10))
+    masks = [layer.weight_mask for _, layer in masked_layers(prepared)]
+    assert len(masks) == 12
+    assert all(mask.all() for mask in masks)
