@@ -59,7 +59,8 @@ def main() -> None:
         ratios = sorted(active / passive for active, passive in pairs)
         name = "one core busy" if busy else "nothing else started"
         print(
-            f"{name}: sleeping {1e3 * pairs[0][1]:.0f} ms a step; spinning / sleeping  median {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{name}: sleeping {1e3 * pairs[0][1]:.0f} ms a step; spinning / sleeping "
+            f"median {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})"
         )
 
 
