@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import time
 
-import torch
-from torch import nn
+from pipeline import environment
 
-from pipeline.app import compose
-from pipeline.compression.base import Context
-from pipeline.data.base import DataSpec
-from pipeline.models.architecture import describe
+environment.prepare()  # as the program does, before torch is there
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from pipeline.app import compose  # noqa: E402
+from pipeline.compression.base import Context  # noqa: E402
+from pipeline.data.base import DataSpec  # noqa: E402
+from pipeline.models.architecture import describe  # noqa: E402
 
 NEW_TOKENS = 24
 
@@ -60,7 +65,7 @@ def main() -> None:
                 seconds[name].append(spent)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
-        f"{arguments.layers} layers of width 768"
+        f"{arguments.layers} layers of width 768, load {os.getloadavg()[0]:.1f}"
     )
     for name, values in seconds.items():
         ratios = sorted(slow / fast for slow, fast in zip(seconds["float32"], values, strict=True))

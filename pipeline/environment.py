@@ -5,6 +5,7 @@ process makes them spin against it: on two cores a training step took 32 times a
 that sleep cost some microseconds an operator where the machine is idle.
 
 TORCH_CPP_LOG_LEVEL: the memory profiler warns of each block that was allocated before it was started, on stderr.
+The other two keep transformers' notices and bars out of what a run prints; what matters of them is checked by us.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def prepare() -> None:

@@ -77,7 +77,8 @@ def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     if config.job in ("run", "compress"):
         write_report(run_dir, result)
     if not config.sweep:
-        console().print(closing_table(result))
+        if result["quality"]["after"] is not None:
+            console().print(closing_table(result))
         for line in closing_lines(result, run_dir):
             console().print(line, soft_wrap=True, markup=False)
 

@@ -131,33 +131,45 @@ def int8_linear(
 
 
 def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[Tensor, Tensor]:
-    """(steps, sums times weight scales) of `fbgemm`, [tokens or 1, 1] and [tokens, out], or of `fbgemm_split`, where
-    both have a first dimension of 2: the positive part, and the negative one with its step below zero.
+    """(steps, sums times weight scales): what `rescaled` makes the layer's output of.
 
-    As few operators as there can be: with one token each costs as much as a tenth of a product.
+    `fbgemm`: [tokens or 1, 1] and [tokens, out]. `fbgemm_split`: a first dimension of 2 before these, the positive part
+    and the negative one with its step below zero; but for one token [1, 2] and [2, out].
     """
+    if kernel == "fbgemm_split" and x.numel() == x.shape[-1]:
+        return _one_token_sums(x, packed)
     rows = _rows(x)
     peaks = _peaks(rows, share_flat and x.ndim == 2)
     if kernel == "fbgemm":
         steps = peaks.div_(ACTIVATION_LEVELS)
         return steps, _fbgemm(rows / steps, 128, packed)
-    steps = peaks / _signed_levels()
-    return steps, _fbgemm(torch.minimum(rows / steps, _signed_limits()), 0, packed)
+    steps = peaks / _signed_levels(3)
+    return steps, _fbgemm(torch.minimum(rows / steps, _signed_limits(3)), 0, packed)
+
+
+def _one_token_sums(x: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
+    """As few operators as there can be: a product leaves the caches cold, and each costs about 5 microseconds then."""
+    if x.dtype != torch.float32 or x.requires_grad:
+        x = x.detach().float()
+    row = x if x.ndim == 2 else x.reshape(1, -1)
+    steps = row.abs().max() / _signed_levels(2)
+    # A token of zeros is 0 / 0 here: fmin makes a limit of it, which a step of zero then takes back.
+    return steps.view(1, 2), _fbgemm(torch.fmin(row / steps, _signed_limits(2)), 0, packed)
 
 
 def rescaled(x: Tensor, steps: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's output, of the shape and dtype that `x` asks for, from what `fbgemm_sums` returned."""
-    if bias is not None and bias.dtype != sums.dtype:
-        bias = bias.to(sums.dtype)
-    if sums.ndim == 3 and sums.shape[1] == 1:  # one token: the two signs and the bias are one small product
-        signs, halves = steps.view(1, 2), sums.squeeze(1)
-        y = torch.mm(signs, halves) if bias is None else torch.addmm(bias, signs, halves)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    if steps.shape[-1] == 2:  # one token: the two signs and the bias are one small product
+        y = torch.mm(steps, sums) if bias is None else torch.addmm(bias, steps, sums)
     else:
         if sums.ndim == 3:
             steps, sums = steps[0], sums[0] - sums[1]
         y = sums * steps if bias is None else torch.addcmul(bias, sums, steps)
-    y = y.view(*x.shape[:-1], -1)
-    return y if x.dtype == y.dtype else y.to(x.dtype)
+    if x.ndim != 2:
+        y = y.view(*x.shape[:-1], -1)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -173,16 +185,18 @@ def _peaks(rows: Tensor, shared: bool) -> Tensor:
 
 
 @functools.cache
-def _signed_levels() -> Tensor:
+def _signed_levels(dimensions: int) -> Tensor:
+    """Levels of the two signs, along the first of `dimensions`."""
     with torch.inference_mode(False), torch.device("cpu"):
-        return torch.tensor([ACTIVATION_LEVELS, -ACTIVATION_LEVELS], dtype=torch.float32).view(2, 1, 1)
+        levels = torch.tensor([ACTIVATION_LEVELS, -ACTIVATION_LEVELS], dtype=torch.float32)
+        return levels.view(-1, *[1] * (dimensions - 1))
 
 
 @functools.cache
-def _signed_limits() -> Tensor:
-    """The largest integers of the two signs."""
+def _signed_limits(dimensions: int) -> Tensor:
+    """The largest integers of the two signs, along the first of `dimensions`."""
     with torch.inference_mode(False), torch.device("cpu"):
-        return torch.tensor([127.0, 128.0], dtype=torch.float32).view(2, 1, 1)
+        return torch.tensor([127.0, 128.0], dtype=torch.float32).view(-1, *[1] * (dimensions - 1))
 
 
 def _fbgemm(rows: Tensor, zero_point: int, packed: Any) -> Tensor:
@@ -211,7 +225,7 @@ def _fbgemm_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: 
 
 
 def _split_product(rows: Tensor, weight: Tensor, weight_scale: Tensor, packed: Packed) -> Tensor:
-    signed = torch.minimum(torch.stack((rows, -rows)), _signed_limits())
+    signed = torch.minimum(torch.stack((rows, -rows)), _signed_limits(3))
     halves = _fbgemm(signed, 0, fbgemm_pack(weight, weight_scale))
     return halves[0] - halves[1]
 

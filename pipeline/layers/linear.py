@@ -46,7 +46,7 @@ class Int8Linear(_QuantizedLinear):
         self._siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._siblings is not None:
+        if self._siblings is not None and not torch.compiler.is_compiling():
             found = self._siblings.take(self, x)
             if found is not None:
                 return kernels.rescaled(x, *found, self.bias)
@@ -77,10 +77,10 @@ class Int8Linear(_QuantizedLinear):
 class Siblings:
     """int8 layers that are given the same tensor one after another, as query, key and value are: one product for all.
 
-    At one token a product of 768 x 768 is a third its own time and two thirds that of starting it. The first layer
+    At one token, to quantize the input and start a product takes longer than to read 768 x 768 weights. The first layer
     multiplies by the weights of all, one below another; the others, given that very tensor, take their part, once each.
-    A layer that is given anything else multiplies by itself, so nothing depends on who calls what. Weights packed for
-    the group are packed again once a layer's own are void.
+    A layer that is given another tensor multiplies by itself. What must not happen, and in attention does not: that
+    the tensor is changed in place between the calls. The group's packed weights are made anew when a layer's are void.
     """
 
     def __init__(self, layers: Sequence[Int8Linear]) -> None:
@@ -116,7 +116,7 @@ class Siblings:
         if tokens > kernels.INTEGER_ROWS or kernel not in kernels.FBGEMM:
             return None
         steps, sums = kernels.fbgemm_sums(x, kernel, self._pack(), self.layers[0].share_flat)
-        first, *others = sums.split(self.sizes, -1)
+        first, *others = sums.split_with_sizes(self.sizes, -1)
         self._waiting = x, steps, dict(zip(self.layers[1:], others, strict=True))
         return steps, first
 

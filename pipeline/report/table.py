@@ -151,7 +151,10 @@ def _caption(result: Mapping[str, Any]) -> str:
 
 def closing_table(result: Mapping[str, Any]) -> Table:
     """Before, after, change; at most 100 columns, and folding below that."""
-    table = Table(box=box.SIMPLE_HEAD, caption=Text(_caption(result)), caption_justify="left", pad_edge=False)
+    caption = Text(_caption(result))
+    table = Table(
+        box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, min_width=len(caption) + 1
+    )
     table.add_column("", overflow="fold")
     for name in ("before", "after"):
         table.add_column(name, justify="right", overflow="fold")

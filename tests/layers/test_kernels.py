@@ -25,7 +25,7 @@ def integers_by_hand(x, layer):
 
 @pytest.mark.parametrize("kernel", [*HERE, "float"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 96), (5, 96), (2, 3, 96), (40, 96)])
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96), (2, 96), (5, 96), (2, 3, 96), (40, 96)])
 def test_every_kernel_computes_the_same_products(kernel, bias, shape):
     torch.manual_seed(0)
     layer = KINDS["int8", nn.Linear].from_float(nn.Linear(96, 72, bias=bias))
@@ -57,6 +57,15 @@ def test_a_token_of_zeros_gives_the_bias():
     layer = KINDS["int8", nn.Linear].from_float(nn.Linear(32, 8))
     for rows in (1, 3, 40):
         torch.testing.assert_close(layer(torch.zeros(rows, 32)), layer.bias.expand(rows, 8))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_not_a_number_stays_so_and_the_tiniest_does_not_become_so(tokens):
+    layer = KINDS["int8", nn.Linear].from_float(nn.Linear(32, 8))
+    x = torch.randn(tokens, 32)
+    x[0, 3] = torch.nan
+    assert layer(x)[0].isnan().all()
+    torch.testing.assert_close(layer(torch.full((tokens, 32), 1e-42)), layer.bias.expand(tokens, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
