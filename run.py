@@ -5,7 +5,10 @@ Shell completion of Hydra looks for the literal @hydra.main in this file; it sta
 
 import sys
 
-from pipeline.app import main
+from pipeline import interrupts
 
 if __name__ == "__main__":
+    interrupts.install()
+    from pipeline.app import main
+
     sys.exit(main())

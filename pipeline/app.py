@@ -10,6 +10,10 @@ Exit codes: 0 done; 1 failed while running; 2 bad config; 3 a receipt, gate or v
 
 from __future__ import annotations
 
+from pipeline import interrupts  # noqa: F401 (first: the imports below take a while)
+
+# isort: split
+
 import json
 import logging
 import os
@@ -43,6 +47,8 @@ from pipeline.schema import RunConfig, decode_run
 
 log = logging.getLogger(__name__)
 VERSION_BASE = "1.3"
+ADVERTISERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+"""Loggers that Lightning's tips go to."""
 
 
 class Outcome:
@@ -54,6 +60,8 @@ class Outcome:
     sweep_dir: Path | None = None
     terminated: int | None = None
     """The signal that ended the run."""
+    resumable: bool = False
+    """Whether what runs is a job that `resume` can go on with, once it left something to go on from."""
 
 
 _outcome = Outcome()
@@ -83,7 +91,9 @@ def _main(argv: list[str]) -> int:
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
         _check_all(args, source, sweep)
-    with _hydra_arguments(arguments.rebuilt(args)):
+    if args.resolve and not args.cfg:
+        raise ConfigError("--resolve goes with --cfg: write --cfg job --resolve (command line)")
+    with _hydra_arguments(arguments.rebuilt(args)), _run_directory("hydra.sweep.dir" if sweep else "hydra.run.dir"):
         launch()
     if _outcome.error is not None:
         raise _outcome.error
@@ -167,8 +177,7 @@ def _blames(told: str, override: str) -> bool:
 
 def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: bool, quiet: bool) -> RunConfig:
     notes: list[str] = []
-    shown = [arguments.typed(line) for line in overrides if not line.startswith(("hydra.", "hydra/"))]
-    config = decode_run(composed, shown, notes.append, sweep)
+    config = decode_run(composed, arguments.recorded(overrides), notes.append, sweep)
     problems = [_placed(told, composed) for told in rules.problems(config)]
     if problems:
         raise ConfigError(problems)
@@ -260,10 +269,15 @@ def task() -> None:
     run_dir, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     overrides = _as_composed(job.overrides.task)
     _outcome.run_dir = run_dir
+    _without_adverts()
     try:
+        if not any(line.startswith("resume=") for line in overrides):
+            # What an earlier run left in this directory says nothing of this one, however it ends.
+            (run_dir / "result.json").unlink(missing_ok=True)
         source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
         composed = provenance.compose(source, overrides, job.job.config_name or "config")
         config = decoded(composed, overrides, sweep, quiet=False)
+        _outcome.resumable = config.job in ("run", "compress") and not sweep
         _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
         from pipeline.runner import run
 
@@ -280,6 +294,18 @@ def task() -> None:
         from pipeline.report.table import job_line
 
         print(job_line(read_result(run_dir / "result.json"), job.job.num), flush=True)
+
+
+def _without_adverts() -> None:
+    """Lightning advertises its maker's services in the log of every run."""
+    for name in ADVERTISERS:
+        logger = logging.getLogger(name)
+        if _no_advert not in logger.filters:
+            logger.addFilter(_no_advert)
+
+
+def _no_advert(record: logging.LogRecord) -> bool:
+    return not re.search(r"\bTip: .*\blit(logger|models)\b", record.getMessage())
 
 
 def _as_composed(lines: Any) -> list[str]:
@@ -342,6 +368,18 @@ def _hydra_arguments(argv: list[str]) -> Iterator[None]:
 
 
 @contextmanager
+def _run_directory(key: str) -> Iterator[None]:
+    """Hydra makes the run's directory and opens its log: what goes wrong there is a mistake in `key`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if _outcome.run_dir is not None or not isinstance(cause, OSError) or cause.filename is None:
+            raise
+        raise ConfigError(f"{key}: {cause.filename} cannot be made: {cause.strerror}; choose another place") from error
+
+
+@contextmanager
 def _signals(outcome: Outcome) -> Iterator[None]:
     """SIGTERM ends the run like Ctrl-C does, and which of the two it was is remembered: libraries exit with codes of
     their own on the way out."""
@@ -367,7 +405,7 @@ def _report(error: BaseException, outcome: Outcome, debug: bool) -> int:
     """Say what happened on stderr and give the exit code."""
     if outcome.terminated is not None or isinstance(error, KeyboardInterrupt):
         number = outcome.terminated or signal.SIGINT
-        where = f" (resume={outcome.run_dir})" if outcome.run_dir else ""
+        where = f" (resume={outcome.run_dir})" if _can_resume(outcome) else ""
         print(f"stopped by {signal.Signals(number).name}{where}", file=sys.stderr)
         return 128 + number
     if isinstance(error, SystemExit):
@@ -389,6 +427,14 @@ def _report(error: BaseException, outcome: Outcome, debug: bool) -> int:
     place = f" (log: {recipes.label(outcome.run_dir / 'run.log')})" if outcome.run_dir else ""
     print(f"error: {_one_line(error)}{place}", file=sys.stderr)
     return error.exit_code if isinstance(error, LeanfitError) else 1
+
+
+def _can_resume(outcome: Outcome) -> bool:
+    """Whether the run left its lock and something to go on from."""
+    directory = outcome.run_dir
+    if directory is None or not outcome.resumable or not (directory / recipes.LOCK).is_file():
+        return False
+    return (directory / "checkpoints" / "last.ckpt").is_file() or any(directory.glob("stages/*/manifest.json"))
 
 
 def _one_line(error: BaseException) -> str:

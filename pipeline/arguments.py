@@ -103,6 +103,13 @@ def typed(override: str) -> str:
     return recipe[1] + unquote(recipe[2].replace("'", "")) if recipe else override
 
 
+def recorded(overrides: Sequence[str]) -> list[str]:
+    """The command line as the user typed it, from the overrides that Hydra was given: without what `resumed` added."""
+    lines = [typed(line) for line in overrides if not line.startswith(("hydra.", "hydra/"))]
+    added = any(line.startswith("resume=") for line in lines)
+    return [line for line in lines if not (added and line.startswith(f"{GROUP}="))]
+
+
 def _recipe(value: str) -> str:
     """A name, a path, `[a,b]`, or a sweep over plain names and existing files; whatever else is one path."""
     if value.startswith("[") and value.endswith("]"):
@@ -147,8 +154,7 @@ def resumed(overrides: list[str], args: Namespace) -> list[str]:
         problems.append(f"resume is given {len(given)} times; one run is resumed at a time (command line)")
     if args.multirun:
         problems.append("resume cannot be swept with -m; resume one run at a time (command line)")
-    others = [override for override in overrides if not override.startswith("resume=")]
-    for override in others:
+    for override in [override for override in overrides if not override.startswith("resume=")]:
         key = override.partition("=")[0].lstrip("+")
         if key not in RESUMABLE and not key.startswith("gate."):
             allowed = f"{', '.join(RESUMABLE)}, gate.*"
@@ -161,8 +167,7 @@ def resumed(overrides: list[str], args: Namespace) -> list[str]:
     earlier = len(list(directory.glob(".hydra*")))
     return [
         f"{GROUP}={directory / LOCK}",
-        *others,
-        f"resume={directory}",
+        *overrides,
         f"hydra.run.dir={quote(str(directory))}",
         f"hydra.output_subdir={'.hydra' if not earlier else f'.hydra-resumed-{earlier}'}",
     ]

@@ -26,6 +26,7 @@ from torch import nn
 from pipeline.chain import Fit, Stage
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader, train_loader
+from pipeline.errors import LeanfitError
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.memory.measure import MeasureTraining
 from pipeline.memory.saving import ReleaseGradients, apply_activation_checkpointing
@@ -82,6 +83,27 @@ class SaveLast(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved = trainer.global_step
+
+
+class StopWhereItDiverged(lightning.Callback):
+    """Ends a fit whose loss is not a number any more: what follows would be wasted, and its report nonsense.
+
+    On an accelerator only log steps look, since looking waits for the device.
+    """
+
+    def __init__(self, stage: str, lr: float, every: int) -> None:
+        self.stage, self.lr, self.every = stage, lr, every
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"]
+        looks = loss.device.type == "cpu" or trainer.global_step % self.every == 0
+        if looks and not torch.isfinite(loss):
+            raise LeanfitError(
+                f"training diverged: the loss of stage '{self.stage}' is {float(loss)} at step {trainer.global_step}; "
+                f"lower its learning rate ({self.lr:g}), or clip gradients (trainer.grad_clip=1.0)"
+            )
 
 
 class TaskModule(lightning.LightningModule):
@@ -176,7 +198,8 @@ def fit(
         unit=task.unit,
         skip=(lambda step: step - 1 in meter.skipped_steps) if meter else never,
     )
-    parts: list[lightning.Callback] = [*callbacks, metrics, *([progress] if progress else [])]
+    diverged = StopWhereItDiverged(stage.name, stage.fit.lr, config.trainer.log_every)
+    parts: list[lightning.Callback] = [*callbacks, diverged, metrics, *([progress] if progress else [])]
     if has_masks(model) and not any(isinstance(part, HoldMasks) for part in parts):
         parts.append(HoldMasks())
     if config.memory.release_gradients:

@@ -6,15 +6,23 @@ The command line is never replayed in the ranks: under `-m` that would rerun the
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import IO
 
 from pipeline import environment
 from pipeline.chain import Stage
 from pipeline.errors import LeanfitError
 from pipeline.fitting import Fitted
 from pipeline.schema import RunConfig
+
+PARENT = "LEANFIT_PARENT"
+"""Environment variable: the process id that ranks watch."""
 
 
 def figures_file(run_dir: Path, stage: Stage) -> Path:
@@ -39,12 +47,54 @@ def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool) -> F
     ]
     threads = max(1, (os.cpu_count() or 1) // config.parallelism.devices)
     variables = {"OMP_NUM_THREADS": str(threads), **environment.child()}
-    with (run_dir / "run.log").open("ab") as log:
-        shown = subprocess.DEVNULL if config.sweep else None
-        code = subprocess.run(command, env=variables, stdout=shown, stderr=log, check=False).returncode
+    path = run_dir / "run.log"
+    start = path.stat().st_size if path.exists() else 0
+    with path.open("ab") as log:
+        code = supervise(command, variables, subprocess.DEVNULL if config.sweep else None, log)
     if code or not figures.is_file():
-        why = failure.read_text(encoding="utf-8") if failure.is_file() else f"torchrun ended with {code}"
+        told = path.read_bytes()[start:].decode("utf-8", "replace")
+        said = failure.read_text(encoding="utf-8") if failure.is_file() else f"torchrun ended with {code}"
+        why = killed(told) or said
         raise LeanfitError(f"stage '{stage.name}' on {config.parallelism.devices} devices: {why}")
     fitted = Fitted.read(figures)
     figures.unlink()
     return fitted
+
+
+def supervise(command: list[str], variables: dict[str, str], shown: int | None, log: IO[bytes]) -> int:
+    """Run torchrun to its end. Whatever stops this process stops torchrun first, which stops its ranks."""
+    variables = {**variables, PARENT: str(os.getpid())}
+    process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+
+
+def killed(told: str) -> str | None:
+    """Which rank a signal ended, from torchrun's report: the others only say that a connection was lost."""
+    for rank, code in re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", told, re.DOTALL):
+        if int(code) < 0:
+            name = signal.Signals(-int(code)).name
+            return f"rank {rank} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return None
+
+
+def watch_parent() -> None:
+    """In a rank: end when the process that started the fit is gone, however it ended."""
+    parent = int(os.environ[PARENT])
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -8,6 +8,7 @@ else in a recipes folder) and refuses what a shared file must not do: name code 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import did_you_mean
-from pipeline.registry import PACKAGES, conf_root
+from pipeline.registry import PACKAGES, conf_root, shown
 
 GROUP = "recipe"
 SUFFIXES = (".yaml", ".yml")
@@ -193,6 +194,8 @@ class RecipeSource(ConfigSource):
         if name == "_self_":
             return name, ""
         parent = find(name, beside=file)
+        if parent is None and find(name, beside=file.parent / "another.yaml") == file:
+            return None, f"defaults: '{name}' is this recipe itself; leave it out"
         if parent is None:
             return None, f"defaults: no recipe '{name}'; recipes: {', '.join(listed())}{did_you_mean(name, listed())}"
         if file in ancestors(parent):
@@ -264,8 +267,10 @@ def choice_problem(group: str, value: Any, repository: Any) -> str:
             options = listed() if group == GROUP else repository.get_group_options(group)
             where = unquote(str(choice)) if group == GROUP else str(choice)
             if group == GROUP and looks_like_path(where):
-                return f"recipe={where}: no such file"
-            return f"{group}={where}: no such choice; choose one of {', '.join(options)}{did_you_mean(where, options)}"
+                return f"recipe={where}: {'is a directory; give a file' if os.path.isdir(where) else 'no such file'}"
+            longer = next((option for option in options if where and option.startswith(f"{where}-")), None)
+            meant = f"; did you mean '{longer}'?" if longer else did_you_mean(where, options)
+            return f"{group}={where}: no such choice; choose one of {', '.join(options)}{meant}"
     return ""
 
 
@@ -273,9 +278,11 @@ def read(file: Path) -> tuple[dict[str, Any], list[str]]:
     """A recipe's content, without what it must not hold, and the problems found."""
     try:
         text = file.read_text(encoding="utf-8")
-        config = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        config = OmegaConf.create(text) if text.strip() else None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         return {}, [f"not a readable YAML file: {' '.join(str(error).split())}"]
+    if config is None or (not config and yaml.safe_load(text) is None):
+        return {}, ["the file is empty; a recipe says at least one key"]
     body = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else None
     if not isinstance(body, dict):
         return {}, ["a recipe must be a mapping of keys to values"]
@@ -286,6 +293,10 @@ def read(file: Path) -> tuple[dict[str, Any], list[str]]:
     for key in forbidden(body):
         why = "would run code" if key.endswith("_target_") else "steers the program, not the run"
         problems.append(f"{key} {why}, which a recipe must not do; leave it out")
+    for group in [group for group in body if group in PACKAGES and _is_choice(body[group])]:
+        choice = body.pop(group)
+        entry = yaml.safe_dump({f"override /{group}": choice}, default_flow_style=None, width=1000).strip()
+        problems.append(f"{shown(group, choice)}: choose groups under defaults: - {entry}")
     return _without_forbidden(body), problems
 
 
@@ -327,6 +338,12 @@ def ancestors(file: Path, seen: frozenset[Path] = frozenset()) -> frozenset[Path
             parent = find(entry, beside=file)
             seen = ancestors(parent, seen) if parent else seen
     return seen
+
+
+def _is_choice(value: Any) -> bool:
+    """Whether a value in a group's place is meant as its choice, or as a list of them."""
+    many = value if isinstance(value, list) else [value]
+    return bool(many) and all(isinstance(one, str | int | float) and one != "???" for one in many)
 
 
 def _is_group_path(entry: str) -> bool:

@@ -5,6 +5,7 @@ Each rule is a small function of the whole config. Imports no torch: these are t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def device(config: RunConfig) -> list[str]:
     return config.device.problems(config.parallelism.devices)
 
 
+def nodes(config: RunConfig) -> list[str]:
+    """One machine's devices, for now."""
+    given = config.parallelism.nodes
+    if given == 1 or not config.parallelism.distributed:
+        return []
+    return [f"parallelism.nodes={given}: several nodes are not supported yet; use nodes=1"]
+
+
 def batch_divides(config: RunConfig) -> list[str]:
     """The global batch is split evenly over devices, then into micro batches."""
     trainer, ranks = config.trainer, config.parallelism.devices * config.parallelism.nodes
@@ -55,10 +64,13 @@ def batch_divides(config: RunConfig) -> list[str]:
     unit = micro * ranks
     if batch % unit == 0:
         return []
-    near = " or ".join(str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number)
+    near = [str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number]
+    share, rest = divmod(batch, ranks)
+    if trainer.micro_batch_size and not rest:
+        near.append(f"trainer.micro_batch_size={max(n for n in range(1, micro + 1) if share % n == 0)}")
     what = f"{ranks} device{'s' if ranks > 1 else ''}"
     what = f"trainer.micro_batch_size={micro} x {what} = {unit}" if trainer.micro_batch_size else what
-    return [f"trainer.batch_size={batch} is not a multiple of {what}; choose {near}"]
+    return [f"trainer.batch_size={batch} is not a multiple of {what}; choose {' or '.join(near)}"]
 
 
 def distributed_device(config: RunConfig) -> list[str]:
@@ -98,11 +110,11 @@ def artifact(config: RunConfig) -> list[str]:
         return [f"artifact={given} goes with job=compress, evaluate, verify or generate, not job=run"] if given else []
     if not given:
         return [f"job={job} needs artifact=DIR, the artifact directory of an earlier run (outputs/.../artifact)"]
-    path = Path(given).expanduser()
-    if job == "compress" and path.is_file():
+    path = Path(given)
+    if job == "compress" and os.path.isfile(path):
         return [] if path.suffix == ".ckpt" else [f"artifact={given}: a file must be a checkpoint of a run (.ckpt)"]
-    if not path.is_dir():
-        return [f"artifact={given}: {'is a file, not a directory' if path.exists() else 'no such directory'}"]
+    if not os.path.isdir(path):
+        return [f"artifact={given}: {'is a file, not a directory' if os.path.exists(path) else 'no such directory'}"]
     if not (path / "manifest.json").is_file():
         inner = path / "artifact"
         meant = f"; did you mean artifact={inner}?" if (inner / "manifest.json").is_file() else ""
@@ -126,9 +138,19 @@ def prompts(config: RunConfig) -> list[str]:
         return ["job=generate needs one prompt: prompt=TEXT or prompt_file=PATH" + (", not both" if given else "")]
     if config.prompt == "":
         return ["prompt is empty; give at least one character"]
-    if config.prompt_file is not None and not Path(config.prompt_file).expanduser().is_file():
-        return [f"prompt_file={config.prompt_file}: no such file"]
-    return []
+    return [] if config.prompt_file is None else _prompt_file(config.prompt_file)
+
+
+def _prompt_file(given: str) -> list[str]:
+    if not os.path.isfile(given):
+        return [f"prompt_file={given}: {'is no file' if os.path.exists(given) else 'no such file'}"]
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return [f"prompt_file={given}: is not UTF-8 text (byte {error.start}); save it as UTF-8"]
+    except OSError as error:
+        return [f"prompt_file={given}: cannot be read: {error.strerror}"]
+    return [] if text else [f"prompt_file={given}: is empty; give at least one character"]
 
 
 RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
@@ -136,6 +158,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     model_and_data,
     device,
     distributed_device,
+    nodes,
     batch_divides,
     chain_order,
     precision_on_device,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from pipeline.artifact import receipt, store
 from pipeline.chain import stages
@@ -24,7 +26,7 @@ from pipeline.report.table import closing_lines, closing_table
 from pipeline.schema import RunConfig, values_of
 from pipeline.tasks import lookup
 from pipeline.versions import versions
-from pipeline.walk import Run, evaluate, walk
+from pipeline.walk import Run, begin, evaluate, walk
 
 Job = Callable[[RunConfig, Path, dict[str, Any]], None]
 
@@ -90,7 +92,7 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     if config.job == "compress" and config.artifact is not None and Path(config.artifact).is_dir():
         earlier = store.read_manifest(Path(config.artifact))["chain"]
         tokenizer = store.load_tokenizer(Path(config.artifact))
-        config = with_data_of(config, Path(config.artifact))
+        config = with_data_of(config, Path(config.artifact), run_dir)
     tokenizer = tokenizer or config.model.tokenizer()
     data = config.data.open(tokenizer)
     task = lookup.get(config.data.task)
@@ -105,22 +107,39 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     steps = {stage.name: stage.fit.steps for stage in line if stage.fit}
     progress = Progress(steps, mode(console(), config.sweep), task.unit)
     run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result)
+    done = begin(run, line)
     locked = run_dir / "recipe.lock.yaml"
     write_text(locked, lock_text(values_of(config), config.choices, lock))
     with progress:
-        walk(run, line)
+        walk(run, line, done)
     lock["result"] = {key: result[key] for key in ("quality", "size", "speed")}
     write_text(locked, lock_text(values_of(config), config.choices, lock))
 
 
-def with_data_of(config: RunConfig, artifact: Path) -> RunConfig:
-    """The config with the data that the artifact was made with, unless the command line names data of its own."""
-    if any(line.startswith(("data=", "data.")) for line in config.overrides):
+def with_data_of(config: RunConfig, artifact: Path, run_dir: Path) -> RunConfig:
+    """The config with the data that the artifact was made with, unless the command line or a recipe chooses a group.
+
+    Single values of the command line (`data.evaluation_tokens=...`) are laid over it.
+    """
+    typed = [re.fullmatch(r"\+*data(?:\.(\w+))?=.*", line, re.DOTALL) for line in config.overrides]
+    keys = [match[1] for match in typed if match]
+    if None in keys or chosen_by_recipe("data", run_dir):
         return config
-    data, problems = decode_choice("data", store.read_manifest(artifact)["data"], "data", lambda key: f"{artifact}")
+    values = {**store.read_manifest(artifact)["data"], **{str(key): getattr(config.data, str(key)) for key in keys}}
+    data, problems = decode_choice("data", values, "data", lambda key: str(artifact))
     if problems:
         raise ConfigError(problems)
-    return replace(config, data=data)
+    return replace(config, data=data, choices={**config.choices, "data": data.name})
+
+
+def chosen_by_recipe(group: str, run_dir: Path) -> bool:
+    """Whether a recipe of this run, as copied into its directory, says anything of `group`."""
+    for file in run_dir.glob(".hydra*/recipe.*"):
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
+        if group in content or any(f"override /{group}" in entry for entry in entries):
+            return True
+    return False
 
 
 def warn_of_differences(config: RunConfig, now: dict[str, Any]) -> None:
@@ -143,7 +162,7 @@ def opened(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> tuple[Ru
     """What a job on a finished artifact needs."""
     assert config.artifact is not None
     artifact = Path(config.artifact)
-    config = with_data_of(config, artifact)
+    config = with_data_of(config, artifact, run_dir)
     tokenizer = store.load_tokenizer(artifact)
     data = config.data.open(tokenizer)
     task = lookup.get(config.data.task)
@@ -165,7 +184,8 @@ def evaluate_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) 
             quality = evaluate(run, model)
         with run.progress.phase("measuring speed"), config.precision.evaluation_context(run.device):
             speed = run.task.speed({"after": model}, run.data, run.device)["after"]
-    claimed = manifest["quality"] or {}
+    same = manifest["data"] == asdict(config.data) and manifest["fingerprint"] == run.data.fingerprint
+    claimed = (manifest["quality"] or {}) if same else {}  # measured on other data, it would be no `before`
     result["quality"].update(
         metric=quality.metric, direction=quality.direction, before=claimed.get("before"), after=quality.value,
         loss_before=claimed.get("loss_before"), loss_after=quality.loss,

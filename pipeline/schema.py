@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt
 
@@ -24,6 +25,7 @@ from pipeline.trainer.settings import Trainer
 if TYPE_CHECKING:
     from pipeline.provenance import Composition
 
+PathText = TypeVar("PathText", str, str | None)
 Job = Literal["run", "compress", "evaluate", "verify", "generate"]
 
 
@@ -93,6 +95,8 @@ class _Root:
 
 GROUPS = ("model", "data", "precision", "parallelism", "device", "optimizer", "memory", "trainer")
 """Groups of one choice each, in the order of the config; `compression` is a chain of them."""
+PATHS = (("data", "path"), ("model", "pretrained"))
+"""(group, key) of settings that name a place on this machine."""
 BLOCKS: dict[str, type[Any]] = {"gate": Gate, "generate": Generate}
 
 
@@ -132,20 +136,34 @@ def decode_run(
     problems += told
     if problems or root is None:
         raise ConfigError(problems)
+    for group, key in PATHS:
+        if hasattr(parts[group], key):
+            parts[group] = replace(parts[group], **{key: absolute(getattr(parts[group], key))})
+    # A resumed run composes from its lock, which is no recipe that anyone chose.
+    choices = {**composed.choices, **({} if root.resume is None else {"recipe": None})}
     return RunConfig(
         **parts,
         chain=chain,
         job=root.job,
-        artifact=root.artifact,
+        artifact=absolute(root.artifact),
         prompt=root.prompt,
-        prompt_file=root.prompt_file,
+        prompt_file=absolute(root.prompt_file),
         keep_stages=root.keep_stages,
         resume=root.resume is not None,
         sweep=sweep,
         lock=root.lock,
-        choices={**composed.choices, "compression": list(chain) or "none"},
+        choices={**choices, "compression": list(chain) or "none"},
         overrides=tuple(overrides),
     )
+
+
+def absolute(path: PathText) -> PathText:
+    """A path that exists, `~` expanded and from the root, so that a lock can be run from anywhere; others as typed.
+
+    What does not exist may be no path at all (a hub id), and a message should name it as it was typed.
+    """
+    expanded = os.path.expanduser(path) if path else path
+    return os.path.join(os.getcwd(), os.path.normpath(expanded)) if expanded and os.path.exists(expanded) else path
 
 
 def _unknown_at_root(key: str, value: Any, known: list[str], composed: Composition, leaves: list[str]) -> str:

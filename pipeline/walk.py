@@ -22,12 +22,14 @@ from pipeline.artifact import receipt, store
 from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
-from pipeline.errors import ConfigError, ReceiptError
+from pipeline.errors import ConfigError, LeanfitError, ReceiptError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
+from pipeline.layers.sparsity import MASK
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
 from pipeline.report.progress import Progress
+from pipeline.report.result import read_result
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Quality, Task
 
@@ -55,15 +57,34 @@ class Run:
         return self.directory / "stages" / stage.directory
 
 
-def walk(run: Run, line: Sequence[Stage]) -> None:
-    """Every stage in order. Fills `run.result`; raises ReceiptError where the receipt or a gate was not met."""
-    changing = [stage for stage in line if stage.kind in ("train", "link")]
+def begin(run: Run, line: Sequence[Stage]) -> int:
+    """Everything that can be refused before anything is written; returns how many leading stages are done already.
+
+    Raises:
+        ConfigError: every problem that needs the model's shapes; a resume with nothing to start from or to do.
+    """
+    changing = changing_stages(line)
     preflight(run, changing)
-    done = 0
-    if run.config.resume:
-        done = finished(run, changing)
-        require_something(run, changing, done)
-        discard(run, changing, done)
+    if not run.config.resume:
+        return 0
+    done = finished(run, changing)
+    require_something(run, changing, done)
+    return done
+
+
+def changing_stages(line: Sequence[Stage]) -> list[Stage]:
+    """The stages that change the model, each of which leaves a snapshot."""
+    return [stage for stage in line if stage.kind in ("train", "link")]
+
+
+def walk(run: Run, line: Sequence[Stage], done: int) -> None:
+    """Every stage but the first `done`, in order. Fills `run.result`.
+
+    Raises:
+        ReceiptError: the receipt or a gate was not met.
+    """
+    changing = changing_stages(line)
+    discard(run, changing, done)
     model: nn.Module | None = None
     for stage in changing:
         if stage.index < done:
@@ -131,8 +152,17 @@ def require_something(run: Run, changing: list[Stage], done: int) -> None:
     taken = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"] if checkpoint.is_file() else 0
     if taken > asked:
         raise ConfigError(f"{where}: it has trained {taken} steps already, so trainer.max_steps={asked} cannot be met")
-    if (run.directory / "artifact").is_dir() and taken == asked:
+    if over(run.directory, asked):
         raise ConfigError(f"{where}: nothing to resume, the run is over; to train longer say trainer.max_steps=MORE")
+
+
+def over(directory: Path, steps: int) -> bool:
+    """Whether the run in `directory` ended well after `steps` steps. One that broke a gate may be judged again."""
+    try:
+        result = read_result(directory / "result.json")
+    except LeanfitError:  # none, or one that was cut off
+        return False
+    return result["status"] == "ok" and ((result["train"] or {}).get("steps") or 0) == steps
 
 
 def base_model(config: RunConfig, data: DataBundle) -> nn.Module:
@@ -150,6 +180,10 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Weights of a Lightning checkpoint that a fit of ours wrote, into `model`, in place."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in state.items()}
+    for name, value in weights.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == MASK and layer in dict(model.named_modules()):
+            model.get_submodule(layer).register_buffer(MASK, value)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -246,7 +280,12 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
             chain=[*run.earlier, *(link_settings(s) for s in chain_until(run.config, stage))],
             tokenizer=run.tokenizer,
             probe=run.task.probe(run.data),
-            extra={"record": record, "task": run.task.name, "data": asdict(run.config.data)},
+            extra={
+                "record": record,
+                "task": run.task.name,
+                "data": asdict(run.config.data),
+                "fingerprint": run.data.fingerprint,
+            },
         )
     return record
 
@@ -319,9 +358,9 @@ def finish(run: Run, first: Stage, last: Stage) -> None:
     run.result["memory"]["kind"] = "allocated"
     store.annotate(artifact, {key: run.result[key] for key in ("quality", "size", "speed")})
     run.result["artifact"]["files"] = store.files(artifact)
-    if not run.config.keep_stages:
-        shutil.rmtree(run.directory / "stages")
     demand(run.config, run.result, proof)
+    if not run.config.keep_stages:  # kept where a gate is broken: `resume` with other gates judges them again
+        shutil.rmtree(run.directory / "stages")
 
 
 def fill(

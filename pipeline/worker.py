@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.app import compose
 from pipeline.chain import Stage, stages
 from pipeline.fitting import Fitted, fit
-from pipeline.launch import error_file, figures_file
+from pipeline.launch import error_file, figures_file, watch_parent
 from pipeline.report.console import console, mode
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
@@ -24,6 +24,7 @@ from pipeline.walk import prepared
 
 def main(arguments: list[str]) -> None:
     """A rank: `RUN_DIR STAGE resume|fresh`. Everything it needs is in the run directory."""
+    watch_parent()
     run_dir, name, how = Path(arguments[0]), arguments[1], arguments[2]
     config = compose([f"recipe={run_dir / 'recipe.lock.yaml'}"])
     line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)

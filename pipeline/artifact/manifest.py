@@ -36,10 +36,17 @@ def describe_files(directory: Path) -> list[dict[str, Any]]:
     return [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths]
 
 
+def digest(manifest: dict[str, Any]) -> str:
+    """sha256 of what a manifest says, its own `digest` left out."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def write(directory: Path, manifest: dict[str, Any]) -> None:
     """Write whole or not at all."""
     partial = directory / f".{NAME}.{os.getpid()}"
-    partial.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    made = {**manifest, "digest": digest(manifest)}
+    partial.write_text(json.dumps(made, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(directory / NAME)
 
 

@@ -85,6 +85,8 @@ def examine(directory: Path) -> Receipt:
     same = made == {"device": device, **machine()} and manifest.get("kernels") == _kernels(model)
     allowed = 0.0 if same else RELATIVE * _largest(before.double())
     problems = []
+    if manifest.get("digest") != manifests.digest(manifest):
+        problems.append(f"{directory / manifests.NAME}: altered, it does not say what was written")
     if not difference <= allowed:  # a NaN is a problem too
         where = "same machine and kernels" if same else "another machine or kernel"
         problems.append(

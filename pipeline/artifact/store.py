@@ -84,6 +84,9 @@ def save(
         save_file(_probe_tensors(model, probe), place / manifests.PROBE)
         form = format_of(model, encodings)
         write_config(model, place, form)
+        for name in (manifests.TENSORS, manifests.PROBE):
+            # safetensors makes its files for the owner alone; an artifact's are as readable as any other file.
+            shutil.copymode(place / "config.json", place / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
         counted = count(model)

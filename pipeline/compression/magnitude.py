@@ -7,12 +7,12 @@ layers, held through this link's training and every later one's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import StringConstraints
 
 from pipeline.compression.base import Context, Kind, Method
 from pipeline.registry import register
@@ -59,14 +59,17 @@ def prune_magnitude(model: nn.Module, layers: Sequence[str], sparsity: float, pa
 @register("compression", "magnitude")
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Method):
-    """`steps`, `lr`: the recovery's; steps=0 prunes only. `ignore`: names or patterns of layers to spare."""
+    """`pattern` 'N:M' says by itself how much is pruned: `sparsity` is for pruning without a pattern.
+
+    `steps`, `lr`: the recovery's; steps=0 prunes only. `ignore`: names or patterns of layers to spare.
+    """
 
     kind: ClassVar[Kind] = "pruning"
     trains: ClassVar[bool] = True
     cannot_follow: ClassVar[frozenset[str]] = frozenset({"quantization"})
 
     sparsity: Annotated[float, Ge(0), Lt(1)]
-    pattern: Annotated[str, StringConstraints(pattern=r"^[1-9]\d?:[1-9]\d?$")] | None
+    pattern: str | None
     schedule: Literal["once", "cubic"]
     steps: Annotated[int, Ge(0)] | None
     lr: Annotated[float, Gt(0)] | None
@@ -77,23 +80,23 @@ class Magnitude(Method):
         if self.pattern is None:
             no_effect = f"compression.{self.name}.sparsity=0 prunes nothing; choose more than 0, 0.5 say"
             return [no_effect] if self.sparsity == 0 else []
+        if not re.fullmatch(r"[1-9]\d?:[1-9]\d?", self.pattern):
+            return [f"compression.{self.name}.pattern={self.pattern} must be N:M such as 2:4, or null"]
         keep, block = map(int, self.pattern.split(":"))
         if keep >= block:
             return [
                 f"compression.{self.name}.pattern={self.pattern} prunes nothing: N:M keeps N of each M, as 2:4 does"
             ]
-        found = []
-        implied = 1 - keep / block
-        if abs(self.sparsity - implied) > 1e-9:
-            found.append(
-                f"compression.{self.name}.sparsity={self.sparsity} is not what pattern {self.pattern} prunes; "
-                f"set sparsity={implied:g}, or pattern=null"
-            )
         if self.schedule == "cubic":
-            found.append(
-                f"compression.{self.name}.schedule=cubic grows a sparsity; with a pattern choose schedule=once"
-            )
-        return found
+            return [f"compression.{self.name}.schedule=cubic grows a sparsity; with a pattern choose schedule=once"]
+        return []
+
+    def target(self) -> float:
+        """The share of weights to prune: what the pattern implies where there is one, else `sparsity`."""
+        if self.pattern is None:
+            return self.sparsity
+        keep, block = map(int, self.pattern.split(":"))
+        return 1 - keep / block
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         from pipeline.layers.select import pattern_problems, select, selection_problems
@@ -149,9 +152,9 @@ class Magnitude(Method):
         total = sum(model.get_submodule(name).get_parameter("weight").numel() for name in layers)
         # Each layer rounds down to whole weights.
         reached = measured_sparsity(model, layers)
-        if not has_masks(model) or reached < self.sparsity - len(layers) / total - 1e-6:
+        if not has_masks(model) or reached < self.target() - len(layers) / total - 1e-6:
             raise LeanfitError(
-                f"{context.stage}: the schedule ended at sparsity {reached:.4f}, short of {self.sparsity}"
+                f"{context.stage}: the schedule ended at sparsity {reached:.4f}, short of {self.target()}"
             )
         return model
 
@@ -166,6 +169,7 @@ class Magnitude(Method):
             "layer_names": list(selection.layers),
             "sparsity": measured_sparsity(model, selection.layers),
             "sparsity_by_layer": by_layer,
+            "sparsity_target": self.target(),
             "pattern": self.pattern,
             "left_alone": selection.left_in_float,
         }

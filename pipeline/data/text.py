@@ -39,7 +39,9 @@ class Text(Data):
     def problems(self) -> list[str]:
         found = evaluation_problems(self.evaluation_tokens, self.sequence_length)
         path = Path(self.path).expanduser()
-        if not path.exists():
+        if not self.path:
+            found.append("data.path is empty; give a text file or a folder of them ('.' is the current one)")
+        elif not path.exists():
             found.append(f"data.path={self.path} does not exist; give a text file or a folder of them")
         elif path.is_file() and self.split == "file":
             found.append(

@@ -80,7 +80,12 @@ def selection_problems(
         for pattern in ignore
         if not any(matches(name, pattern) for name in names)
     ]
+    ignore = tuple(ignore)
     if not problems and not select(model, architecture, ignore, types).layers:
+        without = len(select(model, architecture, (), types).layers)
+        if without:
+            said = f"[{','.join(ignore)}]"
+            return [f"{key}.ignore={said}: no layer is left to work on; without it there are {without}"]
         kinds = ", ".join(cls.__name__ for cls in types or (nn.Linear, nn.Conv2d))
         problems.append(
             f"{key}: no layer to work on; it knows {kinds}, and leaves embeddings, the vocabulary and `ignore`"

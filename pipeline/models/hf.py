@@ -41,6 +41,8 @@ class HuggingFace(Model):
     def problems(self) -> list[str]:
         said = f"model.pretrained={self.pretrained}"
         path = Path(self.pretrained).expanduser()
+        if not self.pretrained:
+            return ["model.pretrained is empty; give a directory with a config.json, or a hub id such as org/name"]
         if not path.exists():
             if HUB_ID.fullmatch(self.pretrained) and not self.pretrained.startswith("."):
                 return []

@@ -198,7 +198,10 @@ def empty_train() -> dict[str, Any]:
 def new_result(job: str, overrides: Sequence[str], choices: Mapping[str, Any]) -> dict[str, Any]:
     """A result with every key, null where nothing is known yet, `status` too: written like this it is a failure."""
     result: dict[str, Any] = _empty(Result)
-    plain = {group: list(name) if isinstance(name, (list, tuple)) else str(name) for group, name in choices.items()}
+    plain = {
+        group: list(name) if isinstance(name, (list, tuple)) else name if name is None else str(name)
+        for group, name in choices.items()
+    }
     result.update(schema=SCHEMA, job=job, overrides=list(overrides), choices=plain, versions=versions())
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from pipeline.registry import register
 
@@ -24,7 +24,7 @@ class Trainer:
     batch_size: Annotated[int, Ge(1)]
     micro_batch_size: Annotated[int, Ge(1)] | None
     evaluation_batch_size: Annotated[int, Ge(1)]
-    seed: Annotated[int, Ge(0)]
+    seed: Annotated[int, Ge(0), Lt(2**32)]
     grad_clip: Annotated[float, Gt(0)] | None
     log_every: Annotated[int, Ge(1)]
     checkpoint_every: Annotated[int, Ge(1)]
