@@ -16,6 +16,7 @@ from pipeline.artifact import receipt, store
 from pipeline.chain import stages
 from pipeline.errors import ConfigError, ReceiptError
 from pipeline.memory.measure import measure_peak
+from pipeline.proof import prove
 from pipeline.recipes import lock_text
 from pipeline.registry import decode_choice
 from pipeline.report.console import console, mode
@@ -112,6 +113,7 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     write_text(locked, lock_text(values_of(config), config.choices, lock))
     with progress:
         walk(run, line, done)
+        prove(run, line)
     lock["result"] = {key: result[key] for key in ("quality", "size", "speed")}
     write_text(locked, lock_text(values_of(config), config.choices, lock))
 

@@ -1,6 +1,6 @@
-"""Walks the stages of a run: train, each link of the chain, save, evaluate, report. It knows no method by name.
+"""Walks the stages of a run that change the model: train, then each link of the chain. It knows no method by name.
 
-    train -> stages/00-train -> link -> stages/01-int8 -> ... -> artifact/ -> receipt -> quality, speed -> result.json
+    train -> stages/00-train -> link -> stages/01-int8 -> ... -> (pipeline.proof) artifact, receipt, gates
 
 Every stage that changes the model leaves a snapshot in the artifact's own format, written whole or not at all. `resume`
 starts after the last one that is there, or at the checkpoint of the fit that was cut off.
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.artifact import receipt, store
+from pipeline.artifact import store
 from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
-from pipeline.errors import ConfigError, LeanfitError, ReceiptError
+from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.sparsity import MASK
@@ -78,11 +78,7 @@ def changing_stages(line: Sequence[Stage]) -> list[Stage]:
 
 
 def walk(run: Run, line: Sequence[Stage], done: int) -> None:
-    """Every stage but the first `done`, in order. Fills `run.result`.
-
-    Raises:
-        ReceiptError: the receipt or a gate was not met.
-    """
+    """Every stage but the first `done`, in order, each leaving its snapshot. Fills `run.result` as far as they go."""
     changing = changing_stages(line)
     discard(run, changing, done)
     model: nn.Module | None = None
@@ -95,8 +91,6 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
             model, record = train(run, stage, model) if stage.kind == "train" else compress(run, stage, model)
             record = save_snapshot(run, stage, model, record, last=stage is changing[-1])
         note(run, stage, record)
-    del model
-    finish(run, changing[0], changing[-1])
 
 
 def preflight(run: Run, changing: list[Stage]) -> None:
@@ -336,86 +330,3 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
     )
     measured = run.result["memory"]["measured"]
     measured["compress"] = max(measured["compress"] or 0, record["peak_bytes"] or 0) or None
-
-
-def finish(run: Run, first: Stage, last: Stage) -> None:
-    """Artifact, receipt, quality and speed of what was read back from disk, gates."""
-    artifact = run.directory / "artifact"
-    store.publish(run.snapshot(last), artifact)
-    with run.progress.phase("checking in a fresh process"):
-        proof = receipt.check(artifact)
-    after = store.load(artifact, device=run.device)
-    with (
-        run.progress.phase("evaluating the artifact"),
-        measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
-    ):
-        quality = evaluate(run, after)
-    before = store.load(run.snapshot(first), device=run.device)
-    with run.progress.phase("measuring speed"), run.config.precision.evaluation_context(run.device):
-        speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
-    fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)
-    run.result["memory"]["measured"]["evaluate"] = peak.bytes
-    run.result["memory"]["kind"] = "allocated"
-    store.annotate(artifact, {key: run.result[key] for key in ("quality", "size", "speed")})
-    run.result["artifact"]["files"] = store.files(artifact)
-    demand(run.config, run.result, proof)
-    if not run.config.keep_stages:  # kept where a gate is broken: `resume` with other gates judges them again
-        shutil.rmtree(run.directory / "stages")
-
-
-def fill(
-    run: Run, artifact: Path, before: nn.Module, after: nn.Module, quality: Quality,
-    slow: dict[str, Any], fast: dict[str, Any], proof: receipt.Receipt,
-) -> None:  # fmt: skip
-    """Enter what was measured on the finished artifact."""
-    result, size = run.result, run.result["size"]
-    result["quality"].update(after=quality.value, loss_after=quality.loss)
-    if result["stages"]:
-        result["stages"][-1]["quality_after"] = quality.value
-    dense, stored = store.count(before), store.count(after)
-    size.update(
-        parameters_before=dense.elements,
-        parameters_after=stored.elements,
-        nonzero_after=stored.nonzero,
-        bytes_after=store.tensor_bytes(artifact),
-        claim="smaller" if any(method.shrinks for method in run.config.chain.values()) else "none",
-    )
-    size["ratio"] = size["bytes_before"] / size["bytes_after"]
-    size["ratio_float32"] = 4 * dense.elements / size["bytes_after"]
-    result["speed"] = {
-        "unit": slow["unit"],
-        "before": slow["per_second"],
-        "after": fast["per_second"],
-        "ratio": fast["per_second"] / slow["per_second"],
-        "latency_before": slow["latency"],
-        "latency_after": fast["latency"],
-        "batch_size": slow["batch_size"],
-    }
-    result["artifact"] = {
-        "path": str(artifact),
-        "format": store.read_manifest(artifact)["format"],
-        "files": [],
-        "reload": {"ok": proof.ok, "max_abs_diff": proof.max_abs_diff},
-    }
-
-
-def demand(config: RunConfig, result: dict[str, Any], proof: receipt.Receipt) -> None:
-    """Raise ReceiptError, with every broken promise, where the receipt or a gate is not met."""
-    broken = list(proof.problems)
-    size, quality, gate = result["size"], result["quality"], config.gate
-    if size["claim"] == "smaller" and size["bytes_after"] >= size["bytes_before"]:
-        broken.append(f"not smaller on disk: {size['bytes_before']} bytes before, {size['bytes_after']} after")
-    worse = quality["after"] - quality["before"]
-    worse = worse if quality["direction"] == "lower" else -worse
-    drop = worse / abs(quality["before"]) if quality["before"] else float("inf")
-    points = worse * 100 if quality["metric"] == "accuracy" else worse
-    if gate.max_quality_drop is not None and not drop <= gate.max_quality_drop:
-        broken.append(
-            f"gate.max_quality_drop={gate.max_quality_drop}: {quality['metric']} is {drop:.4f} worse (relative)"
-        )
-    if gate.max_quality_points is not None and not points <= gate.max_quality_points:
-        broken.append(f"gate.max_quality_points={gate.max_quality_points}: {quality['metric']} is {points:.4f} worse")
-    if gate.min_ratio is not None and size["ratio"] < gate.min_ratio:
-        broken.append(f"gate.min_ratio={gate.min_ratio}: the artifact is {size['ratio']:.2f} times smaller")
-    if broken:
-        raise ReceiptError("; ".join(broken))
