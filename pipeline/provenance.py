@@ -251,13 +251,19 @@ def _record_choices(found: Composition, config: DictConfig) -> None:
         if (default.parent or "").startswith(f"{CHAIN}/") and not default.is_self:
             continue  # what a choice builds on is no stage of its own
         stage = package.partition(".")[2]
-        if stage in found.stages:
+        owner = parents.get(path) if default.is_self else default.parent
+        into, other = found.stages, found.dropped
+        if found.chain_said and owner != primary:
+            into, other = other, into
+        if other.get(stage) == choice:  # chosen again on the command line: settings of the recipe's stage stay
+            found.stages[stage] = found.dropped.pop(stage, choice)
+            continue
+        if stage in into or stage in other:
+            earlier = (found.stages | found.dropped)[stage]
             found.problems.append(
-                f"compression.{stage}: both '{found.stages[stage]}' and '{choice}' stand under this name; "
+                f"compression.{stage}: both '{earlier}' and '{choice}' stand under this name; "
                 f"give each its own: - /compression/{choice}@compression.NAME"
             )
-        owner = parents.get(path) if default.is_self else default.parent
-        into = found.dropped if found.chain_said and owner != primary else found.stages
         into[stage] = choice
     runtime = OmegaConf.to_container(config.hydra.runtime.choices)
     assert isinstance(runtime, dict)

@@ -295,7 +295,7 @@ def read(file: Path) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"{key} {why}, which a recipe must not do; leave it out")
     for group in [group for group in body if group in PACKAGES and _is_choice(body[group])]:
         choice = body.pop(group)
-        entry = yaml.safe_dump({f"override /{group}": choice}, default_flow_style=None, width=1000).strip()
+        entry = yaml.safe_dump({f"override /{group}": choice}, default_flow_style=None, width=1000).strip("{}\n")
         problems.append(f"{shown(group, choice)}: choose groups under defaults: - {entry}")
     return _without_forbidden(body), problems
 

@@ -48,9 +48,9 @@ def usage() -> str:
 
 
 def first_comment(path: Path) -> str:
-    """The first comment line of a YAML file that is no header for Hydra; '' where there is none."""
+    """The first comment line of a YAML file that says what it is: no header for Hydra, no command; '' if there is none."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and not re.match(r"#\s*@", line):
+        if line.startswith("#") and not re.match(r"#\s*(@|python run\.py )", line):
             return line.lstrip("# ").rstrip()
         if line.strip() and not line.startswith("#"):
             break

@@ -104,7 +104,7 @@ class TestRun:
         assert app.main(argv) == 0
         config, _ = runs[0]
         assert config.prompt == argv[2].removeprefix("prompt=")
-        assert config.artifact == "an, artifact = (1)"
+        assert config.artifact == str(outside / "an, artifact = (1)")
         assert config.overrides == tuple(argv)
 
     def test_every_recipe_file_is_copied(self, runs: list[tuple[RunConfig, Path]], outside: Path) -> None:
@@ -134,7 +134,7 @@ class TestExitCodes:
             ),
             (RuntimeError("mat1 and mat2\ncannot"), 1, "error: RuntimeError: mat1 and mat2 cannot (log: outputs/"),
             (MemoryError(), 1, "error: MemoryError (log: outputs/"),
-            (KeyboardInterrupt(), 130, "stopped by SIGINT (resume="),
+            (KeyboardInterrupt(), 130, "stopped by SIGINT"),
             (SystemExit(1), 1, ""),
         ],
     )
@@ -220,7 +220,9 @@ class TestSweep:
         assert "int9" in results[2]["error"]["message"]
         assert results[2]["overrides"] == ["recipe=prune_then_int8", "compression=int9", "precision=32"]
         told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+        told, failures = told[:6], told[6:]
         assert [line.split()[0] for line in told] == [f"#{number}" for number in range(6)]
+        assert [line.split()[0] for line in failures] == ["#2", "#3"]
         assert ["int9" in line and "failed" in line for line in told] == [False, False, True, True, False, False]
 
     def test_a_failing_job_does_not_stop_the_rest(
@@ -282,6 +284,9 @@ class TestResume:
         assert there == run_dir
         assert again.resume
         assert again.trainer.max_steps == 80
+        assert again.overrides == (f"resume={run_dir}", "trainer.max_steps=80")
+        assert again.choices["recipe"] is None
+        assert config.choices["recipe"] is None
         assert list(again.chain) == ["int8"]
         assert (run_dir / ".hydra" / "overrides.yaml").read_text() == before
         assert app.main([f"resume={run_dir}"]) == 0
@@ -299,6 +304,102 @@ class TestResume:
         assert len(lines) == 2
         assert "nothing to resume" in lines[0]
         assert lines[1].startswith("error: model=llama: a resumed run takes only")
+
+
+class TestStopped:
+    """Where a run that was stopped says how to go on with it."""
+
+    @pytest.mark.parametrize(
+        ("argv", "leaves", "told"),
+        [
+            ([], [], False),
+            ([], [recipes.LOCK], False),
+            ([], ["checkpoints/last.ckpt"], False),
+            ([], [recipes.LOCK, "checkpoints/last.ckpt"], True),
+            ([], [recipes.LOCK, "stages/00-train/manifest.json"], True),
+            (["-m", "trainer.seed=1,2"], [recipes.LOCK, "checkpoints/last.ckpt"], False),
+            (["job=evaluate", "artifact=a"], [recipes.LOCK, "checkpoints/last.ckpt"], False),
+        ],
+    )
+    def test_resume_is_offered_where_there_is_something_to_resume(
+        self,
+        outside: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        argv: list[str],
+        leaves: list[str],
+        told: bool,
+    ) -> None:
+        def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+            for name in leaves:
+                (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                (run_dir / name).touch()
+            raise KeyboardInterrupt
+
+        (outside / "a").mkdir()
+        (outside / "a" / "manifest.json").write_text("{}")
+        install(monkeypatch, run)
+        assert app.main(argv) == 130
+        assert ("(resume=" in capsys.readouterr().err) == told
+
+
+class TestRunDirectory:
+    def test_a_failed_job_does_not_pass_for_an_earlier_one_in_its_directory(
+        self, outside: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def good(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+            (run_dir / "result.json").write_text('{"schema": 1, "status": "ok"}')
+            return {"status": "ok"}
+
+        argv = ["-m", "hydra.sweep.dir=here", "trainer.seed=1,2"]
+        install(monkeypatch, good)
+        assert app.main(argv) == 0
+        failing(monkeypatch, RuntimeError("boom"))
+        assert app.main(argv) == 1
+        results = [json.loads((outside / "here" / str(job) / "result.json").read_text()) for job in range(2)]
+        assert [result["status"] for result in results] == ["failed", "failed"]
+        install(monkeypatch, good)
+        assert app.main(["-m", "hydra.sweep.dir=here", "compression=none,int9"]) == 1
+
+    def test_a_resumed_run_keeps_its_result_until_the_runner_writes_another(
+        self, runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert app.main([]) == 0
+        config, run_dir = runs[0]
+        (run_dir / recipes.LOCK).write_text(recipes.lock_text(values_of(config), config.choices, {}))
+        failing(monkeypatch, ConfigError("no"))
+        assert app.main([f"resume={run_dir}"]) == 2
+        assert (run_dir / "result.json").is_file()
+
+    @pytest.mark.parametrize("argv", [["hydra.run.dir=file/x"], ["hydra.run.dir=file"], ["-m", "hydra.sweep.dir=file"]])
+    def test_one_that_cannot_be_made_is_2_and_named(
+        self,
+        runs: list[tuple[RunConfig, Path]],
+        outside: Path,
+        capsys: pytest.CaptureFixture[str],
+        argv: list[str],
+    ) -> None:
+        (outside / "file").touch()
+        assert app.main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {argv[-1].partition('=')[0]}: ")
+        assert "file" in line
+        assert runs == []
+
+    def test_tips_of_libraries_stay_out_of_the_log(self, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+            for name in app.ADVERTISERS:
+                logger = logging.getLogger(name)
+                monkeypatch.setattr(logger, "propagate", True)
+                logger.warning("💡 Tip: For cloud logging, try installing [litlogger](https://x) to enable it")
+                logger.warning("GPU available: False")
+            return {"status": "ok"}
+
+        install(monkeypatch, run)
+        assert app.main([]) == 0
+        (log,) = outside.rglob("run.log")
+        assert "litlogger" not in log.read_text()
+        assert log.read_text().count("GPU available") == 2
 
 
 class TestProgram:
@@ -339,6 +440,11 @@ class TestProgram:
         assert done.returncode == 0, done.stderr
         assert yaml.safe_load(done.stdout)["compression"]["int8"]["name"] == "int8"
         assert program("--cfg", "job", "optimizer.lrr=1").returncode == 2
+
+    def test_resolve_needs_cfg(self, runs: list[tuple[RunConfig, Path]], capsys: pytest.CaptureFixture[str]) -> None:
+        assert app.main(["--resolve"]) == 2
+        assert "write --cfg job --resolve" in capsys.readouterr().err
+        assert runs == []
 
     def test_info_and_hydras_help(self) -> None:
         assert "precision/32-true" in program("--info", "defaults").stdout

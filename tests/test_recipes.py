@@ -229,7 +229,7 @@ def test_no_compression(chosen: str) -> None:
         ("defaults: int8", "defaults must be a list"),
         ("defaults: [5]", "neither a recipe's name"),
         ("defaults: [[int8]]", "neither a recipe's name"),
-        ("defaults: [r]", "no recipe 'r'"),
+        ("defaults: [r]", "'r' is this recipe itself"),
         ("defaults:\n  - override /compression: int8\n  - /compression/magnitude@compression.p1", "come last"),
         ("- a\n- b", "must be a mapping"),
         ("just text", "no such key"),
@@ -238,9 +238,15 @@ def test_no_compression(chosen: str) -> None:
         ("lr: 1", "did you mean 'optimizer.lr'?"),
         ("model:\n  layers: ${nope}", "Interpolation key 'nope' not found"),
         ("model:\n  layers: ???", "model.layers is required"),
-        ("model: 5", "model=5 must be one of"),
+        ("defaults: [r.yaml]", "'r.yaml' is this recipe itself"),
+        ("", "the file is empty"),
+        ("# only a comment", "the file is empty"),
+        ("model: gpt_nano", "model=gpt_nano: choose groups under defaults: - override /model: gpt_nano"),
+        ("compression: int8", "compression=int8: choose groups under defaults: - override /compression: int8"),
+        ("compression: [magnitude, int8]", "under defaults: - override /compression: [magnitude, int8]"),
+        ("model: 5", "model=5: choose groups under defaults"),
         ("model: null", "model=null must be one of"),
-        ("compression: 5", "compression=5 must be a mapping"),
+        ("compression: 5", "compression=5: choose groups under defaults"),
     ],
 )
 def test_a_recipe_that_cannot_stand_is_refused_naming_the_file(write: Write, body: str, words: str) -> None:
@@ -273,6 +279,13 @@ def test_an_unknown_recipe_is_told() -> None:
     assert "did you mean 'int8'?" in told
     (told,) = problems("recipe=/no/such/file.yaml")
     assert told == "recipe=/no/such/file.yaml: no such file (command line)"
+    (told,) = problems("recipe=/tmp")
+    assert told == "recipe=/tmp: is a directory; give a file (command line)"
+
+
+def test_the_beginning_of_a_choice_is_taken_for_it() -> None:
+    (told,) = problems("precision=16")
+    assert told.endswith("; did you mean '16-mixed'? (command line)")
 
 
 LOCKS = {

@@ -10,6 +10,7 @@ import pytest
 from pipeline import app, rules
 from pipeline.device.auto import Auto
 from pipeline.device.cpu import CPU
+from pipeline.errors import ConfigError
 from pipeline.schema import RunConfig, decode_run
 
 
@@ -108,22 +109,35 @@ def test_the_device_must_be_here(plain: RunConfig, monkeypatch: pytest.MonkeyPat
         ),
         (
             ["trainer.batch_size=16", "trainer.micro_batch_size=3"],
-            "trainer.batch_size=16 is not a multiple of trainer.micro_batch_size=3 x 1 device = 3; choose 15 or 18",
+            "trainer.batch_size=16 is not a multiple of trainer.micro_batch_size=3 x 1 device = 3; "
+            "choose 15 or 18 or trainer.micro_batch_size=2",
         ),
         (
             ["trainer.batch_size=4", "trainer.micro_batch_size=4", "parallelism=ddp"],
-            "trainer.batch_size=4 is not a multiple of trainer.micro_batch_size=4 x 2 devices = 8; choose 8",
+            "trainer.batch_size=4 is not a multiple of trainer.micro_batch_size=4 x 2 devices = 8; "
+            "choose 8 or trainer.micro_batch_size=2",
         ),
         (
             ["trainer.batch_size=12", "parallelism=ddp", "parallelism.nodes=4"],
             "trainer.batch_size=12 is not a multiple of 8",
         ),
         (["trainer.batch_size=16", "trainer.micro_batch_size=4", "parallelism=ddp"], ""),
+        (
+            ["trainer.batch_size=8", "trainer.micro_batch_size=16"],
+            "trainer.batch_size=8 is not a multiple of trainer.micro_batch_size=16 x 1 device = 16; "
+            "choose 16 or trainer.micro_batch_size=8",
+        ),
     ],
 )
 def test_the_batch_divides_over_devices_and_micro_batches(overrides: list[str], line: str) -> None:
     told = rules.batch_divides(config(*overrides))
     assert [text[: len(line)] for text in told] == ([line] if line else [])
+
+
+def test_several_nodes_are_refused() -> None:
+    (line,) = rules.nodes(config("parallelism=ddp", "parallelism.nodes=2"))
+    assert line == "parallelism.nodes=2: several nodes are not supported yet; use nodes=1"
+    assert rules.nodes(config("parallelism=ddp")) == []
 
 
 def test_apple_gpus_have_no_collectives(plain: RunConfig) -> None:
@@ -175,7 +189,7 @@ def test_a_job_on_an_artifact_needs_one(job: str, tmp_path: Path) -> None:
     (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}"))
     assert line.endswith(f"did you mean artifact={tmp_path / 'artifact'}?")
     (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}/artifact/manifest.json"))
-    assert "is a file, not a directory" in line
+    assert ("must be a checkpoint of a run" if job == "compress" else "is a file, not a directory") in line
     assert rules.artifact(config(f"job={job}", f"artifact={tmp_path}/artifact")) == []
 
 
@@ -201,6 +215,47 @@ def test_generate_takes_exactly_one_prompt(tmp_path: Path) -> None:
     assert rules.prompts(config(*generate, f"prompt_file={file}x")) == [f"prompt_file={file}x: no such file"]
     assert rules.prompts(config(*generate, f"prompt_file={file}")) == []
     assert rules.prompts(config(*generate, "prompt= ")) == []
+
+
+def test_a_prompt_file_must_hold_text(tmp_path: Path) -> None:
+    generate = ("job=generate", "artifact=x")
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"def \xff")
+    (line,) = rules.prompts(config(*generate, f"prompt_file={file}"))
+    assert line == f"prompt_file={file}: is not UTF-8 text (byte 4); save it as UTF-8"
+    file.write_bytes(b"")
+    (line,) = rules.prompts(config(*generate, f"prompt_file={file}"))
+    assert line == f"prompt_file={file}: is empty; give at least one character"
+    (line,) = rules.prompts(config(*generate, f"prompt_file={tmp_path}"))
+    assert line == f"prompt_file={tmp_path}: is no file"
+
+
+@pytest.mark.parametrize("name", ["~", "~nobody-of-this-name/x", "x" * 5000, "a\tb"])
+@pytest.mark.parametrize("key", ["artifact", "prompt_file"])
+def test_a_strange_path_is_one_line(name: str, key: str) -> None:
+    faulty = config("job=generate", *(["artifact=x"] if key != "artifact" else ["prompt=a"]), f"{key}={name}")
+    assert any(line.startswith(f"{key}=") for line in rules.problems(faulty))
+
+
+def test_paths_are_expanded_and_absolute_where_they_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    for spelt in ("~/a.txt", "a.txt", "./a.txt", str(tmp_path / "a.txt")):
+        found = config("data=text", f"data.path='{spelt}'", f"artifact={spelt}", f"prompt_file={spelt}")
+        places = [found.data.path, found.artifact, found.prompt_file]  # type: ignore[attr-defined]
+        assert places == [str(tmp_path / "a.txt")] * 3
+        assert f"artifact={spelt}" in found.overrides
+        model = config("model=hf", f"model.pretrained='{spelt}'").model
+        assert model.pretrained == str(tmp_path / "a.txt")  # type: ignore[attr-defined]
+    assert config("model=hf", "model.pretrained=org/name").model.pretrained == "org/name"  # type: ignore[attr-defined]
+    assert config("artifact=nowhere").artifact == "nowhere"
+
+
+def test_a_seed_is_what_every_generator_takes() -> None:
+    assert config(f"trainer.seed={2**32 - 1}").trainer.seed == 2**32 - 1
+    with pytest.raises(ConfigError, match=r"trainer\.seed=4294967296 must be less than 4294967296"):
+        config(f"trainer.seed={2**32}")
 
 
 def test_other_jobs_take_no_prompt() -> None:

@@ -120,7 +120,13 @@ def _config_problems(said: str, config: dict[str, Any]) -> list[str]:
         found.append(
             f"{said} holds a {kinds[0]}, not a causal language model; choose one whose name ends in ForCausalLM"
         )
-    if config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("format") == "leanfit":
+        found.append(
+            f"{said} is an artifact that is stored compactly and cannot be opened by transformers; "
+            "use job=compress artifact=DIR instead"
+        )
+    elif quantization:
         found.append(
             f"{said} is quantized already and can be neither trained nor compressed further; "
             "give the float model it was made from"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -276,6 +277,18 @@ def test_other_files_are_never_replaced(tmp_path):
     with pytest.raises(ArtifactError, match="not an artifact"):
         store.save(opt(), tmp_path / "mine", chain=[], probe=IDS)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_file_is_as_readable_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        store.save(llama(), tmp_path / "a", chain=[], probe=IDS)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == dict.fromkeys(modes, mode)
+    assert "model.safetensors" in modes
 
 
 def test_annotations_and_publishing(artifact, tmp_path):

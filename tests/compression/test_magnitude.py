@@ -61,9 +61,34 @@ def test_magnitude_takes_n_of_m():
     assert "32 does not divide" in magnitude(sparsity=0.5, pattern="16:32").preflight(wide, context(wide))[0]
 
 
+@pytest.mark.parametrize(("pattern", "share"), [("2:5", 0.6), ("1:4", 0.75), ("2:4", 0.5)])
+def test_a_pattern_says_by_itself_how_much_goes(pattern, share):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=40, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2)
+    )
+    method = magnitude(pattern=pattern)
+    assert method.problems() == []
+    made = method.finalize(method.prepare(model, context(model)), context(model))
+    detail = method.detail(made, context(made))
+    assert detail["sparsity"] == pytest.approx(share)
+    assert detail["sparsity_target"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("pattern", ["abc", "", "2", "2:", "0:4", "2:4 ", "2:4:8", "-1:4", "100:200"])
+def test_what_is_no_pattern_is_told_with_one_that_is(pattern):
+    (told,) = magnitude(pattern=pattern).problems()
+    assert told == f"compression.magnitude.pattern={pattern} must be N:M such as 2:4, or null"
+
+
+def test_an_ignore_that_leaves_nothing_is_named():
+    model = opt()
+    (told,) = magnitude(ignore=("*",)).preflight(model, context(model))
+    assert told == "compression.link.ignore=[*]: no layer is left to work on; without it there are 12"
+
+
 def test_magnitude_without_effect_is_an_error():
     assert "prunes nothing" in magnitude(sparsity=0.0).problems()[0]
-    assert "sparsity=0.75" in magnitude(pattern="1:4").problems()[0]
     assert "cubic" in magnitude(pattern="2:4", schedule="cubic").problems()[0]
     assert "prunes nothing" in magnitude(pattern="4:4").problems()[0]
     assert magnitude().problems() == []

@@ -127,6 +127,12 @@ def test_what_cannot_serve_is_refused(tmp_path: Path, make: str, changes: dict[s
         text(path, **changes).open(byte_tokenizer())
 
 
+def test_no_path_is_not_the_current_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (told,) = text("").problems()
+    assert told.startswith("data.path is empty")
+
+
 def test_an_unreadable_file_is_named(folder: Path) -> None:
     (folder / "dangling").symlink_to(folder / "nowhere")
     assert text(folder).open(byte_tokenizer())

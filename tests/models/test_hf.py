@@ -135,6 +135,19 @@ def test_a_quantized_directory_is_refused(directory: Path, tmp_path: Path) -> No
     assert "is quantized already" in hf(path).problems()[0]
 
 
+def test_an_artifact_that_transformers_cannot_open_is_told_as_such(directory: Path, tmp_path: Path) -> None:
+    path = copy(directory, tmp_path, quantization_config={"format": "leanfit", "open_with": "pipeline.load(DIRECTORY)"})
+    (told,) = hf(path).problems()
+    assert "stored compactly" in told
+    assert "job=compress artifact=DIR" in told
+    assert "quantized already" not in told
+
+
+def test_no_name_is_not_the_current_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    assert HuggingFace(name="hf", pretrained="").problems()[0].startswith("model.pretrained is empty")
+
+
 def test_checking_the_settings_imports_no_torch(directory: Path) -> None:
     code = (
         "import sys\n"
