@@ -48,7 +48,7 @@ def usage() -> str:
 
 
 def first_comment(path: Path) -> str:
-    """The first comment line of a YAML file that says what it is: no header for Hydra, no command; '' if there is none."""
+    """The first comment line of a YAML file that says what it is: no header for Hydra, no command; '' if none does."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and not re.match(r"#\s*(@|python run\.py )", line):
             return line.lstrip("# ").rstrip()

@@ -318,15 +318,22 @@ def test_the_receipt_of_a_fresh_process(artifact, tmp_path):
     assert "truncated" in bad.problems[0]
 
 
+def test_the_receipt_finds_claims_that_were_altered(artifact):
+    edit(artifact, quality={"before": 1.0, "after": 1.0})
+    found = receipt.examine(artifact)
+    assert not found.ok
+    assert "it does not say what was written" in found.problems[0]
+
+
 def test_the_receipt_finds_other_outputs(artifact):
     from safetensors.torch import load_file, save_file
 
-    from pipeline.artifact.manifest import describe_files
+    from pipeline.artifact import manifest as manifests
 
     stored = load_file(artifact / "probe.safetensors")
     stored["output"] = stored["output"] + 0.01
     save_file(stored, artifact / "probe.safetensors")
-    edit(artifact, files=describe_files(artifact))
+    manifests.write(artifact, {**manifests.read(artifact), "files": manifests.describe_files(artifact)})
     found = receipt.examine(artifact)
     assert not found.ok
     assert "differ by 0.01" in found.problems[0]
