@@ -67,7 +67,9 @@ def batch_divides(config: RunConfig) -> list[str]:
     near = [str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number]
     share, rest = divmod(batch, ranks)
     if trainer.micro_batch_size and not rest:
-        near.append(f"trainer.micro_batch_size={max(n for n in range(1, micro + 1) if share % n == 0)}")
+        near.append(
+            f"trainer.micro_batch_size={max(n for n in range(1, min(micro, share, 4096) + 1) if share % n == 0)}"
+        )
     what = f"{ranks} device{'s' if ranks > 1 else ''}"
     what = f"trainer.micro_batch_size={micro} x {what} = {unit}" if trainer.micro_batch_size else what
     return [f"trainer.batch_size={batch} is not a multiple of {what}; choose {' or '.join(near)}"]
