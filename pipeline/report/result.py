@@ -165,7 +165,7 @@ class Result(Section):
     error: Failure | None
     job: str
     overrides: list[str]
-    choices: dict[str, str | list[str]]
+    choices: dict[str, str | list[str] | None]
     seconds: Amount
     versions: dict[str, str]
     precision: PrecisionUsed
