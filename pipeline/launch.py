@@ -79,7 +79,7 @@ def supervise(command: list[str], variables: dict[str, str], shown: int | None, 
 def killed(told: str) -> str | None:
     """Which rank a signal ended, from torchrun's report: the others only say that a connection was lost."""
     for rank, code in re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", told, re.DOTALL):
-        if int(code) < 0:
+        if int(code) < 0 and -int(code) != signal.SIGTERM:  # with which torchrun itself stops the ranks that are left
             name = signal.Signals(-int(code)).name
             return f"rank {rank} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     return None
