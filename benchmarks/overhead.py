@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline import environment
+
+environment.prepare()
+
 import lightning.pytorch as lightning
 import torch
 
