@@ -19,13 +19,13 @@ from pipeline import environment
 
 environment.prepare()  # as the program does, before torch is there
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from pipeline.app import compose  # noqa: E402
-from pipeline.compression.base import Context  # noqa: E402
-from pipeline.data.base import DataSpec  # noqa: E402
-from pipeline.models.architecture import describe  # noqa: E402
+from pipeline.app import compose
+from pipeline.compression.base import Context
+from pipeline.data.base import DataSpec
+from pipeline.models.architecture import describe
 
 NEW_TOKENS = 24
 
