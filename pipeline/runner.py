@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from pipeline.artifact import receipt, store
-from pipeline.chain import stages
 from pipeline.errors import ConfigError, ReceiptError
 from pipeline.memory.measure import measure_peak
 from pipeline.proof import prove
@@ -27,7 +26,7 @@ from pipeline.report.table import closing_lines, closing_table
 from pipeline.schema import RunConfig, values_of
 from pipeline.tasks import lookup
 from pipeline.versions import versions
-from pipeline.walk import Run, begin, evaluate, walk
+from pipeline.walk import Run, begin, evaluate, stages_of, walk
 
 Job = Callable[[RunConfig, Path, dict[str, Any]], None]
 
@@ -104,7 +103,7 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
         "result": None,
     }
     warn_of_differences(config, lock)
-    line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
+    line = stages_of(config)
     steps = {stage.name: stage.fit.steps for stage in line if stage.fit}
     progress = Progress(steps, mode(console(), config.sweep), task.unit)
     run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pipeline.artifact import store
-from pipeline.chain import Stage
+from pipeline.chain import Stage, stages
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, LeanfitError
@@ -55,6 +55,11 @@ class Run:
 
     def snapshot(self, stage: Stage) -> Path:
         return self.directory / "stages" / stage.directory
+
+
+def stages_of(config: RunConfig) -> list[Stage]:
+    """The stages of a run; of all jobs only `run` trains the base model."""
+    return stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
 
 
 def begin(run: Run, line: Sequence[Stage]) -> int:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.app import compose
-from pipeline.chain import Stage, stages
+from pipeline.chain import Stage
 from pipeline.fitting import Fitted, fit
 from pipeline.launch import error_file, figures_file, watch_parent
 from pipeline.report.console import console, mode
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
-from pipeline.walk import prepared
+from pipeline.walk import prepared, stages_of
 
 
 def main(arguments: list[str]) -> None:
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     watch_parent()
     run_dir, name, how = Path(arguments[0]), arguments[1], arguments[2]
     config = compose([f"recipe={run_dir / 'recipe.lock.yaml'}"])
-    line = stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
+    line = stages_of(config)
     stage = next(stage for stage in line if stage.name == name)
     rank = int(os.environ["RANK"])
     try:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
 from pipeline.tasks.base import Batch, Quality, Speed, Task
+from pipeline.tasks.measuring import inference, wait
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -56,7 +56,7 @@ class CausalLM(Task):
     def evaluate(self, model: nn.Module, data: DataBundle, batch_size: int, device: str) -> Quality:
         """Perplexity, exp of the mean nats a predicted token; `n` is how many were predicted."""
         total, predicted = 0.0, 0
-        with _inference(model):
+        with inference(model):
             for batch in evaluation_loader(data.evaluation, batch_size):
                 ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
                 total += _nll(_logits(model, ids), labels, "sum").item()
@@ -90,12 +90,12 @@ class CausalLM(Task):
         steps = min(NEW_TOKENS, room - prompt.shape[1])
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for model in models.values():
-            with _inference(model):
+            with inference(model):
                 _decode_seconds(model, prompt, min(4, steps))
         started = time.perf_counter()
         for turn in range(MAX_ROUNDS):
             for name, model in models.items():
-                with _inference(model):
+                with inference(model):
                     seconds[name].append(_decode_seconds(model, prompt, steps) / steps)
             if turn + 1 >= MIN_ROUNDS and time.perf_counter() - started > SPEED_SECONDS:
                 break
@@ -149,7 +149,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     cache: Any = None
     seen = 0
-    with _inference(model):
+    with inference(model):
         for _ in range(max_new_tokens):
             if cache is not None and (limit is None or seen < limit):
                 fresh = ids[-1:]
@@ -207,30 +207,10 @@ def _step(model: nn.Module, ids: torch.Tensor, cache: Any) -> Any:
 def _decode_seconds(model: nn.Module, prompt: torch.Tensor, steps: int) -> float:
     output = _step(model, prompt, None)
     token = output.logits[:, -1].argmax(-1, keepdim=True)
-    _wait(prompt.device)
+    wait(prompt.device)
     started = time.perf_counter()
     for _ in range(steps):
         output = _step(model, token, output.past_key_values)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
-    _wait(prompt.device)
+    wait(prompt.device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the model's former mode after. Not `inference_mode`, whose tensors, where a layer
-    keeps one, could not take part in training later."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

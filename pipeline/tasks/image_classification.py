@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
@@ -15,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.tasks.base import Batch, Quality, Speed, Task
+from pipeline.tasks.measuring import inference, wait
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -48,7 +48,7 @@ class ImageClassification(Task):
         """Share of held-out images whose class has the largest logit, from 0 to 1."""
         accuracy = MulticlassAccuracy(num_classes=_classes(data), average="micro").to(device)
         nats, images = 0.0, 0
-        with _inference(model):
+        with inference(model):
             for batch in evaluation_loader(data.evaluation, batch_size):
                 logits, labels = _logits(model, batch["pixel_values"].to(device)), batch["labels"].to(device)
                 accuracy.update(logits, labels)
@@ -116,28 +116,9 @@ def _first(data: DataBundle, images: int) -> torch.Tensor:
 
 
 def _forward_seconds(model: nn.Module, images: torch.Tensor) -> float:
-    with _inference(model):
-        _wait(images.device)
+    with inference(model):
+        wait(images.device)
         started = time.perf_counter()
         _logits(model, images)
-        _wait(images.device)
+        wait(images.device)
         return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the model's former mode after."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
