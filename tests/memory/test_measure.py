@@ -52,6 +52,19 @@ def test_freeing_what_was_alive_makes_room():
     assert peak.bytes == 3 * MIB
 
 
+def test_an_address_that_an_earlier_measurement_saw_is_not_released_twice():
+    with measure_peak("cpu"):
+        seen = [floats(1) for _ in range(16)]
+    seen.clear()  # unseen, so torch's profiler still believes in them
+    alive = [torch.zeros(MIB // 4 - 64 * k) for k in range(16)]  # at the same addresses, of other sizes
+    with measure_peak("cpu", alive) as peak:
+        size = storage_bytes(alive)
+        alive.clear()
+        grown = floats(24)
+        del grown
+    assert peak.bytes == max(size, 24 * MIB)
+
+
 def test_nothing_allocated_is_zero_and_the_peak_is_unknown_until_the_end():
     with measure_peak("cpu") as peak:
         assert peak.bytes is None
