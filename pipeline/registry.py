@@ -35,6 +35,7 @@ PACKAGES = {
     "device": "device",
     "optimizer": "optimizers",
     "memory": "memory",
+    "calibration": "calibration",
     "trainer": "trainer",
 }
 """Config group -> subpackage (or module) of `pipeline` that holds its choices."""

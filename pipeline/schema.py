@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt
 
 from pipeline import registry
+from pipeline.calibration.settings import Calibration
 from pipeline.compression.base import Method
 from pipeline.data.base import Data
 from pipeline.device.base import Device
@@ -62,6 +63,7 @@ class RunConfig:
     device: Device
     optimizer: Optimizer
     memory: Memory
+    calibration: Calibration
     trainer: Trainer
     gate: Gate
     generate: Generate
@@ -93,10 +95,10 @@ class _Root:
     lock: Mapping[str, Any] | None
 
 
-GROUPS = ("model", "data", "precision", "parallelism", "device", "optimizer", "memory", "trainer")
+GROUPS = ("model", "data", "precision", "parallelism", "device", "optimizer", "memory", "calibration", "trainer")
 """Groups of one choice each, in the order of the config; `compression` is a chain of them."""
-PATHS = (("data", "path"), ("model", "pretrained"))
-"""(group, key) of settings that name a place on this machine."""
+PATHS = (("data", "path", None), ("model", "pretrained", None), ("calibration", "source", "train"))
+"""(group, key, value that is no path) of settings that name a place on this machine."""
 BLOCKS: dict[str, type[Any]] = {"gate": Gate, "generate": Generate}
 
 
@@ -136,8 +138,8 @@ def decode_run(
     problems += told
     if problems or root is None:
         raise ConfigError(problems)
-    for group, key in PATHS:
-        if hasattr(parts[group], key):
+    for group, key, word in PATHS:
+        if hasattr(parts[group], key) and getattr(parts[group], key) != word:
             parts[group] = replace(parts[group], **{key: absolute(getattr(parts[group], key))})
     # A resumed run composes from its lock, which is no recipe that anyone chose.
     choices = {**composed.choices, **({} if root.resume is None else {"recipe": None})}

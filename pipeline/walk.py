@@ -8,6 +8,7 @@ starts after the last one that is there, or at the checkpoint of the fit that wa
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from pipeline.artifact import store
 from pipeline.chain import Stage, stages
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
+from pipeline.data.calibration import calibration_batches
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
@@ -113,8 +115,25 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         if stage.method is not None
         for problem in stage.method.preflight(model, context_of(run.config, stage, model))
     ]
+    if any(stage.method and stage.method.needs_calibration for stage in changing):
+        problems += calibration_problems(run.config, model, run.data, run.tokenizer)
     if problems:
         raise ConfigError(problems)
+
+
+def calibration_problems(config: RunConfig, model: nn.Module, data: DataBundle, tokenizer: Any) -> list[str]:
+    """What keeps the calibration set from being drawn."""
+    try:
+        calibration_batches(config.calibration, data, tokenizer, positions(model))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model takes; None where it has no limit."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def finished(run: Run, changing: list[Stage]) -> int:
@@ -200,25 +219,36 @@ def stage_input(config: RunConfig, directory: Path, data: DataBundle, line: Sequ
 
 
 def prepared(
-    config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage
+    config: RunConfig, directory: Path, data: DataBundle, tokenizer: Any, line: Sequence[Stage], stage: Stage
 ) -> tuple[nn.Module, Context]:
     """The model as the fit of `stage` begins with it, and the method's context: what a rank rebuilds for itself."""
     model = stage_input(config, directory, data, line, stage)
-    context = context_of(config, stage, model)
+    context = context_of(config, stage, model, data, tokenizer)
     return (stage.method.prepare(model, context) if stage.method else model), context
 
 
-def context_of(config: RunConfig, stage: Stage, model: nn.Module) -> Context:
+def context_of(
+    config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle | None = None, tokenizer: Any = None
+) -> Context:
+    """What the method of `stage` is given; without `data` (the preflight) nothing that must be computed."""
+    calibration = None
+    if data is not None and stage.method is not None and stage.method.needs_calibration:
+        calibration = functools.cache(
+            functools.partial(calibration_batches, config.calibration, data, tokenizer, positions(model))
+        )
     return Context(
         stage=stage.name,
         architecture=describe(model),
         device=config.device.kind(),
         steps=stage.fit.steps if stage.fit else 0,
         seed=config.trainer.seed,
+        calibration=calibration,
     )
 
 
-def run_fit(run: Run, stage: Stage, model: nn.Module, method: Method | None) -> Fitted | None:
+def run_fit(
+    run: Run, stage: Stage, model: nn.Module, method: Method | None = None, context: Context | None = None
+) -> Fitted | None:
     """The stage's own fit, here or in workers; `model` holds the trained weights afterwards."""
     if stage.fit is None:
         return None
@@ -226,7 +256,7 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, method: Method | None) -> 
         fitted = launch(run.config, stage, run.directory, resume=run.config.resume)
         load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
         return fitted
-    context = context_of(run.config, stage, model)
+    context = context or context_of(run.config, stage, model)
     return fit(
         run.config, stage, model, run.task, run.data, context.architecture, run.directory,
         callbacks=method.callbacks(context) if method else [], loss=method.loss(context) if method else None,
@@ -236,7 +266,7 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, method: Method | None) -> 
 
 def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Stage 0. Its record carries what `before` means: quality of the trained model, and the training's figures."""
-    fitted = run_fit(run, stage, model, None)
+    fitted = run_fit(run, stage, model)
     with run.progress.phase("evaluating"):
         quality = evaluate(run, model)
     record = {"steps": stage.fit.steps if stage.fit else 0, "fitted": asdict(fitted) if fitted else None, "detail": {}}
@@ -248,9 +278,10 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
     method = stage.method
     assert method is not None
     started = time.perf_counter()
-    context = context_of(run.config, stage, model)
-    model = method.prepare(model, context)
-    fitted = run_fit(run, stage, model, method)
+    context = context_of(run.config, stage, model, run.data, run.tokenizer)
+    with run.progress.phase(f"preparing: {stage.name}"):
+        model = method.prepare(model.to(run.device), context)
+    fitted = run_fit(run, stage, model, method, context)
     with run.progress.phase(f"compressing: {stage.name}"):
         model.to(run.device)
         with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:
@@ -279,6 +310,7 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
             chain=[*run.earlier, *(link_settings(s) for s in chain_until(run.config, stage))],
             tokenizer=run.tokenizer,
             probe=run.task.probe(run.data),
+            calibration=asdict(run.config.calibration) if calibrated(run.config, stage) else None,
             extra={
                 "record": record,
                 "task": run.task.name,
@@ -291,6 +323,11 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
 
 def chain_until(config: RunConfig, stage: Stage) -> list[tuple[str, Method]]:
     return list(config.chain.items())[: stage.index]
+
+
+def calibrated(config: RunConfig, stage: Stage) -> bool:
+    """Whether any link up to `stage` looked at the calibration set."""
+    return any(method.needs_calibration for _, method in chain_until(config, stage))
 
 
 def link_settings(link: tuple[str, Method]) -> dict[str, Any]:

@@ -44,9 +44,10 @@ def fit_stage(
     config: RunConfig, stage: Stage, line: Sequence[Stage], run_dir: Path, rank: int, *, resume: bool
 ) -> Fitted:
     """The stage's fit on this rank; rank 0 shows the progress."""
-    data = config.data.open(config.model.tokenizer())
+    tokenizer = config.model.tokenizer()
+    data = config.data.open(tokenizer)
     task = lookup.get(config.data.task)
-    model, context = prepared(config, run_dir, data, line, stage)
+    model, context = prepared(config, run_dir, data, tokenizer, line, stage)
     steps = {stage.name: stage.fit.steps if stage.fit else 0}
     progress = Progress(steps, mode(console(), sweep=config.sweep or rank > 0), task.unit)
     with progress:

@@ -1,9 +1,10 @@
 """The public side of an artifact: config.json as transformers, compressed-tensors and vLLM read it.
 
 Formats: `dense` (a plain transformers directory), `int-quantized` and `pack-quantized` (compressed-tensors; int8 W8A8,
-and int8 or int4 weights), and `leanfit` for what no public format holds: quantized convolutions, bitmasks. transformers
-ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config names a model
-type that it does not know and a quantization without a method, each of which it refuses to open.
+and weights of 2 to 8 bits), and `leanfit` for what no public format holds or no public reader opens: quantized
+convolutions and tables, zero points, bitmasks, several kinds of layer at once. transformers ignores a quantization
+method that it does not know and fills in random weights; so a `leanfit` config names a model type that it does not know
+and a quantization without a method, each of which it refuses to open.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.layers.quantized import QuantizedLayer, quantized_layers
+from pipeline.layers.linear import Int8Linear, WeightOnlyLinear
+from pipeline.layers.quantized import IntegerLayer, QuantizedLayer, quantized_layers
 
 PUBLIC = ("dense", "int-quantized", "pack-quantized")
 MODEL_TYPE = "leanfit"
@@ -25,21 +27,24 @@ MODEL_TYPE = "leanfit"
 def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
     """Which format holds `model`, whose tensors in `encodings` are stored as bitmasks."""
     layers = list(quantized_layers(model).values())
-    if encodings or any(len(layer.weight_dims) != 2 for layer in layers):
-        return "leanfit"
-    if not layers:
+    if not layers and not encodings:
         return "dense"
-    kinds = {(layer.scheme, layer.group_size) for layer in layers}
-    if len(kinds) > 1:
+    if encodings or not all(map(_is_public, layers)) or len({(x.scheme, x.bits, x.group_size) for x in layers}) > 1:
         return "leanfit"
-    return "pack-quantized" if layers[0].packed else "int-quantized"
+    return "pack-quantized" if isinstance(layers[0], WeightOnlyLinear) else "int-quantized"
 
 
-def _weights(layer: QuantizedLayer) -> dict[str, Any]:
+def _is_public(layer: QuantizedLayer) -> bool:
+    """Zero points are not: compressed-tensors 0.20 packs them, then looks for unpacked ones when it loads."""
+    return isinstance(layer, Int8Linear | WeightOnlyLinear) and layer.grid.symmetric
+
+
+def _weights(layer: IntegerLayer) -> dict[str, Any]:
     strategy = "channel" if layer.group_size is None else "group"
     return {
-        "num_bits": layer.bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": layer.group_size,
-        "dynamic": False, "observer": "minmax", "observer_kwargs": {}, "block_structure": None, "actorder": None,
+        "num_bits": layer.bits, "type": "int", "symmetric": True, "strategy": strategy,
+        "group_size": layer.group_size, "dynamic": False, "observer": "minmax", "observer_kwargs": {},
+        "block_structure": None, "actorder": None,
     }  # fmt: skip
 
 
@@ -59,7 +64,7 @@ def quantization_config(model: nn.Module, form: str) -> dict[str, Any] | None:
     layers = quantized_layers(model)
     group = {
         "targets": ["Linear"],
-        "weights": _weights(next(iter(layers.values()))),
+        "weights": _weights(cast(IntegerLayer, next(iter(layers.values())))),
         "input_activations": _activations() if form == "int-quantized" else None,
         "output_activations": None,
     }

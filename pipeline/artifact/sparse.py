@@ -1,8 +1,8 @@
 """Sparse tensors on disk: one bit an element that says what is kept, and the kept values in order.
 
 A tensor `x` becomes `x.bitmask` (uint8, eight elements a byte, lowest bit first, elements in row-major order) and
-`x.values`: floats or int8 as they are, 4-bit integers two a byte, the first in the low half, offset by 8. It is done
-where it is smaller than the dense tensor: above 3% zeros in float32, 12.5% in int8, 25% in int4.
+`x.values`: floats or int8 as they are, integers of fewer bits packed as layers/packing.py packs them. It is done where
+it is smaller than the dense tensor: above 3% zeros in float32, 12.5% in int8, 25% at 4 bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.layers.packing import pack_int32, unpack_int32
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -28,22 +30,25 @@ def unpack_bits(packed: Tensor, elements: int) -> Tensor:
     return ((packed.view(-1, 1) >> shifts) & 1).flatten()[:elements].to(torch.bool)
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """int8 [n] in [-8, 7] -> uint8 [ceil(n / 2)]."""
-    unsigned = F.pad((values + 8).to(torch.uint8), (0, values.numel() % 2))
-    return unsigned[0::2] | (unsigned[1::2] << 4)
+def pack_values(values: Tensor, bits: int) -> Tensor:
+    """int8 [n] of fewer than 8 bits -> uint8 [ceil(n * bits / 8)]; others as they are."""
+    if bits >= 8:
+        return values
+    whole = pack_int32(values.view(1, -1), bits).view(torch.uint8).flatten()
+    return whole[: math.ceil(values.numel() * bits / 8)].clone()
 
 
-def unpack_nibbles(packed: Tensor, elements: int) -> Tensor:
-    """uint8 [ceil(elements / 2)] -> int8 [elements]."""
-    both = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten()[:elements]
-    return both.to(torch.int8) - 8
+def unpack_values(packed: Tensor, elements: int, bits: int) -> Tensor:
+    """Inverse of `pack_values`."""
+    if bits >= 8:
+        return packed
+    words = F.pad(packed, (0, -packed.numel() % 4)).view(torch.int32).view(1, -1)
+    return unpack_int32(words, bits, elements).flatten()
 
 
 def encode(dense: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(bitmask, values) of `dense` where `mask` is True; `bits` is the width of a value, 4 means int8 in [-8, 7]."""
-    values = dense[mask].flatten()
-    return pack_bits(mask), pack_nibbles(values) if bits == 4 else values
+    """(bitmask, values) of `dense` where `mask` is True; `bits` is the width of a value, below 8 they are packed."""
+    return pack_bits(mask), pack_values(dense[mask].flatten(), bits)
 
 
 def encoded_bytes(mask: Tensor, bits: int) -> int:
@@ -62,9 +67,9 @@ def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], bits: int) -
         raise ValueError(f"the bitmask does not have one bit for each of {elements} elements")
     mask = unpack_bits(bitmask, elements)
     kept = int(mask.sum())
-    if values.numel() != (math.ceil(kept / 2) if bits == 4 else kept):
+    if values.numel() != (math.ceil(kept * bits / 8) if bits < 8 else kept):
         raise ValueError(f"the bitmask keeps {kept} values, {values.numel()} are stored")
-    values = unpack_nibbles(values, kept) if bits == 4 else values
+    values = unpack_values(values, kept, bits)
     dense = torch.zeros(elements, dtype=values.dtype)
     dense[mask] = values
     return dense.view(shape), mask.view(shape)

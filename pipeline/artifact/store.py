@@ -45,7 +45,7 @@ class Count:
 
 def count(model: nn.Module) -> Count:
     """Parameters of a float, masked or quantized model; tied ones once."""
-    tensors = [p.detach() for p in model.parameters()] + [q.integers() for q in quantized_layers(model).values()]
+    tensors = [*(p.detach() for p in model.parameters()), *(q.dequantized() for q in quantized_layers(model).values())]
     return Count(sum(t.numel() for t in tensors), sum(int(torch.count_nonzero(t)) for t in tensors))
 
 
@@ -56,12 +56,13 @@ def save(
     chain: list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     probe: Mapping[str, Tensor],
+    calibration: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `model` to `directory` (replacing an artifact there) and return its manifest.
 
     `chain`: the links that made the model, in order, as JSON. `probe`: a small batch of model inputs, on the model's
-    device. `extra`: JSON to add to the manifest under keys of its own.
+    device. `calibration`: what calibrated links looked at. `extra`: JSON to add to the manifest under keys of its own.
 
     Raises:
         ArtifactError: not a transformers model, or `directory` holds something that is not an artifact.
@@ -102,7 +103,7 @@ def save(
                 "attention": model.config._attn_implementation,
             },
             "chain": chain,
-            "calibration": None,
+            "calibration": None if calibration is None else dict(calibration),
             "layers": _layer_records(model),
             "encodings": encodings,
             "tied": tied,
@@ -320,10 +321,9 @@ def _sparse_tensors(model: nn.Module) -> list[tuple[str, Tensor, Tensor, int, bo
         mask = cast(Tensor, module.weight_mask).cpu()
         found.append((f"{name}.weight", weight, mask, weight.element_size() * 8, False))
     for name, layer in quantized_layers(model).items():
-        if layer.sparse:
-            values = layer.integers().cpu()
-            dense = values if layer.packed else values.view(layer.weight_dims)
-            found.append((f"{name}.{layer.weight_name}", dense, dense != 0, layer.bits, layer.packed))
+        if (sparse_values := layer.sparse_values()) is not None:
+            leaf, dense = sparse_values[0], sparse_values[1].cpu()
+            found.append((f"{name}.{leaf}", dense, dense != 0, layer.bits, leaf == "weight_packed"))
     return found
 
 
@@ -345,7 +345,7 @@ def _quantized_record(layer: QuantizedLayer) -> dict[str, Any]:
         "shape": list(layer.weight_dims),
         "kernel": layer.kernel,
         "sparse": layer.sparse,
-        "sparsity": _zeros(layer.integers()),
+        "sparsity": _zeros(layer.dequantized()),
         "settings": layer.settings(),
     }
 

@@ -1,4 +1,4 @@
-"""int4 weight-only: round to nearest, one scale for each `group_size` inputs, packed eight values to an int32.
+"""Weight-only integers in groups, 4 bits unless said otherwise: round to nearest, packed.
 
 The baseline that GPTQ (Frantar et al., 2023, arXiv:2210.17323) and AWQ are measured against. Saves disk and memory,
 not time: a layer multiplies by its dequantized weight. Convolutions take one scale an output channel.
@@ -8,56 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from annotated_types import Ge
-
-from pipeline.compression.base import Context, Kind, Method
+from pipeline.compression.base import Context
+from pipeline.compression.quantization import GroupQuantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def quantize_int4(model: nn.Module, layers: Sequence[str], group_size: int) -> nn.Module:
-    """`model` with the weights of each named nn.Linear and nn.Conv2d as 4-bit integers, in place.
+def quantize_int4(
+    model: nn.Module, layers: Sequence[str], group_size: int | None, bits: int = 4, symmetric: bool = True
+) -> nn.Module:
+    """`model` with the weights of each named layer as integers of `bits`, in place.
 
-    `group_size` must divide the inputs of every named linear layer.
+    `group_size` must divide the inputs of every named linear layer, and the width of every table.
 
     Raises:
         LeanfitError: no layers, or NaN or infinity in a weight (the layer is named).
     """
     from pipeline.layers.schemes import quantize_layers
 
-    return quantize_layers(model, layers, "int4", group_size=group_size)
+    return quantize_layers(model, layers, "weight_only", bits=bits, group_size=group_size, symmetric=symmetric)
 
 
 @register("compression", "int4")
 @dataclass(frozen=True, kw_only=True)
-class Int4(Method):
-    """`ignore`: module names, last components or fnmatch patterns of layers to leave in float."""
+class Int4(GroupQuantizer):
+    """`bits`: 2, 3, 4 or 8. `embeddings`: nn.Embedding and nn.EmbeddingBag too, where they are not tied."""
 
-    kind: ClassVar[Kind] = "quantization"
-    cannot_follow: ClassVar[frozenset[str]] = frozenset({"quantization"})
+    embeddings: bool
 
-    group_size: Annotated[int, Ge(2)]
-    ignore: tuple[str, ...]
+    def types(self) -> tuple[type[nn.Module], ...]:
+        from torch import nn
 
-    def preflight(self, model: nn.Module, context: Context) -> list[str]:
-        from pipeline.layers.select import group_problems, select, selection_problems
-
-        key = f"compression.{context.stage}"
-        problems = selection_problems(model, context.architecture, self.ignore, key)
-        if problems:
-            return problems
-        return group_problems(model, select(model, context.architecture, self.ignore).layers, self.group_size, key)
+        return (*super().types(), *((nn.Embedding, nn.EmbeddingBag) if self.embeddings else ()))
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
-        from pipeline.layers.select import select
-
-        return quantize_int4(model, select(model, context.architecture, self.ignore).layers, self.group_size)
-
-    def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
-        from pipeline.layers.schemes import quantization_detail
-
-        return {**quantization_detail(model, context.architecture, self.ignore), "group_size": self.group_size}
+        return quantize_int4(
+            model, self.layers(model, context), self.group_size, bits=self.bits, symmetric=self.symmetric
+        )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from pipeline.compression.base import Context, Kind, Method
+from pipeline.compression.base import Context
+from pipeline.compression.quantization import Quantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -33,26 +34,8 @@ def quantize_int8(model: nn.Module, layers: Sequence[str], share_flat: bool = Fa
 
 @register("compression", "int8")
 @dataclass(frozen=True, kw_only=True)
-class Int8(Method):
-    """`ignore`: module names, last components or fnmatch patterns of layers to leave in float."""
-
-    kind: ClassVar[Kind] = "quantization"
-    cannot_follow: ClassVar[frozenset[str]] = frozenset({"quantization"})
-
-    ignore: tuple[str, ...]
-
-    def preflight(self, model: nn.Module, context: Context) -> list[str]:
-        from pipeline.layers.select import selection_problems
-
-        return selection_problems(model, context.architecture, self.ignore, f"compression.{context.stage}")
+class Int8(Quantizer):
+    """Dynamic W8A8; no settings but `ignore`."""
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
-        from pipeline.layers.select import select
-
-        selection = select(model, context.architecture, self.ignore)
-        return quantize_int8(model, selection.layers, share_flat=bool(context.architecture.embeddings))
-
-    def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
-        from pipeline.layers.schemes import quantization_detail
-
-        return quantization_detail(model, context.architecture, self.ignore)
+        return quantize_int8(model, self.layers(model, context), share_flat=bool(context.architecture.embeddings))

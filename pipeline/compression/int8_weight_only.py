@@ -1,15 +1,16 @@
 """int8 weight-only: weights per output channel, rounded to nearest; activations and compute in float.
 
-Saves disk and memory, not time: a layer multiplies by its dequantized weight.
+Saves disk and memory, not time: a layer multiplies by its dequantized weight. Embedding tables too, if asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from pipeline.compression.base import Context, Kind, Method
+from pipeline.compression.base import Context
+from pipeline.compression.quantization import Quantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -17,37 +18,27 @@ if TYPE_CHECKING:
 
 
 def quantize_int8_weights(model: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """`model` with the weights of each named nn.Linear and nn.Conv2d as int8 per output channel, in place.
+    """`model` with the weights of each named layer as int8 per output channel (or row of a table), in place.
 
     Raises:
         LeanfitError: no layers, or NaN or infinity in a weight (the layer is named).
     """
     from pipeline.layers.schemes import quantize_layers
 
-    return quantize_layers(model, layers, "int8_weight_only")
+    return quantize_layers(model, layers, "weight_only", bits=8)
 
 
 @register("compression", "int8_weight_only")
 @dataclass(frozen=True, kw_only=True)
-class Int8WeightOnly(Method):
-    """`ignore`: module names, last components or fnmatch patterns of layers to leave in float."""
+class Int8WeightOnly(Quantizer):
+    """`embeddings`: quantize nn.Embedding and nn.EmbeddingBag too, where they are not tied to another layer."""
 
-    kind: ClassVar[Kind] = "quantization"
-    cannot_follow: ClassVar[frozenset[str]] = frozenset({"quantization"})
+    embeddings: bool
 
-    ignore: tuple[str, ...]
+    def types(self) -> tuple[type[nn.Module], ...]:
+        from torch import nn
 
-    def preflight(self, model: nn.Module, context: Context) -> list[str]:
-        from pipeline.layers.select import selection_problems
-
-        return selection_problems(model, context.architecture, self.ignore, f"compression.{context.stage}")
+        return (*super().types(), *((nn.Embedding, nn.EmbeddingBag) if self.embeddings else ()))
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
-        from pipeline.layers.select import select
-
-        return quantize_int8_weights(model, select(model, context.architecture, self.ignore).layers)
-
-    def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
-        from pipeline.layers.schemes import quantization_detail
-
-        return quantization_detail(model, context.architecture, self.ignore)
+        return quantize_int8_weights(model, self.layers(model, context))

@@ -1,72 +1,64 @@
-"""Quantized forms of nn.Conv2d, grouped and depthwise too: int8 W8A8, int8 weight-only, int4.
+"""Quantized forms of nn.Conv2d, grouped and depthwise too: int8 W8A8, and weights alone in 2 to 8 bits.
 
 W8A8 takes one activation scale a sample. Its integer products are carried in float convolutions: exact while a sum
 stays below 2^24, which up to 1024 inputs of an output always do, and no framework here has a faster int8
-convolution without a compile step. A scale stands for a whole output channel, in int4 too: filters are short.
+convolution without a compile step. A scale stands for a whole output channel, at 4 bits too: filters are short.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.layers.kernels import ACTIVATION_LEVELS, SMALLEST, integers_of
-from pipeline.layers.quantized import FloatLayer, QuantizedLayer, quantizes
+from pipeline.layers.quantize import Grid
+from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
+from pipeline.layers.weight_only import WeightOnly
 
 
-class _QuantizedConv2d(QuantizedLayer):
-    def __init__(self, layer: FloatLayer, **settings: Any) -> None:
-        settings.pop("group_size", None)
-        super().__init__(layer, **settings)
+class _Convolution(IntegerLayer):
+    def take_geometry(self, layer: FloatLayer) -> None:
         conv = cast(nn.Conv2d, layer)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.dequantized().to(x.dtype), self.bias)
-
-    def settings(self) -> dict[str, Any]:
-        return {}
-
 
 @quantizes("int8", nn.Conv2d)
-class Int8Conv2d(_QuantizedConv2d):
+class Int8Conv2d(_Convolution):
     """int8 weights per output channel, int8 activations per sample, exact integer sums."""
 
-    bits = 8
     packed = False
-    weight: Tensor
+
+    def __init__(self, layer: FloatLayer, share_flat: bool = False) -> None:
+        super().__init__(layer, Grid(bits=8))
+        self.take_geometry(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        step = wide.abs().amax((1, 2, 3), keepdim=True).clamp_min_(SMALLEST).div_(ACTIVATION_LEVELS)
-        sums = self.convolve(integers_of(wide / step), self.weight.to(wide.dtype), None)
-        sums *= self.weight_scale.to(wide.dtype).view(1, -1, 1, 1)
+        values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        step = values.abs().amax((1, 2, 3), keepdim=True).clamp_min_(SMALLEST).div_(ACTIVATION_LEVELS)
+        sums = self.convolve(integers_of(values / step), self.weight.to(values.dtype), None)
+        sums *= self.weight_scale.to(values.dtype).view(1, -1, 1, 1)
         if self.bias is None:
             return sums.mul_(step).to(x.dtype)
-        return torch.addcmul(self.bias.to(wide.dtype).view(1, -1, 1, 1), sums, step).to(x.dtype)
+        return torch.addcmul(self.bias.to(values.dtype).view(1, -1, 1, 1), sums, step).to(x.dtype)
 
     @property
     def kernel(self) -> str:
         return "integers in float convolution"
 
 
-@quantizes("int8_weight_only", nn.Conv2d)
-class Int8WeightOnlyConv2d(_QuantizedConv2d):
-    """int8 weights per output channel, float activations."""
+@quantizes("weight_only", nn.Conv2d)
+class WeightOnlyConv2d(WeightOnly, _Convolution):
+    """Packed weights of 2 to 8 bits, a scale for each output channel; float activations."""
 
-    bits = 8
-    packed = False
+    def __init__(self, layer: FloatLayer, bits: int, group_size: int | None = None, symmetric: bool = True) -> None:
+        super().__init__(layer, bits, None, symmetric)
+        self.take_geometry(layer)
 
-
-@quantizes("int4", nn.Conv2d)
-class Int4Conv2d(_QuantizedConv2d):
-    """4-bit weights per output channel, packed eight to an int32, float activations."""
-
-    bits = 4
-    packed = True
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.dequantized().to(x.dtype), self.bias)

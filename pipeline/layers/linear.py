@@ -1,4 +1,4 @@
-"""Quantized forms of nn.Linear: int8 W8A8, int8 weight-only, int4 in groups. Forward and layout as compressed-tensors.
+"""Quantized forms of nn.Linear: int8 W8A8, and weights alone in 2 to 8 bits. Forward and layout as compressed-tensors.
 
 Weight-only layers multiply in the model's dtype by the dequantized weight, made anew each time: they save memory and
 disk, not time.
@@ -14,20 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.layers import kernels
-from pipeline.layers.quantized import FloatLayer, QuantizedLayer, quantizes
-
-
-class _QuantizedLinear(QuantizedLayer):
-    def __init__(self, layer: FloatLayer, **settings: Any) -> None:
-        super().__init__(layer, **settings)
-        self.out_features, self.in_features = self.weight_dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+from pipeline.layers.quantize import Grid
+from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
+from pipeline.layers.weight_only import WeightOnly
 
 
 @quantizes("int8", nn.Linear)
-class Int8Linear(_QuantizedLinear):
+class Int8Linear(IntegerLayer):
     """int8 weights per output channel, int8 activations per token, integer products (`layers/kernels.py`).
 
     `share_flat`: one activation scale for all rows of a two-dimensional input. compressed-tensors quantizes so (its
@@ -35,12 +28,11 @@ class Int8Linear(_QuantizedLinear):
     layer, as OPT's does before its feed-forward, give the same logits here and there only if this does too.
     """
 
-    bits = 8
     packed = False
-    weight: Tensor
 
-    def __init__(self, layer: FloatLayer, share_flat: bool = False, **settings: Any) -> None:
-        super().__init__(layer, **settings)
+    def __init__(self, layer: FloatLayer, share_flat: bool = False) -> None:
+        super().__init__(layer, Grid(bits=8))
+        self.out_features, self.in_features = self.weight_dims
         self.share_flat = share_flat
         self._packed = kernels.Packed()
         self._siblings: Siblings | None = None
@@ -137,17 +129,13 @@ class Siblings:
         self._forget()
 
 
-@quantizes("int8_weight_only", nn.Linear)
-class Int8WeightOnlyLinear(_QuantizedLinear):
-    """int8 weights per output channel, packed four to an int32; float activations."""
+@quantizes("weight_only", nn.Linear)
+class WeightOnlyLinear(WeightOnly):
+    """Packed weights of 2 to 8 bits, a scale for each `group_size` inputs; float activations."""
 
-    bits = 8
-    packed = True
+    def __init__(self, layer: FloatLayer, **settings: Any) -> None:
+        super().__init__(layer, **settings)
+        self.out_features, self.in_features = self.weight_dims
 
-
-@quantizes("int4", nn.Linear)
-class Int4Linear(_QuantizedLinear):
-    """4-bit weights with a scale for each `group_size` inputs, packed eight to an int32; float activations."""
-
-    bits = 4
-    packed = True
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)

@@ -1,42 +1,113 @@
-"""Symmetric round-to-nearest quantization of weight rows, per row or per group of columns. Pure functions on tensors.
+"""Round-to-nearest quantization of weight rows to integers, per row or per group of columns. Pure functions on tensors.
 
-int8 maps the largest magnitude of a row to 127 (-128 is not used: kernels that add products in 16 bits stay exact);
-int4 maps it to 7.5, so that all sixteen values are used, as compressed-tensors' min-max observer does.
+Symmetric: w = q * scale, zeros stay zero. 8 bits map the largest magnitude of a row to 127 (-128 is not used: kernels
+that add products in 16 bits stay exact); fewer bits map it to half a step above the largest integer (7.5 at 4 bits), so
+that all values are used, as compressed-tensors' min-max observer does.
+Asymmetric: w = (q - zero) * scale, with `zero` an integer of the same range, so that float zero is kept exactly; the
+range from the smallest to the largest weight of a group, zero included, is divided into 2^bits - 1 steps.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-LARGEST = {8: 127.0, 4: 7.5}
-"""What the largest magnitude of a row or group becomes, by bits."""
-RANGE = {8: (-127, 127), 4: (-8, 7)}
+BITS = (2, 3, 4, 8)
 
 
-def quantize_rows(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Float [rows, columns] -> integers int8 [rows, columns] and scales [rows, groups] in the weight's dtype.
+@dataclass(frozen=True)
+class Grid:
+    """How a row of weights lies on integers: `bits`, one scale for `group_size` columns (None: a row), zero points."""
 
-    One scale a row where `group_size` is None, else one for each `group_size` columns, which must divide the row. The
-    scale is rounded to the weight's dtype first, and the integers are those nearest to it. Zeros stay zero.
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    @property
+    def low(self) -> int:
+        return -127 if self.symmetric and self.bits == 8 else -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def largest(self) -> float:
+        """What the largest magnitude of a symmetric group becomes."""
+        return 127.0 if self.bits == 8 else self.high + 0.5
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """[rows, columns] -> [rows, groups, columns of a group].
+
+        Raises:
+            ValueError: the group size does not divide the columns.
+        """
+        columns = rows.shape[1]
+        size = columns if self.group_size is None else self.group_size
+        if columns % size:
+            raise ValueError(f"group_size={size} does not divide {columns} columns")
+        return rows.view(rows.shape[0], columns // size, size)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers int8 [rows, columns]; scales [rows, groups] in the weight's dtype; zero points int8, None if none."""
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def dequantized(self) -> Tensor:
+        """[rows, columns] in the scales' dtype."""
+        return dequantize_rows(self.integers, self.scale, self.zero_point)
+
+
+def find_scales(weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scales [rows, groups] in the weight's dtype, and zero points int8 [rows, groups] of an asymmetric grid.
+
+    `shrink` narrows the range that the scales span, so that outliers are clipped: a number, or [rows, groups].
     """
-    rows, columns = weight.shape
-    size = columns if group_size is None else group_size
-    if columns % size:
-        raise ValueError(f"group_size={size} does not divide {columns} columns")
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).view(rows, columns // size, size)
-    scale = (wide.abs().amax(-1) / LARGEST[bits]).to(weight.dtype)
-    # A row of zeros, or one whose scale underflows, needs any scale but 0.
+    groups = grid.grouped(wide(weight))
+    if grid.symmetric:
+        scale = (groups.abs().amax(-1) * shrink / grid.largest).to(weight.dtype)
+        # A group of zeros, or one whose scale underflows, needs any scale but 0.
+        return torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale), None
+    least, most = groups.amin(-1).clamp_max(0) * shrink, groups.amax(-1).clamp_min(0) * shrink
+    scale = ((most - least) / (grid.high - grid.low)).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
-    low, high = RANGE[bits]
-    integers = (wide / scale.to(wide.dtype).unsqueeze(-1)).round_().clamp_(low, high)
-    return integers.to(torch.int8).view(rows, columns), scale
+    zero = (grid.low - least / scale.to(least.dtype)).round_().clamp_(grid.low, grid.high)
+    return scale, zero.to(torch.int8)
 
 
-def dequantize_rows(integers: Tensor, scale: Tensor, offset: int = 0) -> Tensor:
-    """(integers - offset) * scale: integers [rows, columns], scale [rows, groups] -> [rows, columns], scale's dtype."""
+def to_integers(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Weights [rows, columns] to the nearest integers int8 under scales, and zero points, [rows, groups]."""
+    groups = grid.grouped(wide(weight))
+    integers = (groups / scale.to(groups.dtype).unsqueeze(-1)).round_()
+    if zero_point is not None:
+        integers += zero_point.unsqueeze(-1)
+    return integers.clamp_(grid.low, grid.high).to(torch.int8).view(weight.shape)
+
+
+def quantize_rows(weight: Tensor, grid: Grid, shrink: float | Tensor = 1.0) -> Quantized:
+    """Float [rows, columns], rounded to nearest. Scales are rounded to the weight's dtype before integers are found."""
+    scale, zero_point = find_scales(weight, grid, shrink)
+    return Quantized(to_integers(weight, scale, zero_point, grid), scale, zero_point)
+
+
+def dequantize_rows(integers: Tensor, scale: Tensor, zero_point: Tensor | None = None, offset: int = 0) -> Tensor:
+    """(integers - offset - zero) * scale: [rows, columns] and [rows, groups] -> [rows, columns], the scales' dtype."""
     rows, columns = integers.shape
     values = integers.to(scale.dtype)
     if offset:
         values = values.sub_(offset)
-    return (values.view(rows, scale.shape[1], -1) * scale.unsqueeze(-1)).view(rows, columns)
+    groups = values.view(rows, scale.shape[1], -1)
+    if zero_point is not None:
+        groups = groups - zero_point.to(scale.dtype).unsqueeze(-1)
+    return (groups * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def wide(weight: Tensor) -> Tensor:
+    """`weight` outside of autograd, in float32 at least."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

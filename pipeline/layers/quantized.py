@@ -1,87 +1,69 @@
 """What every quantized layer shares: geometry, stored tensors, conversion from float, and the table of kinds.
 
 The stored tensors have the names and shapes of compressed-tensors on disk: `weight` int8 (int-quantized), or
-`weight_packed` int32 and `weight_shape` (pack-quantized), with `weight_scale` [out, groups] and `bias`.
+`weight_packed` int32 and `weight_shape` (pack-quantized), with `weight_scale` [out, groups], `weight_zero_point` (int8,
+packed along the rows where weights are packed) and `bias`.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.layers.packing import pack_int32, packed_columns, unpack_int32, unpack_unsigned
-from pipeline.layers.quantize import dequantize_rows, quantize_rows
+from pipeline.layers.quantize import Grid, Quantized, dequantize_rows, quantize_rows
 from pipeline.layers.sparsity import MASK
 
-FloatLayer = nn.Linear | nn.Conv2d
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FloatLayer = nn.Linear | nn.Conv2d | nn.Embedding | nn.EmbeddingBag
+LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.EmbeddingBag)
+"""Float layers that have quantized forms; a subclass of one is treated as it is."""
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight is integers times scales. Subclasses say how it is stored and how it runs.
+    """A layer whose weight is stored in few bits. Subclasses say in which, and how the layer runs.
 
-    `sparse`: the integers came from a masked weight, and their zeros are worth storing as a bitmask.
+    `sparse`: it came from a masked weight, and its zeros are worth storing as a bitmask.
     """
 
     scheme: ClassVar[str]
-    """'int8' (W8A8), 'int8_weight_only' or 'int4'."""
-    bits: ClassVar[int]
-    packed: ClassVar[bool]
-
-    weight: Tensor
-    weight_packed: Tensor
+    """'int8' (W8A8), 'weight_only', ...: with `settings()`, all that is needed to make the layer anew."""
+    bits: int
+    group_size: int | None = None
+    sparse: bool = False
+    weight_dims: tuple[int, ...]
     weight_scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, layer: FloatLayer, group_size: int | None = None, **_: Any) -> None:
+    def __init__(self, layer: FloatLayer) -> None:
         """Room for the quantized form of `layer`, not yet filled."""
         super().__init__()
-        self.group_size = group_size
-        self.sparse = False
-        self.weight_dims: tuple[int, ...] = tuple(layer.weight.shape)
-        rows, columns, device = self.weight_dims[0], layer.weight[0].numel(), layer.weight.device
-        groups = 1 if group_size is None else columns // group_size
-        if self.packed:
-            words = packed_columns(columns, self.bits)
-            self.register_buffer("weight_packed", torch.empty(rows, words, dtype=torch.int32, device=device))
-            self.register_buffer("weight_shape", torch.tensor(self.weight_dims, device=device))
-        else:
-            self.register_buffer("weight", torch.empty(self.weight_dims, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.empty(rows, groups, dtype=layer.weight.dtype, device=device))
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        self.weight_dims = tuple(layer.weight.shape)
+        bias = getattr(layer, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def from_float(cls, layer: FloatLayer, **settings: Any) -> QuantizedLayer:
-        """The quantized form of `layer`; its bias is shared, its mask becomes `sparse`."""
-        made = cls(layer, **settings)
-        integers, scale = quantize_rows(layer.weight.detach().flatten(1), made.bits, made.group_size)
-        made.set_integers(integers)
-        made.weight_scale = scale
-        made.sparse = hasattr(layer, MASK)
-        return made.train(layer.training)
+    @abstractmethod
+    def from_float(cls, layer: FloatLayer, **settings: Any) -> Self:
+        """The quantized form of `layer`, rounded to nearest; its bias is shared, its mask becomes `sparse`."""
 
-    def integers(self) -> Tensor:
-        """int8 [out, in] (a convolution's kernels flattened)."""
-        if self.packed:
-            return unpack_int32(self.weight_packed, self.bits, self._columns)
-        return self.weight.flatten(1)
-
-    def set_integers(self, integers: Tensor) -> None:
-        """Store int8 [out, in]."""
-        if self.packed:
-            self.weight_packed = pack_int32(integers, self.bits)
-        else:
-            self.weight = integers.view(self.weight_dims)
-
+    @abstractmethod
     def dequantized(self) -> Tensor:
-        """The weight that the integers stand for, in the float layer's shape and the scales' dtype."""
-        if self.packed:
-            unsigned = unpack_unsigned(self.weight_packed, self.bits, self._columns)
-            weight = dequantize_rows(unsigned, self.weight_scale, offset=1 << (self.bits - 1))
-        else:
-            weight = dequantize_rows(self.integers(), self.weight_scale)
-        return weight.view(self.weight_dims)
+        """The weight that is stored, in the float layer's shape and the scales' dtype."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the constructor needs beside the float layer, as JSON."""
+
+    def sparse_values(self) -> tuple[str, Tensor] | None:
+        """(name of the tensor, its integers in the float layer's shape) to store as a bitmask; None: as it is."""
+        return None
 
     @property
     def kernel(self) -> str:
@@ -89,22 +71,99 @@ class QuantizedLayer(nn.Module):
         return "dequantize"
 
     @property
-    def weight_name(self) -> str:
-        return "weight_packed" if self.packed else "weight"
+    def rows(self) -> int:
+        return self.weight_dims[0]
 
     @property
-    def _columns(self) -> int:
-        columns = 1
-        for size in self.weight_dims[1:]:
-            columns *= size
-        return columns
+    def columns(self) -> int:
+        return math.prod(self.weight_dims[1:])
 
-    def settings(self) -> dict[str, Any]:
-        """What the constructor needs beside the float layer."""
-        return {"group_size": self.group_size}
+    def like(self, layer: FloatLayer) -> Self:
+        """Takes over the mode of `layer` and whether it was masked."""
+        self.sparse = hasattr(layer, MASK)
+        return self.train(layer.training)
 
     def extra_repr(self) -> str:
-        return f"{self.scheme}, {'x'.join(map(str, self.weight_dims))}, group_size={self.group_size}"
+        return f"{self.scheme}, {self.bits} bits, {'x'.join(map(str, self.weight_dims))}, group_size={self.group_size}"
+
+
+class IntegerLayer(QuantizedLayer):
+    """A layer whose weight is integers on a `Grid`, as bytes or packed."""
+
+    packed: ClassVar[bool]
+
+    weight: Tensor
+    weight_packed: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(self, layer: FloatLayer, grid: Grid) -> None:
+        super().__init__(layer)
+        self.grid, self.bits, self.group_size = grid, grid.bits, grid.group_size
+        device, dtype = layer.weight.device, layer.weight.dtype
+        groups = 1 if grid.group_size is None else self.columns // grid.group_size
+        if self.packed:
+            words = packed_columns(self.columns, self.bits)
+            self.register_buffer("weight_packed", torch.empty(self.rows, words, dtype=torch.int32, device=device))
+            self.register_buffer("weight_shape", torch.tensor(self.weight_dims, device=device))
+        else:
+            self.register_buffer("weight", torch.empty(self.weight_dims, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(self.rows, groups, dtype=dtype, device=device))
+        zeros = None
+        if not grid.symmetric:
+            shape = (packed_columns(self.rows, self.bits), groups) if self.packed else (self.rows, groups)
+            zeros = torch.empty(shape, dtype=torch.int32 if self.packed else torch.int8, device=device)
+        self.register_buffer("weight_zero_point", zeros)
+
+    @classmethod
+    def from_float(cls, layer: FloatLayer, **settings: Any) -> Self:
+        made = cls(layer, **settings)
+        made.fill(quantize_rows(layer.weight.detach().flatten(1), made.grid))
+        return made.like(layer)
+
+    def fill(self, quantized: Quantized) -> None:
+        """Store integers [rows, columns] with their scales and zero points, however they were found."""
+        self.set_integers(quantized.integers)
+        self.weight_scale = quantized.scale.contiguous()
+        zeros = quantized.zero_point
+        if zeros is not None:
+            zeros = pack_int32(zeros.t().contiguous(), self.bits).t().contiguous() if self.packed else zeros
+        self.weight_zero_point = zeros
+
+    def integers(self) -> Tensor:
+        """int8 [rows, columns] (a convolution's kernels flattened)."""
+        if self.packed:
+            return unpack_int32(self.weight_packed, self.bits, self.columns)
+        return self.weight.flatten(1)
+
+    def zero_points(self) -> Tensor | None:
+        """int8 [rows, groups]; None where the grid is symmetric."""
+        if self.weight_zero_point is None or not self.packed:
+            return self.weight_zero_point
+        return unpack_int32(self.weight_zero_point.t().contiguous(), self.bits, self.rows).t()
+
+    def set_integers(self, integers: Tensor) -> None:
+        """Store int8 [rows, columns]."""
+        if self.packed:
+            self.weight_packed = pack_int32(integers, self.bits)
+        else:
+            self.weight = integers.view(self.weight_dims)
+
+    def dequantized(self) -> Tensor:
+        if self.packed:
+            unsigned = unpack_unsigned(self.weight_packed, self.bits, self.columns)
+            weight = dequantize_rows(unsigned, self.weight_scale, self.zero_points(), offset=1 << (self.bits - 1))
+        else:
+            weight = dequantize_rows(self.integers(), self.weight_scale, self.zero_points())
+        return weight.view(self.weight_dims)
+
+    def sparse_values(self) -> tuple[str, Tensor] | None:
+        if not self.sparse or not self.grid.symmetric:
+            return None
+        integers = self.integers()
+        return ("weight_packed", integers) if self.packed else ("weight", integers.view(self.weight_dims))
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
 
 KINDS: dict[tuple[str, type[nn.Module]], type[QuantizedLayer]] = {}
@@ -123,8 +182,15 @@ def quantizes(scheme: str, layer: type[nn.Module]) -> Any:
 
 
 def float_class(layer: nn.Module) -> type[nn.Module]:
-    """nn.Linear or nn.Conv2d, whichever `layer` is a kind of."""
-    return nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    """Which of LAYERS `layer` is a kind of.
+
+    Raises:
+        KeyError: none of them.
+    """
+    for cls in LAYERS:
+        if isinstance(layer, cls):
+            return cls
+    raise KeyError(type(layer).__name__)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

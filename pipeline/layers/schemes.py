@@ -1,4 +1,4 @@
-"""Quantizing the layers of a model by the name of a scheme: int8, int8_weight_only, int4.
+"""Quantizing the layers of a model by the name of a scheme: int8, weight_only.
 
 Importing this module enters every quantized layer into the table of kinds.
 """
@@ -13,32 +13,55 @@ import torch
 from torch import nn
 
 from pipeline.errors import LeanfitError
-from pipeline.layers import conv, linear
-from pipeline.layers.quantized import KINDS, FloatLayer, QuantizedLayer, float_class, quantized_layers
+from pipeline.layers import conv, embedding, linear
+from pipeline.layers.quantize import Quantized
+from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
-__all__ = ["conv", "empty_layer", "join_siblings", "linear", "quantization_detail", "quantize_layers", "replace"]
+__all__ = [
+    "conv", "embedding", "empty_layer", "join_siblings", "linear", "put", "quantization_detail", "quantize_layers",
+    "replace", "require_finite",
+]  # fmt: skip
 
 
 def quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, **settings: Any) -> nn.Module:
-    """`model` with each of the named `layers` replaced, in place, by its quantized form.
+    """`model` with each of the named `layers` replaced, in place, by its quantized form, rounded to nearest.
 
     Raises:
         LeanfitError: no layers, or a weight that holds NaN or infinity (the layer is named); nothing is changed then.
     """
-    if not layers:
-        raise LeanfitError(f"{scheme}: no layer to quantize")
-    for name in layers:
-        weight = cast(torch.Tensor, model.get_submodule(name).weight)
-        if not torch.isfinite(weight).all():
-            raise LeanfitError(f"{scheme}: the weight of {name} holds NaN or infinity: its training diverged")
+    require_finite(model, layers, scheme)
     for name in layers:
         layer = cast(FloatLayer, model.get_submodule(name))
         replace(model, name, KINDS[scheme, float_class(layer)].from_float(layer, **settings))
     join_siblings(model)
     return model
+
+
+def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> None:
+    """What every method demands of the weights it is about to change.
+
+    Raises:
+        LeanfitError: no layers, or a weight that holds NaN or infinity (the layer is named).
+    """
+    if not layers:
+        raise LeanfitError(f"{method}: no layer to work on")
+    for name in layers:
+        weight = cast(torch.Tensor, model.get_submodule(name).weight)
+        if not torch.isfinite(weight).all():
+            raise LeanfitError(f"{method}: the weight of {name} holds NaN or infinity: its training diverged")
+
+
+def put(model: nn.Module, name: str, quantized: Quantized, scheme: str, **settings: Any) -> IntegerLayer:
+    """Replace the layer `name` by its quantized form, with integers that a method found. Call `join_siblings` last."""
+    layer = cast(FloatLayer, model.get_submodule(name))
+    made = cast(IntegerLayer, empty_layer(scheme, layer, **settings))
+    made.fill(quantized)
+    made.like(layer)
+    replace(model, name, made)
+    return made
 
 
 def join_siblings(model: nn.Module) -> None:
@@ -62,9 +85,12 @@ def empty_layer(scheme: str, layer: FloatLayer, **settings: Any) -> QuantizedLay
     """The quantized form of `layer` with room for its tensors, as a loader fills them.
 
     Raises:
-        KeyError: no such scheme for this class of layer.
+        LeanfitError: no such scheme for this class of layer.
     """
-    return KINDS[scheme, float_class(layer)](layer, **settings)
+    kind = KINDS.get((scheme, float_class(layer)))
+    if kind is None:
+        raise LeanfitError(f"there is no {scheme!r} form of {type(layer).__name__}")
+    return kind(layer, **settings)
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -73,16 +99,18 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def quantization_detail(model: nn.Module, architecture: Architecture, ignore: Iterable[str]) -> dict[str, Any]:
+def quantization_detail(
+    model: nn.Module, architecture: Architecture, ignore: Iterable[str], types: tuple[type[nn.Module], ...] = ()
+) -> dict[str, Any]:
     """JSON facts of a quantized model: which layers, how many bits, by which kernels, what stayed in float and why."""
     found = quantized_layers(model)
-    integers = {name: layer.integers() for name, layer in found.items()}
-    zeros = sum(int((values == 0).sum()) for values in integers.values())
+    weights = [layer.dequantized() for layer in found.values()]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
     return {
         "layers": len(found),
         "layer_names": list(found),
         "bits": {name: layer.bits for name, layer in found.items()},
         "kernel": dict(Counter(layer.kernel for layer in found.values())),
-        "left_in_float": select(model, architecture, ignore).left_in_float,
-        "sparsity": zeros / max(1, sum(values.numel() for values in integers.values())),
+        "left_in_float": select(model, architecture, ignore, types).left_in_float,
+        "sparsity": zeros / max(1, sum(weight.numel() for weight in weights)),
     }

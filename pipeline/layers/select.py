@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -36,10 +36,11 @@ def select(
 
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
-    than with zeros.
+    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own.
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    tied = {name: group for group in architecture.tied for name in group}
     layers, left = [], {}
     for name, module in model.named_modules():
         if not isinstance(module, types):
@@ -47,6 +48,12 @@ def select(
         pattern = next((p for p in ignore if matches(name, p)), None)
         if pattern is not None:
             left[name] = f"ignored by '{pattern}'"
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            reason = _embedding_stays(module, name, tied)
+            if reason is None:
+                layers.append(name)
+            else:
+                left[name] = reason
         elif id(module.weight) in embedded:
             left[name] = f"tied to the embedding {embedded[id(module.weight)]}"
         elif name == architecture.head and architecture.embeddings:
@@ -56,6 +63,19 @@ def select(
         else:
             layers.append(name)
     return Selection(tuple(layers), left)
+
+
+def _embedding_stays(
+    module: nn.Embedding | nn.EmbeddingBag, name: str, tied: Mapping[str, Sequence[str]]
+) -> str | None:
+    """Why an embedding stays in float; None where it can be quantized."""
+    plain = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
+    weight = f"{name}.weight"
+    if weight in tied:
+        return f"tied to {', '.join(other for other in tied[weight] if other != weight)}"
+    if type(module).forward is not plain.forward:
+        return f"{type(module).__name__} looks up in its own way"
+    return "renormalises its rows (max_norm)" if module.max_norm is not None else None
 
 
 def selection_problems(
@@ -95,7 +115,11 @@ def selection_problems(
 
 def group_problems(model: nn.Module, layers: Iterable[str], group_size: int, key: str) -> list[str]:
     """One message for the linear layers whose inputs `group_size` does not divide, with sizes that divide them all."""
-    inputs = {name: m.in_features for name in layers if isinstance(m := model.get_submodule(name), nn.Linear)}
+    inputs = {
+        name: m.weight.shape[1]
+        for name in layers
+        if isinstance(m := model.get_submodule(name), nn.Linear | nn.Embedding | nn.EmbeddingBag)
+    }
     wrong = {name: size for name, size in inputs.items() if size % group_size}
     if not wrong:
         return []

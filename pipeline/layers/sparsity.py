@@ -6,11 +6,13 @@ hold it. Sources: Han et al., 2015 (arXiv:1506.02626) for magnitudes, Mishra et 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.errors import LeanfitError
 
 MASK = "weight_mask"
 
@@ -33,6 +35,21 @@ def n_of_m_mask(scores: Tensor, keep: int, block: int) -> Tensor:
     blocks = scores.reshape(scores.shape[0], -1, block)
     kept = torch.topk(blocks, keep, dim=-1, sorted=False).indices
     return torch.zeros(blocks.shape, dtype=torch.bool, device=scores.device).scatter_(-1, kept, True).view(scores.shape)
+
+
+def mask_of(scores: Tensor, sparsity: float, pattern: str | None) -> Tensor:
+    """The mask of a layer whose weights have these `scores`: by N:M where there is a pattern, else by `sparsity`."""
+    return unstructured_mask(scores, sparsity) if pattern is None else n_of_m_mask(scores, *parse_pattern(pattern))
+
+
+def require_pruned(model: nn.Module, layers: Sequence[str], what: str) -> None:
+    """No effect is an error.
+
+    Raises:
+        LeanfitError: not one weight of the named layers is masked.
+    """
+    if all(bool(cast(Tensor, model.get_submodule(name).weight_mask).all()) for name in layers):
+        raise LeanfitError(f"{what} prunes not one weight of {len(layers)} layers")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -69,7 +86,7 @@ def apply_masks(model: nn.Module) -> None:
         cast(Tensor, layer.weight).mul_(cast(Tensor, layer.weight_mask))
 
 
-def measured_sparsity(model: nn.Module, layers: list[str] | tuple[str, ...]) -> float:
+def measured_sparsity(model: nn.Module, layers: Sequence[str]) -> float:
     """Share of exact zeros in the weights of the named layers, counted."""
     weights = [cast(Tensor, model.get_submodule(name).weight) for name in layers]
     zeros = sum(int((weight == 0).sum()) for weight in weights)

@@ -67,7 +67,9 @@ def test_a_pattern_says_by_itself_how_much_goes(pattern, share):
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=16, hidden_size=40, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2)
     )
-    method = magnitude(pattern=pattern)
+    (told,) = magnitude(pattern=pattern, sparsity=0.9).problems()
+    assert f"pattern={pattern} prunes {share:g} of the weights, compression.magnitude.sparsity says 0.9" in told
+    method = magnitude(pattern=pattern, sparsity=None)
     assert method.problems() == []
     made = method.finalize(method.prepare(model, context(model)), context(model))
     detail = method.detail(made, context(made))
@@ -81,6 +83,13 @@ def test_what_is_no_pattern_is_told_with_one_that_is(pattern):
     assert told == f"compression.magnitude.pattern={pattern} must be N:M such as 2:4, or null"
 
 
+def test_a_pattern_on_a_schedule_keeps_fewer_of_each_block_step_by_step():
+    method = magnitude(pattern="4:8", schedule="cubic")
+    assert method.problems() == []
+    kept = [method.pattern_at(share) for share in (0.0, 0.1, 0.125, 0.3, 0.49, 0.5)]
+    assert kept == [None, None, "7:8", "6:8", "5:8", "4:8"]
+
+
 def test_an_ignore_that_leaves_nothing_is_named():
     model = opt()
     (told,) = magnitude(ignore=("*",)).preflight(model, context(model))
@@ -89,7 +98,7 @@ def test_an_ignore_that_leaves_nothing_is_named():
 
 def test_magnitude_without_effect_is_an_error():
     assert "prunes nothing" in magnitude(sparsity=0.0).problems()[0]
-    assert "cubic" in magnitude(pattern="2:4", schedule="cubic").problems()[0]
+    assert "sparsity=null prunes nothing" in magnitude(sparsity=None).problems()[0]
     assert "prunes nothing" in magnitude(pattern="4:4").problems()[0]
     assert magnitude().problems() == []
     model = opt()

@@ -20,10 +20,15 @@ from pipeline.errors import LeanfitError
 from pipeline.layers.quantized import quantized_layers
 from pipeline.models.architecture import describe
 
+
+def int4(group_size, ignore=()):
+    return Int4(name="int4", bits=4, group_size=group_size, symmetric=True, embeddings=False, ignore=ignore)
+
+
 QUANTIZERS = [
     Int8(name="int8", ignore=()),
-    Int8WeightOnly(name="int8_weight_only", ignore=()),
-    Int4(name="int4", group_size=16, ignore=()),
+    Int8WeightOnly(name="int8_weight_only", embeddings=False, ignore=()),
+    int4(16, ()),
 ]
 
 
@@ -88,7 +93,7 @@ def test_classifiers_are_quantized_with_their_head(method):
     model = efficientnet()
     x = torch.randn(2, 1, 16, 16)
     before = model(pixel_values=x).logits
-    method = method if method.name != "int4" else Int4(name="int4", group_size=4, ignore=())
+    method = method if method.name != "int4" else int4(4, ())
     assert method.preflight(model, context(model)) == []
     made = method.finalize(model, context(model))
     assert not [m for m in made.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -107,17 +112,15 @@ def test_a_nan_weight_is_an_error_that_names_the_layer(method):
 def test_preflight_works_on_meta_and_names_key_value_and_fix():
     with torch.device("meta"):
         model = llama()
-    problems = Int4(name="int4", group_size=64, ignore=()).preflight(model, context(model, "p4"))
+    problems = int4(64, ()).preflight(model, context(model, "p4"))
     assert len(problems) == 1
     assert "compression.p4.group_size=64" in problems[0]
     assert "(48)" in problems[0]
     assert "choose one of 16" in problems[0]
-    assert Int4(name="int4", group_size=16, ignore=()).preflight(model, context(model)) == []
+    assert int4(16, ()).preflight(model, context(model)) == []
 
 
-@pytest.mark.parametrize(
-    "method", [Int8(name="int8", ignore=("*.fc3",)), Int4(name="int4", group_size=16, ignore=("fc11",))]
-)
+@pytest.mark.parametrize("method", [Int8(name="int8", ignore=("*.fc3",)), int4(16, ("fc11",))])
 def test_a_pattern_that_matches_nothing_is_a_problem(method):
     model = opt()
     problems = method.preflight(model, context(model))

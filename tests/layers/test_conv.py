@@ -24,11 +24,11 @@ def test_int8_convolution_sums_integers_per_sample(groups, bias):
     assert ((layer(x) - conv(x)).norm() / conv(x).norm()) < 0.03
 
 
-@pytest.mark.parametrize(("scheme", "error"), [("int8_weight_only", 0.02), ("int4", 0.25)])
-def test_weight_only_convolution_is_the_dequantized_one(scheme, error):
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.25)])
+def test_weight_only_convolution_is_the_dequantized_one(bits, error):
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 6, 3, padding="same", groups=6)
-    layer = KINDS[scheme, nn.Conv2d].from_float(conv, group_size=64)
+    layer = KINDS["weight_only", nn.Conv2d].from_float(conv, bits=bits, group_size=64)
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.dequantized(), conv.bias, 1, "same", 1, 6))
     assert ((layer(x) - conv(x)).norm() / conv(x).norm()) < error

@@ -114,7 +114,11 @@ def test_what_was_pruned_stays_pruned_and_quantizing_keeps_zeros():
     other = nn.Linear(32, 16)
     set_mask(other, unstructured_mask(other.weight.detach().abs(), 0.5))
     assert has_masks(other)
-    for scheme, settings_ in (("int8", {}), ("int8_weight_only", {}), ("int4", {"group_size": 16})):
+    for scheme, settings_ in (
+        ("int8", {}),
+        ("weight_only", {"bits": 8}),
+        ("weight_only", {"bits": 4, "group_size": 16}),
+    ):
         made = KINDS[scheme, nn.Linear].from_float(copy.deepcopy(other), **settings_)
         assert made.sparse
         assert (made.dequantized()[~other.weight_mask] == 0).all()

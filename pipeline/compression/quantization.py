@@ -1,0 +1,85 @@
+"""What quantizers share: which layers they touch, what they refuse before anything is trained, what they report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+
+from pipeline.compression.base import Context, Kind, Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.layers.quantize import Grid
+
+Bits = Literal[2, 3, 4, 8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(Method):
+    """`ignore`: module names, last components or fnmatch patterns of layers to leave in float."""
+
+    kind: ClassVar[Kind] = "quantization"
+    cannot_follow: ClassVar[frozenset[str]] = frozenset({"quantization"})
+
+    ignore: tuple[str, ...]
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        """Classes of the layers that are quantized."""
+        from torch import nn
+
+        return nn.Linear, nn.Conv2d
+
+    def layers(self, model: nn.Module, context: Context) -> tuple[str, ...]:
+        """Names of the layers that are quantized."""
+        from pipeline.layers.select import select
+
+        return select(model, context.architecture, self.ignore, self.types()).layers
+
+    def preflight(self, model: nn.Module, context: Context) -> list[str]:
+        from pipeline.layers.select import selection_problems
+
+        return selection_problems(
+            model, context.architecture, self.ignore, f"compression.{context.stage}", self.types()
+        )
+
+    def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
+        from pipeline.layers.schemes import quantization_detail
+
+        return quantization_detail(model, context.architecture, self.ignore, self.types())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupQuantizer(Quantizer):
+    """A quantizer to few bits on a grid of groups.
+
+    `group_size`: inputs that share a scale, null for a whole row (a convolution's channel always is one).
+    `symmetric`: no zero points.
+    """
+
+    bits: Bits
+    group_size: Annotated[int, Ge(2)] | None
+    symmetric: bool
+
+    def grid(self) -> Grid:
+        from pipeline.layers.quantize import Grid
+
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def grid_settings(self) -> dict[str, Any]:
+        """The grid as the weight-only layers take it."""
+        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+
+    def preflight(self, model: nn.Module, context: Context) -> list[str]:
+        from pipeline.layers.select import group_problems
+
+        problems = super().preflight(model, context)
+        if problems or self.group_size is None:
+            return problems
+        key = f"compression.{context.stage}"
+        return group_problems(model, self.layers(model, context), self.group_size, key)
+
+    def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
+        return {**super().detail(model, context), "group_size": self.group_size, "symmetric": self.symmetric}

@@ -1,0 +1,212 @@
+"""Calibration block by block: each part of a model is shown the activations that the parts before it now give.
+
+    for segment in segments(model, architecture, layers, batches, device):
+        norms = {name: ... for name in segment.layers}
+        segment.observe({name: collect for ...})   # one pass of the calibration set through this block
+        ...                                        # change the block's layers, in place
+                                                   # the next block's inputs are then computed with the changed ones
+
+Frantar et al., 2023 (arXiv:2210.17323) go through a model so. Only one block's working set is on the device at once;
+the hidden states between blocks wait on the CPU. A model without a chain of blocks (or whose blocks are called in a way
+that is no chain) is one segment: itself. Layers outside of the blocks come last, in a segment that is the whole model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from pipeline.models.base import Architecture
+
+Batch = Mapping[str, Tensor]
+Observer = Callable[[Tensor], None]
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a module, on the CPU."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def on(self, device: str) -> Call:
+        return Call(*tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, self._parts()))
+
+    def _parts(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.args, self.kwargs
+
+    def with_hidden(self, hidden: Tensor) -> Call:
+        """The same call with other hidden states: the first argument, by place or as `hidden_states`."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, "hidden_states": hidden})
+
+    @property
+    def hidden(self) -> Any:
+        return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+
+@dataclass
+class Segment:
+    """A part of the model that is calibrated at once: `layers` (full names) inside `module`, and its recorded calls."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[str, ...]
+    root: nn.Module
+    calls: list[Call] = field(repr=False)
+    device: str
+
+    def run(self) -> Iterator[Any]:
+        """What the module, as it is now, gives for each recorded call; on the device, in eval mode, no gradients."""
+        self.module.to(self.device)
+        for call in self.calls:
+            moved = call.on(self.device)
+            with torch.no_grad():
+                output = self.module(*moved.args, **moved.kwargs)
+            yield output
+
+    def observe(self, observers: Mapping[str, Observer]) -> None:
+        """One pass over the calibration set; `observers[name]` is given each input of the layer `name`, on the device.
+
+        Layers that are given the same tensor (query, key, value) are given it in turn, so an observer that is the same
+        object for all of them can skip what it has just seen.
+        """
+        with _hooked(self.root, observers):
+            for _ in self.run():
+                pass
+
+
+@contextmanager
+def _hooked(root: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+    def hook(observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: observer(args[0].detach())
+
+    handles = [root.get_submodule(name).register_forward_pre_hook(hook(seen)) for name, seen in observers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def segments(
+    model: nn.Module, architecture: Architecture, layers: Sequence[str], batches: Iterable[Batch], device: str
+) -> Iterator[Segment]:
+    """The segments of `model` that hold any of `layers`, in the order of the forward pass.
+
+    The model is in eval mode while it is walked, and back in its own at the end. Change layers in place (or replace
+    modules) before asking for the next segment.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield from _segments(model, architecture, layers, list(batches), device)
+    finally:
+        model.train(training)
+
+
+def _segments(
+    model: nn.Module, architecture: Architecture, layers: Sequence[str], batches: list[Batch], device: str
+) -> Iterator[Segment]:
+    names = [block.name for block in architecture.blocks]
+    inside = {name: tuple(layer for layer in layers if layer.startswith(f"{name}.")) for name in names}
+    chained = bool(batches) and any(inside.values()) and is_chain(model, names, batches[0], device)
+    if chained:
+        calls = _first_calls(model, names[0], batches, device)
+        last = max(index for index, name in enumerate(names) if inside[name])
+        for index, name in enumerate(names[: last + 1]):
+            segment = Segment(name, model.get_submodule(name), inside[name], model, calls, device)
+            if segment.layers:
+                yield segment
+            if index < last:
+                segment.module = model.get_submodule(name)  # it may have been replaced
+                outputs = segment.run()
+                calls = [call.with_hidden(_hidden(output).cpu()) for call, output in zip(calls, outputs, strict=True)]
+    done = {layer for found in inside.values() for layer in found} if chained else set()
+    rest = tuple(layer for layer in layers if layer not in done)
+    if rest:
+        calls = [Call((), dict(_inputs(model, batch))) for batch in batches]
+        yield Segment("", model, rest, model, calls, device)
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """A batch as the model takes it; language models are not to build a cache."""
+    return {**batch, **({"use_cache": False} if "input_ids" in batch and hasattr(model, "config") else {})}
+
+
+class _StopForwardError(Exception):
+    pass
+
+
+def _first_calls(model: nn.Module, first: str, batches: Sequence[Batch], device: str) -> list[Call]:
+    """How the model calls its first block, for each batch; the rest of the forward pass is not run."""
+    calls: list[Call] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args, kwargs).on("cpu"))
+        raise _StopForwardError
+
+    handle = model.get_submodule(first).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.to(device)
+        for batch in batches:
+            moved = {name: tensor.to(device) for name, tensor in batch.items()}
+            try:
+                with torch.no_grad():
+                    model(**_inputs(model, moved))
+            except _StopForwardError:
+                continue
+    finally:
+        handle.remove()
+    return calls
+
+
+def is_chain(model: nn.Module, names: Sequence[str], batch: Batch, device: str = "cpu") -> bool:
+    """Whether each block is called once, with the output of the one before and the same other arguments."""
+    seen: list[tuple[str, Call, Any]] = []
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs, output: seen.append((name, Call(args, kwargs), output))
+
+    handles = [model.get_submodule(n).register_forward_hook(record(n), with_kwargs=True) for n in names]
+    try:
+        model.to(device)
+        with torch.no_grad():
+            model(**_inputs(model, {name: tensor[:1].to(device) for name, tensor in batch.items()}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if [name for name, _, _ in seen] != list(names):
+        return False
+    for (_, before, output), (_, after, _) in itertools.pairwise(seen):
+        if _hidden(output) is not after.hidden or not _same_rest(before, after):
+            return False
+    return True
+
+
+def _same_rest(before: Call, after: Call) -> bool:
+    if len(before.args) != len(after.args) or before.kwargs.keys() != after.kwargs.keys():
+        return False
+    pairs = [*zip(before.args[1:], after.args[1:], strict=True)]
+    pairs += [(before.kwargs[key], after.kwargs[key]) for key in before.kwargs if key != "hidden_states"]
+    return all(_alike(one, other) for one, other in pairs)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return one is other or bool(one == other)
+
+
+def _hidden(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
