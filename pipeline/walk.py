@@ -287,7 +287,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
         with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:
             model = method.finalize(model, context)
         model.eval()
-        detail = method.detail(model, context)
+        detail = {**method.detail(model, context), **context.facts}
     return model, {
         "steps": stage.fit.steps if stage.fit else 0,
         "fitted": asdict(fitted) if fitted else None,

@@ -2,7 +2,7 @@
 
 Formats: `dense` (a plain transformers directory), `int-quantized` and `pack-quantized` (compressed-tensors; int8 W8A8,
 and weights of 2 to 8 bits), and `leanfit` for what no public format holds or no public reader opens: quantized
-convolutions and tables, zero points, bitmasks, several kinds of layer at once. transformers ignores a quantization
+convolutions and tables, zero points, bitmasks, several schemes at once. transformers ignores a quantization
 method that it does not know and fills in random weights; so a `leanfit` config names a model type that it does not know
 and a quantization without a method, each of which it refuses to open.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
     layers = list(quantized_layers(model).values())
     if not layers and not encodings:
         return "dense"
-    if encodings or not all(map(_is_public, layers)) or len({(x.scheme, x.bits, x.group_size) for x in layers}) > 1:
+    if encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
         return "leanfit"
     return "pack-quantized" if isinstance(layers[0], WeightOnlyLinear) else "int-quantized"
 
@@ -61,18 +62,25 @@ def quantization_config(model: nn.Module, form: str) -> dict[str, Any] | None:
         return None
     if form == "leanfit":
         return {"format": "leanfit", "open_with": "pipeline.load(DIRECTORY)"}
+    alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     layers = quantized_layers(model)
-    group = {
-        "targets": ["Linear"],
-        "weights": _weights(cast(IntegerLayer, next(iter(layers.values())))),
-        "input_activations": _activations() if form == "int-quantized" else None,
-        "output_activations": None,
+    for name, layer in layers.items():
+        alike[layer.bits, layer.group_size].append(name)
+    groups = {
+        f"group_{index}": {
+            # Layers of several kinds are told apart by name.
+            "targets": ["Linear"] if len(alike) == 1 else names,
+            "weights": _weights(cast(IntegerLayer, layers[names[0]])),
+            "input_activations": _activations() if form == "int-quantized" else None,
+            "output_activations": None,
+        }
+        for index, names in enumerate(alike.values())
     }
     return {
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Kind = Literal["quantization", "pruning", "distillation"]
 
 @dataclass(frozen=True)
 class Context:
-    """What the runner hands to a method. Nothing here is mutable; a method keeps its state in its callbacks."""
+    """What the runner hands to a method, for one link. A method keeps the state of its training in its callbacks."""
 
     stage: str
     """The link's name in the chain (equal to the method's unless it is repeated under another)."""
@@ -38,6 +38,8 @@ class Context:
     """Batches of model inputs, disjoint from evaluation; set where `needs_calibration`."""
     teacher: Callable[[dict[str, torch.Tensor]], Any] | None = None
     """The teacher's forward; set where `needs_teacher`."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What a method found on the way and wants told, as JSON: the runner adds it to the link's detail."""
 
 
 @dataclass(frozen=True, kw_only=True)

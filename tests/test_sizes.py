@@ -1,0 +1,19 @@
+"""Sizes as people write them."""
+
+import pytest
+
+from pipeline.sizes import parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2.5MB", 2_500_000), ("6GiB", 6 * 2**30), ("1 kb", 1000), (7, 7), ("12", 12), (".5KiB", 512), ("3b", 3)],
+)
+def test_a_size_is_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-1MB", "1MiBs", "nan", "0", 0, -5, "1e3", "0.1B"])
+def test_what_is_no_size_says_what_one_looks_like(text):
+    with pytest.raises(ValueError, match=r"2\.5MB or 6GiB"):
+        parse_size(text)
