@@ -9,6 +9,9 @@ from pipeline import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
-    from pipeline.app import main
-
+    try:
+        from pipeline.app import main
+    except ModuleNotFoundError as missing:
+        print(f"error: {missing}: this Python lacks what leanfit needs; pip install -e . here first", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main())

@@ -75,6 +75,15 @@ def program(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_python_without_our_packages_is_told_what_to_type() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "pip install -e . here first" in line
+
+
 class TestRun:
     def test_hands_the_frozen_config_to_the_runner_in_a_fresh_directory(
         self, runs: list[tuple[RunConfig, Path]], outside: Path, capsys: pytest.CaptureFixture[str]

@@ -174,6 +174,30 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _bits_by_layer(result: Mapping[str, Any]) -> list[str]:
+    """For each stage that chose bits by layer: what each layer got, and what each number of bits would cost it."""
+    lines: list[str] = []
+    stages = pick(result, "stages")
+    for stage in stages if isinstance(stages, list) else []:
+        chosen, measured = pick(stage, "detail", "bits"), pick(stage, "detail", "sensitivity")
+        if not isinstance(chosen, dict) or not isinstance(measured, dict):
+            continue
+        costs = {name: cost for name, cost in measured.items() if isinstance(cost, dict)}
+        offered = list(dict.fromkeys(bits for cost in costs.values() for bits in cost))
+        rows = [
+            [name, str(chosen.get(name, "")), *(_divergence(amount(cost, bits)) for bits in offered)]
+            for name, cost in costs.items()
+        ]
+        header = ["layer", "bits", *(f"nats at {bits} bits" for bits in offered)]
+        title = f"Bits by layer: {cell(word(stage, 'name'))}"
+        lines += _section(title, table(header, rows, right=range(1, len(header))) if rows else [])
+    return lines
+
+
+def _divergence(value: float | None) -> str:
+    return "" if value is None else significant(value, 2)
+
+
 def _fit_detail(train: Any) -> str:
     first, last = amount(train, "loss_first"), amount(train, "loss_last")
     return "" if first is None or last is None else f"loss {significant(first, 4)} to {significant(last, 4)}"
@@ -301,6 +325,7 @@ def write_report(run_dir: str | Path, result: Mapping[str, Any], config_yaml: st
     lines += _section("What did not improve", [f"- {cell(text)}" for text in shortcomings(result)])
     header = ["stage", "method", "time", word(result, "quality", "metric") or "quality", "bytes", "detail"]
     lines += _section("Stages", table(header, _stage_rows(result), right=(2, 3, 4)))
+    lines += _bits_by_layer(result)
     memory = _memory_rows(result)
     header = ["phase", "planned", "measured", "plan off by"]
     lines += _section("Peak memory", table(header, memory, right=(1, 2, 3)) if memory else [])

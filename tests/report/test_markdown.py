@@ -34,6 +34,16 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(["", *parts[1::2]], parts[::2], strict=True))
 
 
+def test_bits_that_were_chosen_by_layer_are_shown_by_layer(run_dir: Path, language: dict[str, Any]) -> None:
+    language["stages"][0]["detail"] = {
+        "bits": {"a.fc1": 2, "a.fc2": 8}, "sensitivity": {"a.fc1": {"2": 0.0012, "8": 1e-7}, "a.fc2": {"2": 0.5}}
+    }  # fmt: skip
+    found = sections(write_report(run_dir, language).read_text(encoding="utf-8"))["Bits by layer: int8"]
+    assert "| layer | bits | nats at 2 bits | nats at 8 bits |" in found
+    assert "| a.fc1 | 2 | 0.0012 |" in found
+    assert "| a.fc2 | 8 | 0.50 |  |" in found
+
+
 def test_a_reader_finds_everything(run_dir: Path, language: dict[str, Any]) -> None:
     found = sections(write_report(run_dir, language, "model:\n  name: gpt\n").read_text(encoding="utf-8"))
     assert list(found) == [

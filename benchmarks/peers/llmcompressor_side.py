@@ -1,0 +1,75 @@
+"""llm-compressor's side (0.14): its modifiers by `oneshot`, with the settings that correspond to ours.
+
+Run by the Python of its own virtual environment: see setup.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import common
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from torch import nn
+
+
+def weights(settings: dict[str, Any]) -> dict[str, Any]:
+    """A config group of weight-only integers."""
+    size = settings["group_size"]
+    return {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": settings["bits"], "type": "int", "symmetric": settings.get("symmetric", True),
+                "strategy": "channel" if size is None else "group", "group_size": size, "observer": "minmax",
+            },
+        }
+    }  # fmt: skip
+
+
+def recipe(method: str, settings: dict[str, Any]) -> Any:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+    from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    ignore = ["lm_head"]
+    if method == "int4":
+        return QuantizationModifier(config_groups=weights(settings), ignore=ignore)
+    if method == "int4_gptq":
+        return GPTQModifier(
+            config_groups=weights(settings), ignore=ignore, block_size=128, dampening_frac=0.01, actorder="static"
+        )
+    if method == "int4_awq":
+        from llmcompressor.modifiers.awq import AWQModifier
+
+        return [
+            AWQModifier(duo_scaling=True), QuantizationModifier(config_groups=weights(settings), ignore=ignore)
+        ]  # fmt: skip
+    if method in ("int8", "int8_smoothquant"):
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        plain = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=ignore)
+        return [SmoothQuantModifier(smoothing_strength=settings["alpha"]), plain] if "smooth" in method else plain
+    cls = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+    return cls(
+        sparsity=settings.get("sparsity") or 0.5, mask_structure=settings.get("pattern") or "0:0",
+        targets=["Linear"], ignore=["re:.*lm_head"],
+    )  # fmt: skip
+
+
+def compress(model: nn.Module, calibration: torch.Tensor, method: str, settings: dict[str, Any]) -> nn.Module:
+    if method == "none":
+        return model
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
+    oneshot(
+        model=model, dataset=Dataset.from_list(rows), recipe=recipe(method, settings),
+        num_calibration_samples=len(rows), max_seq_length=calibration.shape[1], shuffle_calibration_samples=False,
+        batch_size=16,
+    )  # fmt: skip
+    return model
+
+
+if __name__ == "__main__":
+    common.run(compress)
