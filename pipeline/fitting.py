@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 
 from pipeline.chain import Fit, Stage
+from pipeline.compression.base import StageLoss
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader, train_loader
 from pipeline.errors import LeanfitError
+from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.memory.measure import MeasureTraining
 from pipeline.memory.saving import ReleaseGradients, apply_activation_checkpointing
@@ -35,8 +37,6 @@ from pipeline.report.metrics import MetricsCsv, never
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
-
-StageLoss = Callable[[nn.Module, Batch, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,23 @@ class TaskModule(lightning.LightningModule):
         torch.manual_seed(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        loss = self.task.loss(self.model, batch)
-        return loss if self.stage_loss is None else self.stage_loss(self.model, batch, loss)
+        if self.stage_loss is None:
+            return self.task_loss(batch)
+        return self.stage_loss(self.model, batch, self.task_loss)
+
+    def task_loss(self, batch: Batch) -> torch.Tensor:
+        return self.task.loss(self.model, batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A checkpoint holds what is trained and other float tensors; quantized ones come from the base model again.
+        for name in held_tensors(self):
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"].update(held_tensors(self))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.task.loss(self.model, batch)
+        loss = self.task_loss(batch)
         self.log("val_loss", loss, on_epoch=True, batch_size=self.task.count(batch))
 
     def configure_optimizers(self) -> Any:
@@ -252,4 +264,5 @@ def fit(
             weights_only=False,
         )
     removal()
-    return Fitted(metrics.totals(), meter.peak_bytes if meter else None)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Fitted({**metrics.totals(), "trainable_parameters": trained}, meter.peak_bytes if meter else None)

@@ -34,6 +34,7 @@ PACKAGES = {
     "parallelism": "parallelism",
     "device": "device",
     "optimizer": "optimizers",
+    "adapter": "adapters",
     "memory": "memory",
     "calibration": "calibration",
     "trainer": "trainer",

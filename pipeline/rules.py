@@ -105,6 +105,18 @@ def float16_epsilon(config: RunConfig) -> list[str]:
     ]
 
 
+def adapter(config: RunConfig) -> list[str]:
+    """Adapters train in stage 0 and nowhere else."""
+    said = f"adapter={_choice(config, 'adapter')}"
+    if not config.adapter.trains:
+        return []
+    if config.job == "run" and config.trainer.max_steps == 0:
+        return [f"{said}: trainer.max_steps=0 leaves nothing to train it; give steps, or adapter=none"]
+    if config.job == "compress" and config.artifact is not None and os.path.isdir(config.artifact):
+        return [f"{said} trains with job=run and is merged into the artifact already; use adapter=none"]
+    return []
+
+
 def artifact(config: RunConfig) -> list[str]:
     """Every job but `run` works on an artifact made earlier."""
     job, given = config.job, config.artifact
@@ -165,6 +177,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     chain_order,
     precision_on_device,
     float16_epsilon,
+    adapter,
     artifact,
     something_to_compress,
     prompts,

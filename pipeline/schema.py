@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt
 
 from pipeline import registry
+from pipeline.adapters.base import Adapter
 from pipeline.calibration.settings import Calibration
 from pipeline.compression.base import Method
 from pipeline.data.base import Data
@@ -62,6 +63,7 @@ class RunConfig:
     parallelism: Parallelism
     device: Device
     optimizer: Optimizer
+    adapter: Adapter
     memory: Memory
     calibration: Calibration
     trainer: Trainer
@@ -95,10 +97,14 @@ class _Root:
     lock: Mapping[str, Any] | None
 
 
-GROUPS = ("model", "data", "precision", "parallelism", "device", "optimizer", "memory", "calibration", "trainer")
+GROUPS = (
+    "model", "data", "precision", "parallelism", "device", "optimizer", "adapter", "memory", "calibration", "trainer",
+)  # fmt: skip
 """Groups of one choice each, in the order of the config; `compression` is a chain of them."""
 PATHS = (("data", "path", None), ("model", "pretrained", None), ("calibration", "source", "train"))
 """(group, key, value that is no path) of settings that name a place on this machine."""
+LINK_PATHS = ("teacher", "student")
+"""Keys of links that name a place; the word `self` is none."""
 BLOCKS: dict[str, type[Any]] = {"gate": Gate, "generate": Generate}
 
 
@@ -141,6 +147,10 @@ def decode_run(
     for group, key, word in PATHS:
         if hasattr(parts[group], key) and getattr(parts[group], key) != word:
             parts[group] = replace(parts[group], **{key: absolute(getattr(parts[group], key))})
+    for stage, method in chain.items():
+        given = {key: getattr(method, key, None) for key in LINK_PATHS}
+        places = {key: absolute(value) for key, value in given.items() if isinstance(value, str) and value != "self"}
+        chain[stage] = replace(method, **places)
     # A resumed run composes from its lock, which is no recipe that anyone chose.
     choices = {**composed.choices, **({} if root.resume is None else {"recipe": None})}
     return RunConfig(

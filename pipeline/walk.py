@@ -8,11 +8,13 @@ starts after the last one that is there, or at the checkpoint of the fit that wa
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from pipeline.data.calibration import calibration_batches
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
+from pipeline.layers.lora import fill_dense, held_tensors
 from pipeline.layers.sparsity import MASK
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
@@ -34,6 +37,14 @@ from pipeline.report.progress import Progress
 from pipeline.report.result import read_result
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Quality, Task
+from pipeline.teacher import FrozenTeacher, frozen, open_directory, vocabulary_problems
+
+FIRST = Stage(0, "train", "train").directory
+"""Where stage 0 leaves its output."""
+ADAPTED = f"stages/{FIRST}-adapters"
+"""Where stage 0 leaves its output beside that, as the next link takes it, where adapters cannot be merged (QLoRA)."""
+GUESTS = ("teacher", "student")
+"""Settings of a link that name a model outside of its chain."""
 
 
 @dataclass
@@ -102,23 +113,80 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
 
 def preflight(run: Run, changing: list[Stage]) -> None:
     """Problems that need the model's shapes, found on the meta device before anything is trained."""
-    if len(changing) == 1:
+    adapts = run.config.adapter.trains and changing[0].fit is not None
+    if len(changing) == 1 and not adapts:
         return
     if run.config.artifact is None:
         with torch.device("meta"):
             model = run.config.model.build(run.data.spec)
     else:
         model = base_model(run.config, run.data)
-    problems = [
-        problem
-        for stage in changing[1:]
-        if stage.method is not None
-        for problem in stage.method.preflight(model, context_of(run.config, stage, model))
-    ]
+    problems = run.config.adapter.preflight(model, describe(model)) if adapts else []
+    for stage in changing[1:]:
+        assert stage.method is not None
+        try:
+            problems += stage.method.preflight(model, context_of(run.config, stage, model))
+        except ConfigError as error:  # a teacher or a student that cannot be opened
+            problems += error.problems
+        problems += guest_problems(stage, run.data, run.tokenizer)
     if any(stage.method and stage.method.needs_calibration for stage in changing):
         problems += calibration_problems(run.config, model, run.data, run.tokenizer)
     if problems:
         raise ConfigError(problems)
+
+
+def guests(stage: Stage) -> dict[str, str]:
+    """What the link says for those of `GUESTS` that it has."""
+    given = {key: getattr(stage.method, key, None) for key in GUESTS}
+    return {key: value for key, value in given.items() if isinstance(value, str) and value != "self"}
+
+
+def guest_problems(stage: Stage, data: DataBundle, tokenizer: Any) -> list[str]:
+    """Directories whose model knows other tokens than this run, or takes shorter sequences than its data has."""
+    problems = []
+    for key, value in guests(stage).items():
+        directory, said = Path(value), f"compression.{stage.name}.{key}={value}"
+        problems += vocabulary_problems(directory, said, tokenizer)
+        length = data.spec.sequence_length
+        if directory.is_dir() and length is not None:
+            with contextlib.suppress(ConfigError):  # told by the method's own preflight
+                limit = positions(open_directory(directory, said, meta=True))
+                if limit is not None and limit < length:
+                    problems.append(f"{said} takes {limit} tokens, data.sequence_length={length}; give a longer one")
+    return problems
+
+
+def open_guest(config: RunConfig, stage: Stage, model: nn.Module, meta: bool, key: str) -> nn.Module:
+    """The model that the link's setting `key` names; a checkpoint fills a copy of `model`. With `meta`, its shapes.
+
+    Raises:
+        ConfigError: it cannot be opened, or is not what it should be.
+    """
+    value = str(getattr(stage.method, key))
+    path, said = Path(value), f"compression.{stage.name}.{key}={value}"
+    if path.is_dir():
+        guest = open_directory(path, said, meta=meta, trainable=key != "teacher")
+        return guest if meta or key == "teacher" else config.precision.convert(guest)
+    guest = copy.deepcopy(model)
+    if meta:
+        guest.to("meta")
+    load_checkpoint(guest, path, said, device="meta" if meta else "cpu")
+    return guest
+
+
+def teacher_of(
+    config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle | None, directory: Path | None
+) -> FrozenTeacher | None:
+    """The teacher of a link that needs one; for the preflight (without `data` and `directory`) its shapes."""
+    if stage.method is None or not stage.method.needs_teacher:
+        return None
+    other = guests(stage).get("teacher")
+    if data is None or directory is None:
+        return FrozenTeacher(lambda: open_guest(config, stage, model, True, "teacher") if other else model)
+    if other is None:
+        return FrozenTeacher(lambda: frozen(store.load(directory / "stages" / FIRST)))
+    filled = model if Path(other).is_dir() else base_model(config, data)  # earlier links may have changed the model
+    return FrozenTeacher(lambda: frozen(open_guest(config, stage, filled, False, "teacher")))
 
 
 def calibration_problems(config: RunConfig, model: nn.Module, data: DataBundle, tokenizer: Any) -> list[str]:
@@ -152,6 +220,8 @@ def discard(run: Run, changing: list[Stage], done: int) -> None:
     """Throw away what a shorter run left: stale snapshots, and checkpoints of links whose input will be another."""
     for stage in changing[done:]:
         shutil.rmtree(run.snapshot(stage), ignore_errors=True)
+    if not done:
+        shutil.rmtree(run.directory / ADAPTED, ignore_errors=True)
     for stage in changing[done + 1 :]:
         shutil.rmtree(checkpoint_directory(run.directory, stage), ignore_errors=True)
 
@@ -190,31 +260,45 @@ def base_model(config: RunConfig, data: DataBundle) -> nn.Module:
     torch.manual_seed(config.trainer.seed)
     model = config.model.build(data.spec)
     if config.artifact is not None:
+        if config.adapter.trains:
+            model = config.adapter.attach(model, describe(model), config.trainer.seed)
         load_checkpoint(model, Path(config.artifact))
+        model = config.adapter.merge(model)
     return config.precision.convert(model)
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Weights of a Lightning checkpoint that a fit of ours wrote, into `model`, in place."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = "cpu") -> None:
+    """Weights of a Lightning checkpoint that a fit of ours wrote, into `model`, in place; `said` names the setting.
+
+    Raises:
+        ConfigError: no checkpoint, or one of another model.
+    """
+    said = said or f"artifact={path}"
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)["state_dict"]
+    except Exception as error:  # whatever an altered file makes torch and pickle raise
+        first = (str(error).strip().splitlines() or [""])[0][:100]
+        raise ConfigError(f"{said} cannot be read as a checkpoint: {type(error).__name__}: {first}") from error
     weights = {name.removeprefix("model."): value for name, value in state.items()}
     for name, value in weights.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == MASK and layer in dict(model.named_modules()):
             model.get_submodule(layer).register_buffer(MASK, value)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict({**held_tensors(model), **weights})
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
-        raise ConfigError(
-            f"artifact={path}: these are not the weights of the model that was chosen: {first}"
-        ) from error
+        if any(".lora_" in name for name in weights):
+            first += "; adapters were trained: give the same adapter=CHOICE and adapter.* settings"
+        raise ConfigError(f"{said}: these are not the weights of the model that was chosen: {first}") from error
 
 
 def stage_input(config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage) -> nn.Module:
     """The model as it enters `stage`: the base model, or the snapshot that the stage before left."""
     if stage.index == 0:
         return base_model(config, data)
+    if stage.index == 1 and (directory / ADAPTED).is_dir():
+        return store.load(directory / ADAPTED, trainable=True)
     return store.load(directory / "stages" / line[stage.index - 1].directory, trainable=True)
 
 
@@ -223,14 +307,39 @@ def prepared(
 ) -> tuple[nn.Module, Context]:
     """The model as the fit of `stage` begins with it, and the method's context: what a rank rebuilds for itself."""
     model = stage_input(config, directory, data, line, stage)
-    context = context_of(config, stage, model, data, tokenizer)
-    return (stage.method.prepare(model, context) if stage.method else model), context
+    context = context_of(config, stage, model, data, tokenizer, directory)
+    if stage.method:
+        model = stage.method.prepare(model, context)
+        context = replace(context, architecture=describe(model))
+    return adapted(config, stage, model, context), context
+
+
+def adapted(config: RunConfig, stage: Stage, model: nn.Module, context: Context) -> nn.Module:
+    """What stage 0 trains: `model` with the adapters, beside layers that the first link holds compressed (QLoRA)."""
+    if stage.kind != "train" or stage.fit is None or not config.adapter.trains:
+        return model
+    if (link := link_under_adapters(config)) is not None:
+        name, method = link
+        model = method.finalize(model, replace(context, stage=name))
+    return config.adapter.attach(model, context.architecture, context.seed)
+
+
+def link_under_adapters(config: RunConfig) -> tuple[str, Method] | None:
+    """The first link where adapters train beside what it compressed; None where they train beside float weights."""
+    link = next(iter(config.chain.items()), None)
+    return link if link is not None and config.adapter.trains and link[1].holds_adapters else None
 
 
 def context_of(
-    config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle | None = None, tokenizer: Any = None
+    config: RunConfig,
+    stage: Stage,
+    model: nn.Module,
+    data: DataBundle | None = None,
+    tokenizer: Any = None,
+    directory: Path | None = None,
 ) -> Context:
-    """What the method of `stage` is given; without `data` (the preflight) nothing that must be computed."""
+    """What the method of `stage` is given; without `data` and the run's `directory` (the preflight) nothing that must
+    be computed, and of other models the shapes alone."""
     calibration = None
     if data is not None and stage.method is not None and stage.method.needs_calibration:
         calibration = functools.cache(
@@ -243,6 +352,9 @@ def context_of(
         steps=stage.fit.steps if stage.fit else 0,
         seed=config.trainer.seed,
         calibration=calibration,
+        teacher=teacher_of(config, stage, model, data, directory),
+        open_model=functools.partial(open_guest, config, stage, model, directory is None),
+        first=stage.index == 1,
     )
 
 
@@ -266,7 +378,10 @@ def run_fit(
 
 def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Stage 0. Its record carries what `before` means: quality of the trained model, and the training's figures."""
-    fitted = run_fit(run, stage, model)
+    context = context_of(run.config, stage, model)
+    fitted = run_fit(run, stage, adapted(run.config, stage, model, context), context=context)
+    if fitted:
+        model = run.config.adapter.merge(model)
     with run.progress.phase("evaluating"):
         quality = evaluate(run, model)
     record = {"steps": stage.fit.steps if stage.fit else 0, "fitted": asdict(fitted) if fitted else None, "detail": {}}
@@ -278,9 +393,10 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
     method = stage.method
     assert method is not None
     started = time.perf_counter()
-    context = context_of(run.config, stage, model, run.data, run.tokenizer)
+    context = context_of(run.config, stage, model, run.data, run.tokenizer, run.directory)
     with run.progress.phase(f"preparing: {stage.name}"):
         model = method.prepare(model.to(run.device), context)
+    context = replace(context, architecture=describe(model))
     fitted = run_fit(run, stage, model, method, context)
     with run.progress.phase(f"compressing: {stage.name}"):
         model.to(run.device)
@@ -303,22 +419,33 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
     if stage.kind == "link" and not last:
         with run.progress.phase(f"evaluating: {stage.name}"):
             record["quality"] = asdict(evaluate(run, model))
+    places = {run.snapshot(stage): model}
+    if stage.kind == "train" and stage.fit is not None and link_under_adapters(run.config) is not None:
+        # The next link gets what was trained. `before` is the dense model that it stands for; it is written last.
+        dense = fill_dense(base_model(run.config, run.data), model.cpu())
+        places = {run.directory / ADAPTED: model, run.snapshot(stage): dense}
     with run.progress.phase("saving"):
-        store.save(
-            model.cpu(),
-            run.snapshot(stage),
-            chain=[*run.earlier, *(link_settings(s) for s in chain_until(run.config, stage))],
-            tokenizer=run.tokenizer,
-            probe=run.task.probe(run.data),
-            calibration=asdict(run.config.calibration) if calibrated(run.config, stage) else None,
-            extra={
-                "record": record,
-                "task": run.task.name,
-                "data": asdict(run.config.data),
-                "fingerprint": run.data.fingerprint,
-            },
-        )
+        for place, saved in places.items():
+            write_snapshot(run, stage, saved, place, record)
     return record
+
+
+def write_snapshot(run: Run, stage: Stage, model: nn.Module, place: Path, record: dict[str, Any]) -> None:
+    """The model as it leaves `stage`, as an artifact at `place`."""
+    store.save(
+        model.cpu(),
+        place,
+        chain=[*run.earlier, *(link_settings(s) for s in chain_until(run.config, stage))],
+        tokenizer=run.tokenizer,
+        probe=run.task.probe(run.data),
+        calibration=asdict(run.config.calibration) if calibrated(run.config, stage) else None,
+        extra={
+            "record": record,
+            "task": run.task.name,
+            "data": asdict(run.config.data),
+            "fingerprint": run.data.fingerprint,
+        },
+    )
 
 
 def chain_until(config: RunConfig, stage: Stage) -> list[tuple[str, Method]]:

@@ -1,10 +1,10 @@
 """The public side of an artifact: config.json as transformers, compressed-tensors and vLLM read it.
 
-Formats: `dense` (a plain transformers directory), `int-quantized` and `pack-quantized` (compressed-tensors; int8 W8A8,
-and weights of 2 to 8 bits), and `leanfit` for what no public format holds or no public reader opens: quantized
-convolutions and tables, zero points, bitmasks, several schemes at once. transformers ignores a quantization
-method that it does not know and fills in random weights; so a `leanfit` config names a model type that it does not know
-and a quantization without a method, each of which it refuses to open.
+Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
+(compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
+holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once.
+transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
+names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import copy
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.layers.float8 import Float8Linear
 from pipeline.layers.linear import Int8Linear, WeightOnlyLinear
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer, quantized_layers
+from pipeline.layers.static import Int8StaticLinear
 
-PUBLIC = ("dense", "int-quantized", "pack-quantized")
+PUBLIC = ("dense", "int-quantized", "pack-quantized", "float-quantized")
 MODEL_TYPE = "leanfit"
 
 
@@ -32,27 +34,39 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
         return "dense"
     if encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
         return "leanfit"
-    return "pack-quantized" if isinstance(layers[0], WeightOnlyLinear) else "int-quantized"
+    return {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
 
 
 def _is_public(layer: QuantizedLayer) -> bool:
     """Zero points are not: compressed-tensors 0.20 packs them, then looks for unpacked ones when it loads."""
-    return isinstance(layer, Int8Linear | WeightOnlyLinear) and layer.grid.symmetric
+    if isinstance(layer, Float8Linear):
+        return True
+    return isinstance(layer, Int8Linear | Int8StaticLinear | WeightOnlyLinear) and layer.grid.symmetric
 
 
-def _weights(layer: IntegerLayer) -> dict[str, Any]:
+def _weights(layer: QuantizedLayer) -> dict[str, Any]:
     strategy = "channel" if layer.group_size is None else "group"
     return {
-        "num_bits": layer.bits, "type": "int", "symmetric": True, "strategy": strategy,
+        "num_bits": layer.bits, "type": _type(layer), "symmetric": True, "strategy": strategy,
         "group_size": layer.group_size, "dynamic": False, "observer": "minmax", "observer_kwargs": {},
         "block_structure": None, "actorder": None,
     }  # fmt: skip
 
 
-def _activations() -> dict[str, Any]:
+def _type(layer: QuantizedLayer) -> str:
+    return "int" if isinstance(layer, IntegerLayer) else "float"
+
+
+def _activations(layer: QuantizedLayer) -> dict[str, Any] | None:
+    """None where activations stay in float."""
+    static = isinstance(layer, Int8StaticLinear)
+    dynamic = layer.activations == "dynamic" if isinstance(layer, Float8Linear) else isinstance(layer, Int8Linear)
+    if not static and not dynamic:
+        return None
     return {
-        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True,
-        "observer": None, "observer_kwargs": {}, "block_structure": None, "actorder": None,
+        "num_bits": 8, "type": _type(layer), "symmetric": True, "strategy": "tensor" if static else "token",
+        "group_size": None, "dynamic": dynamic, "observer": "minmax" if static else None, "observer_kwargs": {},
+        "block_structure": None, "actorder": None,
     }  # fmt: skip
 
 
@@ -70,8 +84,8 @@ def quantization_config(model: nn.Module, form: str) -> dict[str, Any] | None:
         f"group_{index}": {
             # Layers of several kinds are told apart by name.
             "targets": ["Linear"] if len(alike) == 1 else names,
-            "weights": _weights(cast(IntegerLayer, layers[names[0]])),
-            "input_activations": _activations() if form == "int-quantized" else None,
+            "weights": _weights(layers[names[0]]),
+            "input_activations": _activations(layers[names[0]]),
             "output_activations": None,
         }
         for index, names in enumerate(alike.values())

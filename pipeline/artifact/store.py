@@ -198,6 +198,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(directory))
 
 
+def blueprint(directory: Path) -> nn.Module:
+    """The float model of an artifact on the meta device: names, shapes, config. Raises ArtifactError as `load` does."""
+    with torch.device("meta"):
+        try:
+            return _empty_model(Path(directory), read_manifest(directory))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{directory}: altered, {error}") from error
+
+
 def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     """The model of the manifest's class and config.json, its weights not initialised."""
     import json

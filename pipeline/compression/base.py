@@ -9,9 +9,9 @@ knows no method by name: it reads what is declared here and calls the hooks in t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,26 @@ if TYPE_CHECKING:
     from pipeline.models.base import Architecture
 
 Kind = Literal["quantization", "pruning", "distillation"]
+TaskLoss = Callable[[dict[str, "torch.Tensor"]], "torch.Tensor"]
+"""The task's loss of a batch; it runs the model's forward pass, which hooks may watch."""
+StageLoss = Callable[["nn.Module", dict[str, "torch.Tensor"], TaskLoss], "torch.Tensor"]
+"""(model, batch, the task's loss) -> the loss to train with."""
+
+
+class Teacher(Protocol):
+    """The model that `method.teacher` names: frozen, in eval mode, loaded once for a link, owned by the runner."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself; on the meta device in the preflight."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    def __call__(
+        self, batch: Mapping[str, torch.Tensor], observe: Sequence[str] = ()
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """(logits, outputs of the modules named in `observe`) for a batch, without gradients, on the batch's device."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +56,12 @@ class Context:
     seed: int
     calibration: Callable[[], Iterable[dict[str, torch.Tensor]]] | None = None
     """Batches of model inputs, disjoint from evaluation; set where `needs_calibration`."""
-    teacher: Callable[[dict[str, torch.Tensor]], Any] | None = None
-    """The teacher's forward; set where `needs_teacher`."""
+    teacher: Teacher | None = None
+    """Set where `needs_teacher`: the method then has a field `teacher`."""
+    open_model: Callable[[str], nn.Module] | None = None
+    """The model that the method's field of this name names, trainable; on the meta device in the preflight."""
+    first: bool = True
+    """Whether no other link comes before this one."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What a method found on the way and wants told, as JSON: the runner adds it to the link's detail."""
 
@@ -50,14 +74,19 @@ class Method:
     needs_calibration: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     trains: ClassVar[bool] = False
-    shrinks: ClassVar[bool] = True
-    """What the receipt may demand: the artifact is smaller than before."""
     cannot_follow: ClassVar[frozenset[str]] = frozenset()
     """Kinds or method names that must not stand before this one in a chain."""
     must_follow: ClassVar[frozenset[str]] = frozenset()
+    holds_adapters: ClassVar[bool] = False
+    """Whether stage 0 can train adapters beside layers that `finalize` has compressed already (QLoRA)."""
     sharded: ClassVar[Literal["no", "blockwise", "native"]] = "no"
 
     name: str
+
+    @property
+    def shrinks(self) -> bool:
+        """What the receipt may demand: the artifact is smaller than before."""
+        return True
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         """Problems that need the model's shapes (a group size that does not divide, a pattern that matches no layer).
@@ -67,17 +96,15 @@ class Method:
         return []
 
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
-        """Before the link's own fit: masks, fake-quant, the student."""
+        """Before the link's own fit: masks, fake-quant, the student. Later hooks get a context of what it returns."""
         return model
 
     def callbacks(self, context: Context) -> list[Callback]:
         """Lightning callbacks for schedules; mutable state lives there and in their state_dict."""
         return []
 
-    def loss(
-        self, context: Context
-    ) -> Callable[[nn.Module, dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None:
-        """A loss instead of the task's in the link's fit, as distillation needs: (model, batch, task loss) -> loss."""
+    def loss(self, context: Context) -> StageLoss | None:
+        """A loss instead of the task's in the link's fit, as distillation needs."""
         return None
 
     @abstractmethod

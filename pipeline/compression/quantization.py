@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from pipeline.compression.base import Context, Kind, Method
 
@@ -83,3 +83,26 @@ class GroupQuantizer(Quantizer):
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         return {**super().detail(model, context), "group_size": self.group_size, "symmetric": self.symmetric}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationAware(Method):
+    """What training with quantized weights adds to a quantizer: `steps` and `lr` of the link's own fit.
+
+    `untrained`: the method that rounds at once, for the message about steps=0.
+    """
+
+    trains: ClassVar[bool] = True
+    untrained: ClassVar[str]
+
+    steps: Annotated[int, Ge(0)] | None
+    lr: Annotated[float, Gt(0)] | None
+
+    def problems(self) -> list[str]:
+        """steps=0 trains nothing. Imports no torch."""
+        if self.steps != 0:
+            return []
+        return [
+            f"compression.{self.name}.steps=0 trains nothing, which is round to nearest: use compression="
+            f"{self.untrained}, or give steps (null: a quarter of trainer.max_steps)"
+        ]

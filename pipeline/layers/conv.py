@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 from pipeline.layers.kernels import ACTIVATION_LEVELS, SMALLEST, integers_of
 from pipeline.layers.quantize import Grid
-from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
+from pipeline.layers.quantized import FloatLayer, IntegerLayer, QuantizedLayer, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
 
-class _Convolution(IntegerLayer):
+class Convolution(QuantizedLayer):
+    """What the quantized forms of nn.Conv2d share: its geometry."""
+
     def take_geometry(self, layer: FloatLayer) -> None:
         conv = cast(nn.Conv2d, layer)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -29,7 +31,7 @@ class _Convolution(IntegerLayer):
 
 
 @quantizes("int8", nn.Conv2d)
-class Int8Conv2d(_Convolution):
+class Int8Conv2d(Convolution, IntegerLayer):
     """int8 weights per output channel, int8 activations per sample, exact integer sums."""
 
     packed = False
@@ -53,7 +55,7 @@ class Int8Conv2d(_Convolution):
 
 
 @quantizes("weight_only", nn.Conv2d)
-class WeightOnlyConv2d(WeightOnly, _Convolution):
+class WeightOnlyConv2d(Convolution, WeightOnly):
     """Packed weights of 2 to 8 bits, a scale for each output channel; float activations."""
 
     def __init__(self, layer: FloatLayer, bits: int, group_size: int | None = None, symmetric: bool = True) -> None:

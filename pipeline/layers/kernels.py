@@ -1,8 +1,9 @@
 """int8 W8A8 products behind one adapter: which kernel a device has, whether it is exact, and how each is called.
 
 One arithmetic, whatever the kernel. Activations: scale s = max|x| / 127.5 over a token, q = round(x / s) in
-[-128, 127], the dynamic symmetric quantization of compressed-tensors. Result: (sum_k q_k w_k) * w_scale * s + bias, the
-sum in exact integers. Kernels differ only in the rounding of the final float products.
+[-128, 127], the dynamic symmetric quantization of compressed-tensors (static: a given s for all tokens). Result:
+(sum_k q_k w_k) * w_scale * s + bias, the sum in exact integers. Kernels differ only in the rounding of the final float
+products.
 
 - `fbgemm`: FBGEMM's int8 GEMM, fed integers at scale 1 and zero point 128. The fastest at every batch where the CPU has
   VNNI. Without it FBGEMM adds pairs of products in saturating 16 bits, which is not exact: the probe finds out.
@@ -63,6 +64,11 @@ def forced(kernel: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def float_is_forced() -> bool:
+    """Whether `forced("float")` is entered, which concerns whatever computes as plain transformers does there."""
+    return _forced == "float"
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int) -> str:
@@ -127,6 +133,35 @@ def int8_linear(
     else:
         sums = _PRODUCTS[kernel](rows / step, weight, weight_scale, packed)
         y = sums.mul_(step) if bias is None else torch.addcmul(bias.to(sums.dtype), sums, step)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def int8_linear_static(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None, packed: Packed
+) -> Tensor:
+    """Linear layer in W8A8 with one activation scale for all inputs, `input_scale` [1]; the rest as `int8_linear`."""
+    kernel = choose(x.device, x.dtype, x.numel() // x.shape[-1])
+    rows = _rows(x)
+    step = input_scale.to(rows.dtype)
+    steps_of = rows / step
+    if kernel in FBGEMM:
+        if packed.value is None:
+            packed.value = fbgemm_pack(weight, weight_scale.double() * input_scale.double())
+        if kernel == "fbgemm":
+            y = _fbgemm(steps_of, 128, packed.value)
+        else:
+            halves = _fbgemm(torch.minimum(torch.stack((steps_of, -steps_of)), _signed_limits(3)), 0, packed.value)
+            y = halves[0].sub_(halves[1])
+        y = y if bias is None else y.add_(bias)
+    elif kernel == "float":
+        y = F.linear(
+            integers_of(steps_of).mul_(step),
+            weight.to(rows.dtype) * weight_scale.to(rows.dtype),
+            None if bias is None else bias.to(rows.dtype),
+        )
+    else:
+        y = _PRODUCTS[kernel](steps_of, weight, weight_scale, packed).mul_(step)
+        y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 

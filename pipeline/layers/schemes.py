@@ -1,4 +1,4 @@
-"""Quantizing the layers of a model by the name of a scheme: int8, weight_only.
+"""Quantizing the layers of a model by the name of a scheme: int8, int8_static, weight_only, nf4, fp8.
 
 Importing this module enters every quantized layer into the table of kinds.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import LeanfitError
-from pipeline.layers import conv, embedding, linear
+from pipeline.layers import conv, embedding, float8, linear, lora, nf4, static
 from pipeline.layers.quantize import Quantized
 from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
 from pipeline.layers.select import select
@@ -21,8 +21,8 @@ from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
 __all__ = [
-    "conv", "embedding", "empty_layer", "join_siblings", "linear", "put", "quantization_detail", "quantize_layers",
-    "replace", "require_finite",
+    "KINDS", "conv", "embedding", "empty_layer", "float8", "join_siblings", "linear", "lora", "nf4", "put",
+    "quantization_detail", "quantize_layers", "replace", "require_finite", "static",
 ]  # fmt: skip
 
 

@@ -27,6 +27,18 @@ def unstructured_mask(scores: Tensor, sparsity: float) -> Tensor:
     return mask.view(scores.shape)
 
 
+def rowwise_mask(scores: Tensor, sparsity: float) -> Tensor:
+    """bool, shape of `scores` [out, ...]: False for the lowest of each row, floor(sparsity * numel) in all.
+
+    Rows prune equally many weights, but for one where the share of a row is no whole number: Wanda's comparison group
+    (Sun et al., 2024, arXiv:2306.11695).
+    """
+    rows = scores.flatten(1)
+    due = (torch.arange(rows.shape[0] + 1, dtype=torch.float64) * rows.shape[1] * sparsity + 1e-6).floor()
+    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1)
+    return (ranks >= due.diff().to(ranks).unsqueeze(1)).view(scores.shape)
+
+
 def n_of_m_mask(scores: Tensor, keep: int, block: int) -> Tensor:
     """bool, shape of `scores` [out, ...]: True for the `keep` highest of each `block` consecutive inputs of a row.
 

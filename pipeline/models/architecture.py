@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pipeline.models.base import Architecture, Attention, Block, FeedForward
+from pipeline.models.base import Architecture, Attention, Block, FeedForward, InvertedBottleneck
 
 
 class _AttentionLayout(NamedTuple):
@@ -46,6 +46,9 @@ FEED_FORWARD_LAYOUTS = (
     _FeedForwardLayout("intermediate.dense", "output.dense"),  # BERT
 )
 """Linears by their names below the feed-forward module, or below the block where they stand in it directly."""
+
+INVERTED_BOTTLENECK_LAYOUTS = (("expansion.expand_conv", "projection.project_conv"),)  # EfficientNet
+"""1x1 convolutions to and from the inner channels, by their names below the block."""
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -95,7 +98,15 @@ def _block(name: str, block: nn.Module, config: Any) -> Block:
     feed_forward = _feed_forward(name, modules, attention)
     # Registered in the order of the forward pass in every layout above; norms inside an attention are its own.
     norms = tuple(f"{name}.{child}" for child, module in block.named_children() if _is_norm(module))
-    return Block(name=name, attention=attention, feed_forward=feed_forward, norms=norms)
+    bottleneck = next(
+        (
+            InvertedBottleneck(f"{name}.{expand}", f"{name}.{project}")
+            for expand, project in INVERTED_BOTTLENECK_LAYOUTS
+            if expand in modules and project in modules
+        ),
+        None,
+    )
+    return Block(name=name, attention=attention, feed_forward=feed_forward, norms=norms, inverted_bottleneck=bottleneck)
 
 
 def _attention(name: str, modules: dict[str, nn.Module], config: Any) -> Attention | None:

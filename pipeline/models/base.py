@@ -68,6 +68,14 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class InvertedBottleneck:
+    """Names of an inverted bottleneck's 1x1 convolutions: `expand` to its inner channels, `project` back."""
+
+    expand: str
+    project: str
+
+
+@dataclass(frozen=True)
 class Block:
     """One repeated block: its own name, its parts, its norms in the order of the forward pass."""
 
@@ -75,6 +83,7 @@ class Block:
     attention: Attention | None = None
     feed_forward: FeedForward | None = None
     norms: tuple[str, ...] = ()
+    inverted_bottleneck: InvertedBottleneck | None = None
 
 
 @dataclass(frozen=True)

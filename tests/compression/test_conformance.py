@@ -61,7 +61,9 @@ def test_zeros_survive_whatever_may_follow_pruning(
     directory = tmp_path / "run"
     assert main([*TINY, f"compression=[{first},{second}]", f"hydra.run.dir={directory}"]) == 0
     result = read_result(directory / "result.json")
+    size = result["size"]
     linear = 2 * 12 * 64 * 64  # weights of the linear layers of gpt_nano
-    assert result["size"]["parameters_after"] - result["size"]["nonzero_after"] >= linear // 2
+    removed = size["parameters_before"] - size["parameters_after"]  # by what takes whole units, zeros among them
+    assert size["parameters_after"] - size["nonzero_after"] + removed >= linear // 2
     alone, both = (stage["bytes_after"] for stage in result["stages"])
-    assert both < alone
+    assert both <= alone  # a distilled student is as large as it was

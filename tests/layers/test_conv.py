@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.layers.quantized import KINDS
+from pipeline.layers.schemes import KINDS
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.layers.quantized import KINDS
-from pipeline.layers.schemes import quantize_layers
+from pipeline.layers.schemes import KINDS, quantize_layers
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from pipeline.layers import kernels
-from pipeline.layers.quantized import KINDS
-from pipeline.layers.schemes import empty_layer
+from pipeline.layers.schemes import KINDS, empty_layer
 
 CPU = torch.device("cpu")
 HERE = [name for name in ("fbgemm", "fbgemm_split", "int_mm", "reference") if kernels.works(name, CPU)]

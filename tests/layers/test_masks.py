@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.layers.masks import GradualMasks, HoldMasks
-from pipeline.layers.quantized import KINDS
+from pipeline.layers.schemes import KINDS
 from pipeline.layers.sparsity import has_masks, measured_sparsity, n_of_m_mask, set_mask, unstructured_mask
 
 

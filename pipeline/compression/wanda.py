@@ -1,0 +1,88 @@
+"""Wanda: prune the weights that are small against their inputs, each output by itself; no gradients, no updates.
+
+Sun et al., 2024 (arXiv:2306.11695): the score of a weight is |W_ij| * ||X_j||_2, the norm over all calibration tokens,
+and the weights of one output (a row) are compared with one another; with N:M, those of M consecutive inputs. Blocks of
+the model are done in order, each on what the ones before it, pruned, now give. A convolution's inputs are its patches:
+one norm for each channel and kernel position, in grouped convolutions too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pipeline.compression.base import Context
+from pipeline.compression.pruning import Pruner
+from pipeline.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipeline.models.base import Architecture
+
+
+def wanda_scores(weight: Tensor, squares: Tensor, groups: int = 1) -> Tensor:
+    """|W_ij| * ||X_j||_2 as float [out, columns].
+
+    `weight` [out, ...], flattened to [out, columns]; `squares` [groups * columns]: sums, or means, over tokens of the
+    squared inputs, group by group of the convolution.
+    """
+    rows = weight.detach().flatten(1).to(squares.dtype).abs()
+    norms = squares.sqrt().view(groups, 1, -1)
+    return (rows.view(groups, -1, rows.shape[1]) * norms).view(rows.shape)
+
+
+def prune_wanda(
+    model: nn.Module,
+    layers: Sequence[str],
+    sparsity: float,
+    batches: Iterable[Mapping[str, Tensor]],
+    architecture: Architecture,
+    pattern: str | None = None,
+    device: str = "cpu",
+) -> nn.Module:
+    """`model` with masks on each named layer and the weights they prune at zero, in place, block by block.
+
+    `sparsity`: share of each row's weights that go; `pattern` 'N:M' keeps N of each M consecutive inputs instead.
+    `batches`: calibration, as the model's keyword arguments. Weights that an earlier mask pruned stay pruned.
+
+    Raises:
+        LeanfitError: no layers, NaN or infinity in a weight or in a layer's inputs (the layer is named), or not one
+            weight pruned.
+    """
+    from pipeline.layers.blockwise import segments
+    from pipeline.layers.hessian import collect
+    from pipeline.layers.schemes import require_finite
+    from pipeline.layers.sparsity import MASK, n_of_m_mask, parse_pattern, require_pruned, rowwise_mask, set_mask
+
+    require_finite(model, layers, "wanda")
+    for segment in segments(model, architecture, layers, batches, device):
+        sums = collect(segment, segment.layers, full=False)
+        for name in segment.layers:
+            layer = model.get_submodule(name)
+            weight, old = layer.get_parameter("weight"), getattr(layer, MASK, None)
+            scores = wanda_scores(weight, sums.pop(name).mean(weight), int(getattr(layer, "groups", 1)))
+            if old is not None:  # below those whose inputs are always zero
+                scores.masked_fill_(~old.flatten(1), -1)
+            mask = rowwise_mask(scores, sparsity) if pattern is None else n_of_m_mask(scores, *parse_pattern(pattern))
+            set_mask(layer, mask.view(weight.shape))
+    require_pruned(model, layers, f"wanda: sparsity={sparsity}")
+    return model
+
+
+@register("compression", "wanda")
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Pruner):
+    """No settings but those of all pruners."""
+
+    needs_calibration: ClassVar[bool] = True
+    updates: ClassVar[int] = 8
+
+    def prune(
+        self, model: nn.Module, layers: Sequence[str], sparsity: float, pattern: str | None, context: Context
+    ) -> nn.Module:
+        assert context.calibration is not None
+        return prune_wanda(
+            model, layers, sparsity, context.calibration(), context.architecture, pattern, context.device
+        )

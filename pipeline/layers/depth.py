@@ -1,0 +1,125 @@
+"""A shallower transformer: some blocks of a model, in order, with a config that says so.
+
+Which blocks: evenly spaced, the first and the last among them, as DistilBERT takes them (Sanh et al., 2019,
+arXiv:1910.01108). Blocks can go where a block's output has the shape of its input and the config counts the blocks;
+whether that is so is found out by building the model that the new config describes, on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import LeanfitError
+from pipeline.layers.sparsity import MASK
+from pipeline.models.base import Architecture
+
+COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+"""Names by which configs count their blocks."""
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+"""Names of configs' lists with one entry a block."""
+INDICES = ("layer_idx", "layer_index", "layer_id")
+"""Attributes in which a block's modules keep its place in the stack: the key-value cache goes by it."""
+
+
+def evenly_spaced(total: int, kept: int) -> tuple[int, ...]:
+    """Places of `kept` of `total` blocks: 12 -> 6 gives 0, 2, 4, 7, 9, 11. A single one is the first.
+
+    Raises:
+        ValueError: `kept` is not from 1 to `total`.
+    """
+    if not 1 <= kept <= total:
+        raise ValueError(f"{kept} of {total} blocks")
+    if kept == 1:
+        return (0,)
+    gaps = kept - 1
+    return tuple((2 * place * (total - 1) + gaps) // (2 * gaps) for place in range(kept))
+
+
+def keep_blocks(model: nn.Module, architecture: Architecture, kept: Sequence[int]) -> nn.Module:
+    """`model` with only the blocks at the places `kept` (ascending), in place; its config counts and lists them.
+
+    Weights, masks and all that is outside of the blocks (embeddings, norms, a tied head) stay as they are.
+
+    Raises:
+        LeanfitError: places that are none, not ascending, or all there are (no effect); or a model whose blocks cannot
+            go: see `depth_problem`.
+    """
+    total = len(architecture.blocks)
+    ordered = all(one < other for one, other in itertools.pairwise(kept))
+    if not kept or not ordered or kept[0] < 0 or kept[-1] >= total:
+        raise LeanfitError(f"blocks {list(kept)} are not some of {total}, in order")
+    if len(kept) == total:
+        raise LeanfitError(f"all {total} blocks are kept: no effect")
+    if told := depth_problem(model, architecture, kept):
+        raise LeanfitError(told)
+    name = _stack(architecture)
+    parent, _, leaf = name.rpartition(".")
+    blocks = list(model.get_submodule(name).children())
+    for place, old in enumerate(kept):
+        for module in blocks[old].modules():
+            for attribute in INDICES:
+                if getattr(module, attribute, None) == old:
+                    setattr(module, attribute, place)
+    stack: Any = nn.ModuleList if isinstance(model.get_submodule(name), nn.ModuleList) else nn.Sequential
+    chosen = [blocks[old] for old in kept]
+    setattr(model.get_submodule(parent), leaf, stack(chosen) if stack is nn.ModuleList else stack(*chosen))
+    _count(model.config, total, kept)
+    return model
+
+
+def depth_problem(model: nn.Module, architecture: Architecture, kept: Sequence[int]) -> str | None:
+    """Why `model` cannot be reduced to the blocks `kept`; None where it can. Nothing is changed or allocated."""
+    total, kind = len(architecture.blocks), type(model).__name__
+    if total == 0:
+        return f"{kind} has no stack of equal blocks"
+    config = copy.deepcopy(getattr(model, "config", None))
+    if not _count(config, total, kept):
+        return f"the config of {kind} does not count its {total} blocks, so none can be dropped"
+    try:
+        with torch.device("meta"):
+            twin = type(model)(config)
+    except Exception as error:  # whatever a model's class makes of a config it was not meant for
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{kind} cannot be built with {len(kept)} blocks: {first}"
+    if _shapes(twin) != _shapes(model, _stack(architecture), kept):
+        return f"{kind} with {len(kept)} blocks has other layers than those of its blocks {list(kept)}"
+    return None
+
+
+def _stack(architecture: Architecture) -> str:
+    return architecture.blocks[0].name.rpartition(".")[0]
+
+
+def _count(config: Any, total: int, kept: Sequence[int]) -> bool:
+    """Make `config` count the blocks that are kept; False where it does not count them."""
+    counts = [name for name in COUNTS if getattr(config, name, None) == total]
+    for name in counts:
+        setattr(config, name, len(kept))
+    for name in PER_LAYER:
+        listed = getattr(config, name, None)
+        if isinstance(listed, list | tuple) and len(listed) == total:
+            setattr(config, name, [listed[place] for place in kept])
+    return bool(counts)
+
+
+def _shapes(model: nn.Module, stack: str = "", kept: Sequence[int] | None = None) -> dict[str, torch.Size]:
+    """Shapes of what is stored, by name, masks left out; with `kept`, of those blocks alone, numbered anew."""
+    found = {name: value.shape for name, value in model.state_dict().items() if name.rpartition(".")[2] != MASK}
+    if kept is None:
+        return found
+    places = {str(old): str(new) for new, old in enumerate(kept)}
+    renamed = {}
+    for name, shape in found.items():
+        if not name.startswith(f"{stack}."):
+            renamed[name] = shape
+            continue
+        old, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        if old in places:
+            renamed[f"{stack}.{places[old]}.{rest}"] = shape
+    return renamed

@@ -1,0 +1,231 @@
+"""Smaller dense models: surgery that removes whole units (heads, feed-forward units, hidden dimensions, channels).
+
+A pruned model is the model that its changed config describes, filled with slices of the old tensors, so whatever opens
+such a config opens it. Which dimension of which tensor is cut follows from comparing the shapes of the two models: a
+dimension that differs is one of attention's or the feed-forward's by its layer, else an inner channel of a
+convolutional block, else the residual stream's. Whatever the config cannot say is thereby found out before anything
+is cut. Dropping blocks is in depth.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import LeanfitError
+from pipeline.layers.sparsity import MASK
+from pipeline.models.base import Architecture, Attention
+
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+FFN = ("intermediate_size", "ffn_dim", "n_inner")
+HEADS = ("num_attention_heads", "n_head")
+KEY_VALUE_HEADS = "num_key_value_heads"
+HEAD_DIM = "head_dim"
+EMBEDDING = "word_embed_proj_dim"
+RATIOS = "expand_ratios"
+
+
+class Axis(NamedTuple):
+    """What runs along a dimension of a tensor.
+
+    `kind`: `query` and `key_value` (heads times head size), `ffn`, `channels` (each of the block `block`), or `hidden`.
+    """
+
+    kind: str
+    block: int | None
+
+
+Cuts = dict[str, dict[int, Axis]]
+"""By tensor, its dimensions that are cut."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Ascending indices of what stays. Per block: `heads` (units, see `head_units`), `ffn`, `channels`."""
+
+    heads: Sequence[Tensor] = ()
+    ffn: Sequence[Tensor] = ()
+    channels: Mapping[int, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+
+def head_units(attention: Attention) -> int:
+    """How many units attention can be cut into: key/value heads, each with the queries that it serves.
+
+    Where a single key/value head serves all queries, the units are the queries, and it stays.
+    """
+    return attention.heads if attention.key_value_heads == 1 else attention.key_value_heads
+
+
+def config_key(config: Any, names: Sequence[str]) -> str | None:
+    """The key of `names` under which `config` is written; None where it has none with a number."""
+    written = config.to_dict()
+    return next((name for name in names if isinstance(written.get(name), int)), None)
+
+
+def changed_config(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A config like `config` but for `changes`, made as transformers makes one from a config.json.
+
+    Raises:
+        ValueError: the config's own checks refuse the numbers.
+    """
+    try:
+        changed = type(config).from_dict({**config.to_dict(), **changes})
+    except Exception as error:  # each transformers version checks with exceptions of its own
+        raise ValueError(" ".join(str(error).split())) from error
+    changed._attn_implementation = config._attn_implementation
+    return changed
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of what is stored, by name; masks left out."""
+    return {name: value.shape for name, value in model.state_dict().items() if name.rpartition(".")[2] != MASK}
+
+
+def described_shapes(model: nn.Module, config: Any) -> dict[str, torch.Size]:
+    """Shapes of a model of the class of `model` with `config`; nothing is allocated.
+
+    Raises:
+        ValueError: the class cannot be built with it.
+    """
+    try:
+        with torch.device("meta"):
+            return shapes_of(type(model)(config))
+    except Exception as error:  # whatever a class makes of a config it was not meant for
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def find_cuts(model: nn.Module, architecture: Architecture, shapes: Mapping[str, torch.Size]) -> Cuts:
+    """Which dimensions of the tensors of `model` are cut to reach `shapes`, and what runs along them.
+
+    Raises:
+        ValueError: a tensor is added, lost or reshaped, or a dimension differs whose meaning is not known.
+    """
+    old = shapes_of(model)
+    if old.keys() != shapes.keys():
+        first = sorted(old.keys() ^ shapes.keys())[0]
+        raise ValueError(f"{first} is in only one of the two models")
+    known = dict(_known_axes(model, architecture))
+    config: Any = model.config
+    stream = config_key(config, HIDDEN)
+    hidden = getattr(config, stream) if stream else None
+    cuts: Cuts = {}
+    for name, before in old.items():
+        after = shapes[name]
+        differing = [dim for dim in range(len(before)) if len(after) != len(before) or before[dim] != after[dim]]
+        for dim in differing:
+            if len(after) != len(before) or after[dim] > before[dim]:
+                raise ValueError(f"{name} would change from {list(before)} to {list(after)}")
+            axis = known.get((name, dim)) or _channel_axis(architecture, name)
+            if axis is None and before[dim] == hidden:
+                axis = Axis("hidden", None)
+            if axis is None:
+                raise ValueError(f"{name} would change from {list(before)} to {list(after)}")
+            cuts.setdefault(name, {})[dim] = axis
+    return cuts
+
+
+def _known_axes(model: nn.Module, architecture: Architecture) -> Iterator[tuple[tuple[str, int], Axis]]:
+    """((tensor, dimension), axis) of attention's and the feed-forward's linears, whose weights are [out, in]."""
+    for index, block in enumerate(architecture.blocks):
+        attention, feed_forward = block.attention, block.feed_forward
+        outer: list[tuple[str | None, str]] = []
+        inner: list[tuple[str, str]] = []
+        if attention and attention.query != attention.key:
+            outer += [(attention.query, "query"), (attention.key, "key_value"), (attention.value, "key_value")]
+            inner.append((attention.output, "query"))
+        if feed_forward:
+            outer += [(feed_forward.up, "ffn"), (feed_forward.gate, "ffn")]
+            inner.append((feed_forward.down, "ffn"))
+        ends = [(layer, 0, kind) for layer, kind in outer] + [(layer, 1, kind) for layer, kind in inner]
+        for layer, dim, kind in ends:
+            if layer is None or not isinstance(model.get_submodule(layer), nn.Linear):
+                continue
+            yield (f"{layer}.weight", dim), Axis(kind, index)
+            if dim == 0:
+                yield (f"{layer}.bias", 0), Axis(kind, index)
+
+
+def _channel_axis(architecture: Architecture, tensor: str) -> Axis | None:
+    for index, block in enumerate(architecture.blocks):
+        if block.inverted_bottleneck and tensor.startswith(f"{block.name}."):
+            return Axis("channels", index)
+    return None
+
+
+def axis_indices(axis: Axis, length: int, architecture: Architecture, kept: Kept) -> Tensor:
+    """Indices that stay of a dimension of `length` elements along `axis`."""
+    if axis.block is None:
+        assert kept.hidden is not None
+        return kept.hidden
+    if axis.kind == "ffn":
+        return kept.ffn[axis.block]
+    if axis.kind == "channels":
+        return kept.channels[axis.block]
+    attention = architecture.blocks[axis.block].attention
+    assert attention is not None
+    size = length // head_units(attention)
+    units = kept.heads[axis.block]
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+
+
+@torch.no_grad()
+def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kept) -> nn.Module:
+    """A new model of the class of `model`, described by `config`, filled with what is `kept` of its tensors.
+
+    Data types, tied weights, `requires_grad`, masks of pruned weights, device and mode are those of `model`, which is
+    left as it is.
+
+    Raises:
+        ValueError: `config` cannot be had by cutting `model`.
+        LeanfitError: `kept` does not fit `config`.
+    """
+    from transformers.initialization import no_init_weights
+
+    cuts = find_cuts(model, architecture, described_shapes(model, config))
+    with no_init_weights():
+        made: Any = type(model)(config)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        axes = cuts.get(f"{layer}.weight" if leaf == MASK else name, {})
+        for dim, axis in axes.items():
+            indices = axis_indices(axis, tensor.shape[dim], architecture, kept)
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+        if leaf == MASK:
+            made.get_submodule(layer).register_buffer(MASK, tensor)
+        tensors[name] = tensor.clone() if not axes else tensor
+    wanted = shapes_of(made)
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise LeanfitError(f"{name}: {list(tensors[name].shape)} was kept, the config says {list(shape)}")
+    made.load_state_dict(tensors, assign=True)
+    for group in architecture.tied:
+        for alias in group[1:]:
+            parent, _, leaf = alias.rpartition(".")
+            setattr(made.get_submodule(parent), leaf, made.get_parameter(group[0]))
+    for name, parameter in model.named_parameters():
+        made.get_parameter(name).requires_grad_(parameter.requires_grad)
+    _copy_transient_buffers(model, made)
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made.train(model.training)  # type: ignore[no-any-return]
+
+
+def _copy_transient_buffers(model: nn.Module, made: nn.Module) -> None:
+    """Buffers that are not stored (rotary frequencies): as `model` has them, wherever it has them."""
+    for name, module in made.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            old = getattr(model.get_submodule(name), leaf, None)
+            if isinstance(old, Tensor) and old.shape == getattr(module, leaf).shape:
+                setattr(module, leaf, old.clone())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Elements of all parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,304 @@
+"""How much heads, feed-forward units, hidden dimensions, channels and blocks matter, by activations or by weights.
+
+Activations, over the calibration set, after Minitron (Muralidharan et al., 2024, arXiv:2407.14679), which averages a
+head's or unit's activation. Here what counts is what it adds to the residual stream: the root mean square norm over
+tokens of its activation times its output weights, so that a large activation which is then ignored does not count.
+Hidden dimensions: mean absolute output of all norms (Minitron). Blocks: 1 - cosine similarity of a block's input and
+output (block influence of ShortGPT, Men et al., 2024, arXiv:2403.03853).
+
+Weights: the L2 norm of all weights that would go with the unit, coupled over layers as in DepGraph (Fang et al., 2023,
+arXiv:2301.12900) and LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import LeanfitError
+from pipeline.layers.structure import Cuts, Kept, head_units
+from pipeline.models.base import Architecture, Block
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores, higher for what matters more, float64 on the CPU. `blocks` [blocks]; per block `heads` [units], `ffn`
+    [units], `channels` [channels], empty where there are none; `hidden` [hidden size], None without norms."""
+
+    blocks: Tensor
+    heads: tuple[Tensor, ...]
+    ffn: tuple[Tensor, ...]
+    channels: tuple[Tensor, ...]
+    hidden: Tensor | None
+
+    def keep(
+        self, heads: int | None, ffn: int | None, hidden: int | None, channels: Mapping[int, int] | None = None
+    ) -> Kept:
+        """The most important units: so many of each kind (None: not cut), in each block by itself.
+
+        Raises:
+            LeanfitError: hidden dimensions are to be chosen, but the model's norms follow no known layout.
+        """
+        if hidden and self.hidden is None:
+            raise LeanfitError("structured: no norm of a known layout says which hidden dimensions matter")
+        return Kept(
+            heads=[top(scores, heads) for scores in self.heads] if heads else (),
+            ffn=[top(scores, ffn) for scores in self.ffn] if ffn else (),
+            hidden=top(self.hidden, hidden) if hidden and self.hidden is not None else None,
+            channels={block: top(self.channels[block], number) for block, number in (channels or {}).items()},
+        )
+
+
+def top(scores: Tensor, number: int) -> Tensor:
+    """Ascending indices of the `number` highest scores; of equals the first."""
+    return torch.sort(scores, descending=True, stable=True).indices[:number].sort().values
+
+
+class _Sums:
+    """Running sums of what hooks see, by key."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}
+        self.count: dict[str, int] = {}
+
+    def add(self, key: str, value: Tensor, count: int) -> None:
+        value = value.double()
+        self.total[key] = self.total[key] + value if key in self.total else value
+        self.count[key] = self.count.get(key, 0) + count
+
+    def mean(self, key: str) -> Tensor:
+        return self.total[key] / self.count[key]
+
+
+@torch.no_grad()
+def activation_importance(
+    model: nn.Module, architecture: Architecture, batches: Iterable[Batch], device: str
+) -> Importance:
+    """Scores by one pass of `batches` through `model`, in eval mode, on `device`.
+
+    Raises:
+        LeanfitError: no batches, or NaN in the activations of a block (it is named).
+    """
+    sums = _Sums()
+    handles = [handle for block in architecture.blocks for handle in _watch(model, block, sums)]
+    norms = [norm for block in architecture.blocks for norm in block.norms]
+    norms += [architecture.final_norm] if architecture.final_norm else []
+    norms = [name for name in norms if not isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm)]
+    handles += [model.get_submodule(name).register_forward_hook(_absolute(sums, f"norm {name}")) for name in norms]
+    _forward(model, batches, device, handles)
+    if not sums.total:
+        raise LeanfitError("structured: the calibration set is empty, so nothing can be said about importance")
+    heads, ffn, channels, influence = [], [], [], []
+    for block in architecture.blocks:
+        influence.append(1 - sums.mean(f"cosine {block.name}"))
+        heads.append(_head_scores(model, block, sums) if block.attention else torch.empty(0))
+        ffn.append(_unit_scores(model, block.feed_forward.down, sums) if block.feed_forward else torch.empty(0))
+        inner = block.inverted_bottleneck
+        channels.append(_unit_scores(model, inner.project, sums) if inner else torch.empty(0))
+    hidden = torch.stack([sums.mean(f"norm {name}") for name in norms]).sum(0) if norms else None
+    return _checked(architecture, torch.stack(influence), heads, ffn, channels, hidden)
+
+
+def _forward(
+    model: nn.Module, batches: Iterable[Batch], device: str, handles: Sequence[torch.utils.hooks.RemovableHandle]
+) -> None:
+    """`batches` through `model` in eval mode; hooks are removed and the mode is restored whatever happens."""
+    training = model.training
+    model.eval().to(device)
+    try:
+        for batch in batches:
+            inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+            model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+
+
+def _watch(model: nn.Module, block: Block, sums: _Sums) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks on one block: its influence, and what enters the layers that write to the residual stream."""
+    module = model.get_submodule(block.name)
+    handles = [module.register_forward_hook(_cosine(sums, f"cosine {block.name}"), with_kwargs=True)]
+    if block.attention:
+        name, units = block.attention.output, head_units(block.attention)
+        handles.append(model.get_submodule(name).register_forward_pre_hook(_products(sums, name, units)))
+    ends = [block.feed_forward.down] if block.feed_forward else []
+    ends += [block.inverted_bottleneck.project] if block.inverted_bottleneck else []
+    handles += [model.get_submodule(name).register_forward_pre_hook(_squares(sums, name)) for name in ends]
+    return handles
+
+
+def _cosine(sums: _Sums, key: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        if before.shape != after.shape:  # a block that changes the resolution or the channels cannot be dropped
+            sums.add(key, torch.zeros((), device=after.device), 1)
+            return
+        dim = 1 if before.ndim == 4 else -1
+        similar = nn.functional.cosine_similarity(before.float(), after.float(), dim=dim)
+        sums.add(key, similar.double().sum(), similar.numel())
+
+    return hook
+
+
+def _products(sums: _Sums, key: str, units: int) -> Callable[..., None]:
+    """Second moments of each unit's activations, [units, size, size]."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().float().reshape(-1, units, args[0].shape[-1] // units)
+        sums.add(key, torch.einsum("nud,nue->ude", x, x), len(x))
+
+    return hook
+
+
+def _squares(sums: _Sums, key: str) -> Callable[..., None]:
+    """Second moment of each unit or channel; images are [B, C, H, W]."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().float()
+        x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
+        sums.add(key, x.reshape(-1, x.shape[-1]).square().sum(0), x.numel() // x.shape[-1])
+
+    return hook
+
+
+def _absolute(sums: _Sums, key: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = output.detach().float()
+        sums.add(key, x.reshape(-1, x.shape[-1]).abs().sum(0), x.numel() // x.shape[-1])
+
+    return hook
+
+
+def _head_scores(model: nn.Module, block: Block, sums: _Sums) -> Tensor:
+    """sqrt(E |W_u a_u|^2) = sqrt(trace(W_u E[a_u a_u'] W_u')) for each unit u of attention."""
+    assert block.attention is not None
+    moments = sums.mean(block.attention.output)  # [units, size, size]
+    weight = model.get_submodule(block.attention.output).get_parameter("weight").detach().double()
+    if weight.shape[1] != moments.shape[0] * moments.shape[1]:  # not [out, in]
+        weight = weight.T
+    units = weight.reshape(weight.shape[0], moments.shape[0], -1).movedim(1, 0)  # [units, hidden, size]
+    squares: Tensor = torch.einsum("uhd,ude,uhe->u", units, moments, units)
+    return squares.clamp(min=0).sqrt()
+
+
+def _unit_scores(model: nn.Module, name: str, sums: _Sums) -> Tensor:
+    """sqrt(E a^2) |w| for each input of the layer `name`, w being its column of output weights."""
+    moments = sums.mean(name)
+    weight = model.get_submodule(name).get_parameter("weight").detach().double().flatten(1)
+    columns = weight if weight.shape[1] == len(moments) else weight.T
+    norms: Tensor = columns.square().sum(0).sqrt()
+    return moments.sqrt() * norms
+
+
+@torch.no_grad()
+def norm_gains(
+    model: nn.Module, architecture: Architecture, batches: Iterable[Batch], device: str, hidden: Tensor
+) -> dict[str, float]:
+    """By what the scale of each norm is to be multiplied when only the dimensions `hidden` of the stream are left.
+
+    A norm divides by the root mean square (LayerNorm: deviation) over dimensions. What is left has more of it, as the
+    least important went, so all it gives out would shrink: the gain is the root of the mean power over `hidden` to that
+    over all dimensions, on the calibration set. Norms whose scale is not a factor (Gemma's 1 + w) are left out.
+    """
+    sums = _Sums()
+    names = [
+        name
+        for name in (*(norm for block in architecture.blocks for norm in block.norms), architecture.final_norm)
+        if name and _scales(model.get_submodule(name))
+    ]
+
+    def power(x: Tensor, centred: bool) -> Tensor:
+        return x.var(-1, correction=0) if centred else x.square().mean(-1)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x, centred = args[0].detach().float(), isinstance(module, nn.LayerNorm)
+            sums.add(f"all {name}", power(x, centred).sum(), 1)
+            sums.add(f"left {name}", power(x[..., hidden.to(x.device)], centred).sum(), 1)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    _forward(model, batches, device, handles)
+    found = {name: float((sums.total[f"left {name}"] / sums.total[f"all {name}"]).sqrt()) for name in names}
+    return {name: gain for name, gain in found.items() if 0 < gain < float("inf")}
+
+
+def _scales(norm: nn.Module) -> bool:
+    """Whether `norm` multiplies by its weight: with a weight of zeros it gives its bias, or zeros."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return False
+    twin = copy.deepcopy(norm)
+    twin.get_parameter("weight").zero_()
+    given: Tensor = twin(torch.randn(1, len(weight), dtype=weight.dtype, device=weight.device))
+    bias = getattr(norm, "bias", None)
+    return torch.equal(given[0], torch.zeros_like(given[0]) if bias is None else bias)
+
+
+@torch.no_grad()
+def weight_importance(model: nn.Module, architecture: Architecture, cuts: Cuts) -> Importance:
+    """Scores by the norms of the weights along the dimensions in `cuts`; other kinds are left empty.
+
+    Raises:
+        LeanfitError: NaN or infinity in the weights of a block (it is named).
+    """
+    squares: dict[tuple[str, int | None], Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for dim, axis in cuts.get(name, {}).items():
+            kind = "heads" if axis.kind in ("query", "key_value") else axis.kind
+            others = [d for d in range(parameter.ndim) if d != dim]
+            found = parameter.detach().double().square()
+            found = found.sum(others) if others else found
+            if kind == "heads":
+                assert axis.block is not None
+                attention = architecture.blocks[axis.block].attention
+                assert attention is not None
+                found = found.reshape(head_units(attention), -1).sum(1)
+            key = (kind, axis.block)
+            squares[key] = squares[key] + found if key in squares else found
+
+    def per_block(kind: str) -> list[Tensor]:
+        return [squares.get((kind, index), torch.empty(0)).sqrt() for index in range(len(architecture.blocks))]
+
+    blocks = [
+        torch.stack([p.detach().double().square().sum() for p in model.get_submodule(block.name).parameters()]).sum()
+        for block in architecture.blocks
+    ]
+    hidden = squares.get(("hidden", None))
+    return _checked(
+        architecture, torch.stack(blocks).sqrt(), per_block("heads"), per_block("ffn"), per_block("channels"),
+        None if hidden is None else hidden.sqrt(),
+    )  # fmt: skip
+
+
+def _checked(
+    architecture: Architecture,
+    blocks: Tensor,
+    heads: Sequence[Tensor],
+    ffn: Sequence[Tensor],
+    channels: Sequence[Tensor],
+    hidden: Tensor | None,
+) -> Importance:
+    for index, block in enumerate(architecture.blocks):
+        scores = (blocks[index], heads[index], ffn[index], channels[index])
+        if not all(torch.isfinite(score).all() for score in scores):
+            raise LeanfitError(f"structured: NaN or infinity in {block.name}: the training diverged")
+    if hidden is not None and not torch.isfinite(hidden).all():
+        raise LeanfitError("structured: NaN or infinity in the residual stream: the training diverged")
+    return Importance(
+        blocks=blocks.cpu(),
+        heads=tuple(scores.cpu() for scores in heads),
+        ffn=tuple(scores.cpu() for scores in ffn),
+        channels=tuple(scores.cpu() for scores in channels),
+        hidden=None if hidden is None else hidden.cpu(),
+    )

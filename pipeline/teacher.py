@@ -1,0 +1,117 @@
+"""Models that a link brings in from outside of its chain: a teacher to learn from, a student to train.
+
+A directory is one of our artifacts or one that transformers' `save_pretrained` wrote. Nothing is fetched from a hub,
+and no code from a directory is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifact import store
+from pipeline.errors import ConfigError
+from pipeline.layers.distillation import observing
+from pipeline.models.architecture import describe
+from pipeline.models.base import Architecture
+
+
+class FrozenTeacher:
+    """A model in eval mode without gradients, opened when it is first looked at and moved to where its inputs are.
+
+    `opened` gives it so, but for the preflight, which looks at shapes alone.
+    """
+
+    def __init__(self, opened: Callable[[], nn.Module]) -> None:
+        self._open = opened
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        return self._open()
+
+    @functools.cached_property
+    def architecture(self) -> Architecture:
+        return describe(self.model)
+
+    def __call__(self, batch: Mapping[str, Tensor], observe: Sequence[str] = ()) -> tuple[Tensor, dict[str, Any]]:
+        """Logits, and outputs of the named modules. Floating inputs are given in the weights' dtype."""
+        inputs = {name: self._as_taken(tensor) for name, tensor in batch.items()}
+        device = next(iter(inputs.values())).device
+        model: Any = self.model
+        if next(model.parameters()).device != device:
+            model.to(device)
+        quiet = {"use_cache": False} if "input_ids" in inputs else {}
+        with torch.no_grad(), observing(model, observe) as seen:
+            return cast(Tensor, model(**inputs, **quiet).logits), seen
+
+    def _as_taken(self, tensor: Tensor) -> Tensor:
+        dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return tensor.to(next(dtypes, tensor.dtype)) if tensor.is_floating_point() else tensor
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def open_directory(directory: Path, said: str, *, meta: bool, trainable: bool = False) -> nn.Module:
+    """The model in `directory`, float32 where it is no artifact; with `meta` only its shapes.
+
+    Raises:
+        ConfigError: no model there, or one that cannot be opened (or, `trainable`, not be trained); `said` names the
+            setting.
+    """
+    try:
+        if (directory / "manifest.json").is_file():
+            return _artifact(directory, said, meta, trainable)
+        return _pretrained(directory, said, meta)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever an altered file makes a library raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{said} cannot be opened: {first}") from error
+
+
+def _artifact(directory: Path, said: str, meta: bool, trainable: bool) -> nn.Module:
+    layers = store.read_manifest(directory)["layers"]
+    if trainable and any(record["scheme"] != "float" for record in layers.values()):
+        raise ConfigError(f"{said} is quantized and cannot be trained; give the float model it was made from")
+    return store.blueprint(directory) if meta else store.load(directory, trainable=trainable)
+
+
+def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{said} holds neither a manifest.json nor a config.json; give an artifact's directory, or "
+                          "one that transformers' save_pretrained wrote")  # fmt: skip
+    written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if written.get("quantization_config"):
+        raise ConfigError(f"{said} is quantized by another program; give the float model it was made from")
+    cls = store.model_class((written.get("architectures") or [None])[0])
+    if meta:
+        with torch.device("meta"):
+            return cast(nn.Module, cls(cls.config_class.from_pretrained(directory)))
+    model, loading = cls.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
+    # transformers fills what a file lacks with random numbers and goes on.
+    if absent := sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]})):
+        raise ConfigError(f"{said} lacks {len(absent)} of the model's weights, such as {absent[0]}; it is incomplete")
+    return cast(nn.Module, model)
+
+
+def vocabulary_problems(directory: Path, said: str, tokenizer: Any) -> list[str]:
+    """A message where the directory's tokenizer numbers tokens otherwise than `tokenizer`; none where one lacks."""
+    if tokenizer is None or not (directory / "tokenizer_config.json").is_file():
+        return []
+    try:
+        other = store.load_tokenizer(directory)
+    except Exception:  # a tokenizer of a kind that is not installed: the sizes are compared anyway
+        return []
+    if other is None or other.get_vocab() == tokenizer.get_vocab():
+        return []
+    return [f"{said} has another vocabulary than this run's tokenizer; give a model with the same one"]
