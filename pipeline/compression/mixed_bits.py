@@ -2,14 +2,15 @@
 
 Each layer's damage at each number of bits is measured (layers/sensitivity.py), the bytes it would take are counted, and
 a multiple-choice knapsack is solved exactly (layers/knapsack.py): the recipe of HAWQ (Dong et al., 2019,
-arXiv:1905.03696; Yao et al., 2021, arXiv:2011.10680) with measured divergences in place of Hessian traces.
+arXiv:1905.03696; Yao et al., 2021, arXiv:2011.10680) with measured divergences in place of Hessian traces. The integers
+are then found by GPTQ (layers/gptq.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -24,22 +25,6 @@ if TYPE_CHECKING:
     from pipeline.layers.quantize import Grid
 
 
-def quantize_mixed(model: nn.Module, chosen: Mapping[str, Grid]) -> nn.Module:
-    """`model` with each named layer's weights as packed integers on its own grid, rounded to nearest, in place.
-
-    Raises:
-        LeanfitError: no layers, or NaN or infinity in a weight (the layer is named).
-    """
-    from pipeline.layers.schemes import quantize_layers, require_finite
-
-    require_finite(model, list(chosen), "mixed_bits")
-    for name, grid in chosen.items():
-        quantize_layers(
-            model, [name], "weight_only", bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric
-        )
-    return model
-
-
 @register("compression", "mixed_bits")
 @dataclass(frozen=True, kw_only=True)
 class MixedBits(Quantizer):
@@ -47,6 +32,7 @@ class MixedBits(Quantizer):
     aside, over the quantized weights. One of the two.
 
     `bits`: the numbers of bits a layer may get. `samples`: how many calibration samples the sensitivity is measured on.
+    `rounding`: `gptq`, over the whole calibration set, or `nearest`; sensitivity is that of rounding to nearest.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -57,6 +43,7 @@ class MixedBits(Quantizer):
     group_size: Annotated[int, Ge(2)] | None
     symmetric: bool
     samples: Annotated[int, Ge(1)]
+    rounding: Literal["nearest", "gptq"]
 
     def problems(self) -> list[str]:
         key = f"compression.{self.name}"
@@ -105,8 +92,10 @@ class MixedBits(Quantizer):
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         """Measure, choose, quantize. What was measured and chosen goes into the link's detail."""
+        from pipeline.layers.gptq import round_with_gptq
         from pipeline.layers.knapsack import Option, allocate
-        from pipeline.layers.schemes import require_finite
+        from pipeline.layers.quantize import Grid, quantize_rows
+        from pipeline.layers.schemes import put, require_finite
         from pipeline.layers.sensitivity import sensitivities
 
         assert context.calibration is not None
@@ -135,7 +124,24 @@ class MixedBits(Quantizer):
             least_divergence=found.bound,
             exact=found.exact,
         )
-        return quantize_mixed(model, chosen)
+        if self.rounding == "gptq":
+            return round_with_gptq(
+                model, chosen, context.calibration(), context.architecture, device=context.device, facts=context.facts
+            )
+        for name, grid in chosen.items():
+            layer = model.get_submodule(name)
+            on = grid if layer.get_parameter("weight").ndim == 2 else Grid(grid.bits, None, grid.symmetric)
+            rounded = quantize_rows(layer.get_parameter("weight").flatten(1), on)
+            put(
+                model,
+                name,
+                rounded,
+                "weight_only",
+                bits=grid.bits,
+                group_size=grid.group_size,
+                symmetric=grid.symmetric,
+            )
+        return model
 
     def _sizes(self, model: nn.Module, layers: Sequence[str]) -> tuple[dict[str, list[int]], int]:
         """({layer: bytes at each number of bits, fewest first}, bytes of all else in the file, its header at most)."""

@@ -16,8 +16,9 @@ from transformers import (
 
 from pipeline.compression.base import Context
 from pipeline.compression.int4 import quantize_int4
-from pipeline.compression.int4_gptq import Int4Gptq, gptq_quantize, quantize_gptq
+from pipeline.compression.int4_gptq import Int4Gptq, quantize_gptq
 from pipeline.errors import LeanfitError
+from pipeline.layers.gptq import gptq_quantize
 from pipeline.layers.quantize import Grid, find_scales, quantize_rows
 from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.select import select
