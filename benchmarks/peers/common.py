@@ -49,8 +49,12 @@ def measured(work: Callable[[], nn.Module]) -> tuple[nn.Module, float, int]:
     return made, time.perf_counter() - started, resident("VmHWM") - before
 
 
-def run(compress: Callable[[nn.Module, torch.Tensor, str, dict[str, Any]], nn.Module]) -> None:
-    """`compress(model, calibration [N, T], method, settings)` for each seed of the task, measured."""
+Compress = Callable[[nn.Module, torch.Tensor], nn.Module]
+"""(model, calibration [N, T]) -> the compressed model."""
+
+
+def run(prepare: Callable[[str, dict[str, Any], nn.Module], Compress]) -> None:
+    """`prepare(method, settings, model)`, which imports and reads configs, then what it gives, measured, by seed."""
     from transformers import AutoModelForCausalLM
 
     parser = argparse.ArgumentParser()
@@ -61,8 +65,7 @@ def run(compress: Callable[[nn.Module, torch.Tensor, str, dict[str, Any]], nn.Mo
         calibration = torch.load(path, weights_only=True)
         model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
         perplexity(model, evaluation[:2])  # what a first call allocates is no method's
-        made, seconds, peak = measured(
-            lambda model=model, rows=calibration: compress(model, rows, task["method"], dict(task["settings"]))
-        )
+        compress = prepare(task["method"], dict(task["settings"]), model)
+        made, seconds, peak = measured(lambda work=compress, model=model, rows=calibration: work(model, rows))
         line = {"seed": int(seed), "seconds": seconds, "peak_bytes": peak, "perplexity": perplexity(made, evaluation)}
         print("RESULT " + json.dumps(line), flush=True)

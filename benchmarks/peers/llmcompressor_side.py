@@ -28,7 +28,15 @@ def weights(settings: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recipe(method: str, settings: dict[str, Any]) -> Any:
+OPT_PAIRS = {
+    "re:.*self_attn_layer_norm$": ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"],
+    "re:.*v_proj$": ["re:.*out_proj$"],
+    "re:.*layers.*final_layer_norm$": ["re:.*fc1$"],
+}
+"""What may be scaled against what in OPT, which neither AWQ nor SmoothQuant knows there by itself."""
+
+
+def recipe(method: str, settings: dict[str, Any], opt: bool) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
     from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
@@ -42,16 +50,19 @@ def recipe(method: str, settings: dict[str, Any]) -> Any:
             config_groups=weights(settings), ignore=ignore, block_size=128, dampening_frac=0.01, actorder="static"
         )
     if method == "int4_awq":
-        from llmcompressor.modifiers.awq import AWQModifier
+        from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
-        return [
-            AWQModifier(duo_scaling=True), QuantizationModifier(config_groups=weights(settings), ignore=ignore)
-        ]  # fmt: skip
+        pairs = [AWQMapping(norm, linears) for norm, linears in OPT_PAIRS.items()] if opt else None
+        rounding = QuantizationModifier(config_groups=weights(settings), ignore=ignore)
+        return [AWQModifier(duo_scaling=True, mappings=pairs), rounding]
     if method in ("int8", "int8_smoothquant"):
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
         plain = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=ignore)
-        return [SmoothQuantModifier(smoothing_strength=settings["alpha"]), plain] if "smooth" in method else plain
+        if method == "int8":
+            return plain
+        pairs = [[linears, norm] for norm, linears in OPT_PAIRS.items() if "norm" in norm] if opt else None
+        return [SmoothQuantModifier(smoothing_strength=settings["alpha"], mappings=pairs), plain]
     cls = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
     return cls(
         sparsity=settings.get("sparsity") or 0.5, mask_structure=settings.get("pattern") or "0:0",
@@ -59,17 +70,21 @@ def recipe(method: str, settings: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def compress(model: nn.Module, calibration: torch.Tensor, method: str, settings: dict[str, Any]) -> nn.Module:
+def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> common.Compress:
     if method == "none":
+        return lambda model, calibration: model
+    modifiers = recipe(method, settings, "OPT" in type(model).__name__)
+
+    def compress(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
+        rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
+        oneshot(
+            model=model, dataset=Dataset.from_list(rows), recipe=modifiers, num_calibration_samples=len(rows),
+            max_seq_length=calibration.shape[1], shuffle_calibration_samples=False, batch_size=16,
+        )  # fmt: skip
         return model
-    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
-    oneshot(
-        model=model, dataset=Dataset.from_list(rows), recipe=recipe(method, settings),
-        num_calibration_samples=len(rows), max_seq_length=calibration.shape[1], shuffle_calibration_samples=False,
-        batch_size=16,
-    )  # fmt: skip
-    return model
+
+    return compress
 
 
 if __name__ == "__main__":
-    common.run(compress)
+    common.run(prepare)

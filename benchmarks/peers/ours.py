@@ -8,6 +8,7 @@ import common
 import torch
 from torch import nn
 
+import pipeline.layers.schemes  # noqa: F401  (what methods import when they first need it is no cost of theirs)
 from pipeline.app import compose
 from pipeline.compression.base import Context
 from pipeline.models.architecture import describe
@@ -15,17 +16,21 @@ from pipeline.models.architecture import describe
 BATCH = 16
 
 
-def compress(model: nn.Module, calibration: torch.Tensor, method: str, settings: dict[str, Any]) -> nn.Module:
+def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> common.Compress:
     if method == "none":
-        return model
+        return lambda model, calibration: model
     typed = [f"compression.{method}.{key}={'null' if value is None else value}" for key, value in settings.items()]
     link = compose([f"compression={method}", *typed]).chain[method]
-    batches = [{"input_ids": rows} for rows in calibration.split(BATCH)]
-    context = Context(
-        stage=method, architecture=describe(model), device="cpu", steps=0, seed=0, calibration=lambda: batches
-    )
-    return link.finalize(link.prepare(model, context), context)
+
+    def compress(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
+        batches = [{"input_ids": rows} for rows in calibration.split(BATCH)]
+        context = Context(
+            stage=method, architecture=describe(model), device="cpu", steps=0, seed=0, calibration=lambda: batches
+        )
+        return link.finalize(link.prepare(model, context), context)
+
+    return compress
 
 
 if __name__ == "__main__":
-    common.run(compress)
+    common.run(prepare)

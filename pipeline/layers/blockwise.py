@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,14 @@ class Call:
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, "hidden_states": hidden})
 
+    def first_row(self) -> Call:
+        """The call with the first sample alone: of every tensor that has one for each sample, as the hidden states."""
+        if not isinstance(self.hidden, Tensor):
+            return self
+        rows = len(self.hidden)
+        cut = tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == rows else x, self._parts())
+        return Call(*cut)
+
     @property
     def hidden(self) -> Any:
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
@@ -72,6 +80,10 @@ class Segment:
             with torch.no_grad():
                 output = self.module(*moved.args, **moved.kwargs)
             yield output
+
+    def run_first_row(self) -> Any:
+        """What the module gives for the first sample alone: a cheap trial."""
+        return next(replace(self, calls=[self.calls[0].first_row()]).run())
 
     def observe(self, observers: Mapping[str, Observer]) -> None:
         """One pass over the calibration set; `observers[name]` is given each input of the layer `name`, on the device.

@@ -68,7 +68,7 @@ class Pairs:
 
 
 def find_pairs(segment: Segment, architecture: Architecture, layers: Iterable[str]) -> Pairs:
-    """The pairs in `segment` with a consumer in `layers`, each tried on the first recorded call."""
+    """The pairs in `segment` with a consumer in `layers`, each tried on the first sample."""
     found, wanted = Pairs(), set(layers)
     if not segment.calls:
         return found
@@ -88,7 +88,7 @@ def find_pairs(segment: Segment, architecture: Architecture, layers: Iterable[st
 
 
 def _candidates(segment: Segment, block: Block, refused: dict[str, str]) -> Iterator[Pair]:
-    """Pairs that the architecture and the tensors of one call suggest."""
+    """Pairs that the architecture and the tensors of one sample suggest."""
     linears = [f"{block.name}.{n}" for n, m in segment.root.get_submodule(block.name).named_modules() if _linear(m)]
     inputs, outputs = _first_call(segment, [*block.norms, *linears])
     for norm in block.norms:
@@ -153,7 +153,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _first_call(segment: Segment, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies of ({module: its input}, {module: its output}) in the first recorded call; '' is the segment's own."""
+    """Copies of ({module: its input}, {module: its output}) for the first sample; '' is the segment's own."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -167,7 +167,7 @@ def _first_call(segment: Segment, names: Sequence[str]) -> tuple[dict[str, Tenso
 
     handles = [segment.root.get_submodule(n).register_forward_hook(keep(n)) for n in names if n]
     try:
-        result = next(segment.run())
+        result = segment.run_first_row()
     finally:
         for handle in handles:
             handle.remove()

@@ -72,6 +72,12 @@ def test_quantized_models_are_worked_on_by_nothing_and_all_else_may_be_combined(
         assert allowed(first, second) == (kinds[first] != "quantization"), (first, second)
 
 
+def test_the_table_of_methods_names_every_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "compression.md").read_text(encoding="utf-8")
+    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| "))
+    assert [name for name in METHODS if f"`{name}`" not in rows] == []
+
+
 IDS = {"input_ids": torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))}
 
 
