@@ -68,9 +68,9 @@ def order_problems(chain: Mapping[str, Method]) -> list[str]:
         words = {word for earlier in before for word in (earlier[1].kind, earlier[1].name)}
         clash = [n for n, m in before if {m.kind, m.name} & method.cannot_follow]
         if clash:
-            problems.append(
-                f"compression: '{name}' cannot follow '{clash[0]}'; put '{name}' before it, or leave one of them out"
-            )
+            neither = {method.kind, method.name} & chain[clash[0]].cannot_follow
+            fix = "choose one of them" if neither else f"put '{name}' before it, or leave one of them out"
+            problems.append(f"compression: '{name}' cannot follow '{clash[0]}'; {fix}")
         missing = method.must_follow - words
         if missing:
             problems.append(

@@ -86,6 +86,17 @@ def chain_order(config: RunConfig) -> list[str]:
     return order_problems(config.chain)
 
 
+def samples_of_calibration(config: RunConfig) -> list[str]:
+    """A link that looks at a part of the calibration set cannot look at more than there is."""
+    held = config.calibration.samples
+    asked = {stage: getattr(method, "samples", 0) for stage, method in config.chain.items()}
+    return [
+        f"compression.{stage}.samples={samples} is more than calibration.samples={held}; choose {held} or fewer"
+        for stage, samples in asked.items()
+        if samples > held
+    ]
+
+
 def precision_on_device(config: RunConfig) -> list[str]:
     """Apple GPUs have no float64."""
     if config.precision.dtype != "float64" or config.device.problems(1) or config.device.kind() != "mps":
@@ -175,6 +186,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     nodes,
     batch_divides,
     chain_order,
+    samples_of_calibration,
     precision_on_device,
     float16_epsilon,
     adapter,

@@ -232,12 +232,21 @@ def _not_chosen(
         told = f"{key}: no such stage in {chain}; stages and methods: {', '.join(dict.fromkeys(known))}"
         return [f"{told}{did_you_mean(stage, known)} ({where})"], ""
     if composed.typed(key) and not sweep:
-        both = _listed([*chosen, stage])
+        last = [name for name in (*chosen, stage) if _quantizes(composed, name)]
+        others = [name for name in (*chosen, stage) if name not in last]
+        meant = _listed([*others, *last[-1:]])  # quantization stands last, and once
         return [
-            f"{key}: '{stage}' is not in {chain}; leave its settings out, or choose compression={both} ({where})"
+            f"{key}: '{stage}' is not in {chain}; leave its settings out, or choose compression={meant} ({where})"
         ], ""
     told_all = _settings_problems(composed, key, choice, content)
     return told_all, "" if told_all else f"note: {key} ({where}) dropped, since {chain} was chosen"
+
+
+def _quantizes(composed: Composition, stage: str) -> bool:
+    """Whether a stage is quantization, by the name of its choice; a stage of another name is not looked up."""
+    choice = composed.dropped.get(stage, stage)
+    known = choice in registry.available("compression") and choice != "none"
+    return known and registry.lookup("compression", choice).kind == "quantization"
 
 
 def _settings_problems(composed: Composition, key: str, choice: str, content: Any) -> list[str]:

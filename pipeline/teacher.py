@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.artifact import store
@@ -81,7 +82,10 @@ def _artifact(directory: Path, said: str, meta: bool, trainable: bool) -> nn.Mod
     layers = store.read_manifest(directory)["layers"]
     if trainable and any(record["scheme"] != "float" for record in layers.values()):
         raise ConfigError(f"{said} is quantized and cannot be trained; give the float model it was made from")
-    return store.blueprint(directory) if meta else store.load(directory, trainable=trainable)
+    if not meta:
+        return store.load(directory, trainable=trainable)
+    store.check(directory)  # before anything is trained, not when the link begins
+    return store.blueprint(directory)
 
 
 def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
@@ -93,6 +97,9 @@ def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
         raise ConfigError(f"{said} is quantized by another program; give the float model it was made from")
     cls = store.model_class((written.get("architectures") or [None])[0])
     if meta:
+        for file in directory.glob("*.safetensors"):  # a file that was cut short shows so in its header
+            with safe_open(file, "pt"):
+                pass
         with torch.device("meta"):
             return cast(nn.Module, cls(cls.config_class.from_pretrained(directory)))
     model, loading = cls.from_pretrained(

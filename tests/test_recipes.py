@@ -175,6 +175,10 @@ def test_a_mistake_in_settings_that_would_be_dropped_is_told(write: Write, body:
 def test_settings_on_the_command_line_for_a_stage_that_is_not_chosen_are_refused() -> None:
     (told,) = problems("compression=none", "compression.int4.group_size=32")
     assert told.startswith("compression.int4: 'int4' is not in compression=none")
+    (told,) = problems("compression=int8", "compression.int4.group_size=32")
+    assert "or choose compression=int4 (" in told
+    (told,) = problems("compression=int8", "compression.magnitude.sparsity=0.6")
+    assert "or choose compression=[magnitude,int8] (" in told
 
 
 def test_in_a_sweep_such_settings_serve_the_jobs_that_have_the_stage() -> None:

@@ -173,7 +173,15 @@ def test_an_epsilon_that_float16_loses() -> None:
 def test_the_order_of_the_chain_is_checked() -> None:
     assert rules.chain_order(config("compression=[magnitude,int8]")) == []
     (line,) = rules.chain_order(config("compression=[int8,magnitude]"))
-    assert "'magnitude' cannot follow 'int8'" in line
+    assert "'magnitude' cannot follow 'int8'; put 'magnitude' before it" in line
+    (line,) = rules.chain_order(config("compression=[int8,int4]"))
+    assert line == "compression: 'int4' cannot follow 'int8'; choose one of them"
+
+
+def test_a_link_cannot_look_at_more_samples_than_there_are() -> None:
+    assert rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=16")) == []
+    (line,) = rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=8"))
+    assert line == "compression.mixed_bits.samples=16 is more than calibration.samples=8; choose 8 or fewer"
 
 
 @pytest.mark.parametrize("job", ["compress", "evaluate", "verify", "generate"])

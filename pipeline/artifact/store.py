@@ -145,6 +145,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifests.read(Path(directory))
 
 
+def check(directory: Path) -> None:
+    """Raises ArtifactError where a file is missing, truncated or altered."""
+    manifests.check_files(Path(directory), manifests.read(Path(directory)))
+
+
 def files(directory: Path) -> list[dict[str, Any]]:
     """Name, bytes and sha256 of every file of the artifact, the manifest with them."""
     directory = Path(directory)

@@ -88,7 +88,11 @@ class Distill(Method):
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         assert context.teacher is not None
+        from pipeline.layers.select import quantized_problems
+
         key = f"compression.{context.stage}"
+        if told := quantized_problems(model, key):
+            return told
         student, found = self._preview(model, context)
         found += self._no_effect(context)
         if student is not model:

@@ -86,6 +86,20 @@ class Int4Awq(GroupQuantizer):
     duo_scaling: bool
     max_shrink: Annotated[float, Ge(0), Lt(1)]
 
+    def types(self) -> tuple[type[nn.Module], ...]:
+        """Linear layers alone: nothing before a convolution takes over its scales."""
+        from torch import nn
+
+        return (nn.Linear,)
+
+    def preflight(self, model: nn.Module, context: Context) -> list[str]:
+        problems = super().preflight(model, context)
+        if not problems and not any(block.norms for block in context.architecture.blocks):
+            problems.append(
+                f"compression.{context.stage}: the model has no norm in front of linear layers to scale; choose int4"
+            )
+        return problems
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None
         model, facts = quantize_int4_awq(

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @register("compression", "mixed_bits")
 @dataclass(frozen=True, kw_only=True)
 class MixedBits(Quantizer):
-    """`budget`: bytes of the finished model.safetensors, `2.5MB` or a number; or `average_bits` of the integers, scales
-    aside, over the quantized weights. One of the two.
+    """`budget`: bytes of the finished model.safetensors, `2.5MB` or a number. Without one, `average_bits` of the
+    integers, scales aside, over the quantized weights.
 
     `bits`: the numbers of bits a layer may get. `samples`: how many calibration samples the sensitivity is measured on.
     `rounding`: `gptq`, over the whole calibration set, or `nearest`; sensitivity is that of rounding to nearest.
@@ -49,11 +49,10 @@ class MixedBits(Quantizer):
         key = f"compression.{self.name}"
         if len(set(self.bits)) < 2:
             return [f"{key}.bits={list(self.bits)} leaves nothing to choose; give two of 2, 3, 4, 8 or more"]
-        if (self.budget is None) == (self.average_bits is None):
-            have = "both are" if self.budget is not None else "neither is"
-            return [f"{key}: give budget (2.5MB say) or average_bits, one of the two; {have} set"]
         if self.budget is None:
-            if self.average_bits is not None and self.average_bits < min(self.bits):
+            if self.average_bits is None:
+                return [f"{key}: give budget (2.5MB say) or average_bits; neither is set"]
+            if self.average_bits < min(self.bits):
                 least = min(self.bits)
                 return [f"{key}.average_bits={self.average_bits:g} is below the fewest bits of a layer, {least}"]
             return []

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from pipeline.compression.base import Context
 from pipeline.compression.quantization import Quantizer
@@ -47,7 +47,7 @@ class NF4(Quantizer):
 
     holds_adapters: ClassVar[bool] = True
 
-    block_size: Annotated[int, Ge(2)]
+    block_size: Annotated[int, Ge(16), Le(4096)]
     double_quant: bool
     embeddings: bool
 

@@ -78,6 +78,15 @@ def _embedding_stays(
     return "renormalises its rows (max_norm)" if module.max_norm is not None else None
 
 
+def quantized_problems(model: nn.Module, key: str) -> list[str]:
+    """A message where `model` is quantized: its weights can be neither trained nor changed."""
+    quantized = quantized_layers(model)
+    if not quantized:
+        return []
+    scheme = next(iter(quantized.values())).scheme
+    return [f"{key}: the model is quantized already ({scheme}, {len(quantized)} layers); start from a float one"]
+
+
 def selection_problems(
     model: nn.Module,
     architecture: Architecture,
@@ -89,10 +98,8 @@ def selection_problems(
 
     `key` is the link's, `compression.<stage>`.
     """
-    quantized = quantized_layers(model)
-    if quantized:
-        scheme = next(iter(quantized.values())).scheme
-        return [f"{key}: the model is quantized already ({scheme}, {len(quantized)} layers); start from a float one"]
+    if told := quantized_problems(model, key):
+        return told
     names = [name for name, _ in model.named_modules() if name]
     words = {*names, *(name.rpartition(".")[2] for name in names)}
     problems = [

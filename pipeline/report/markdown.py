@@ -200,7 +200,10 @@ def _divergence(value: float | None) -> str:
 
 def _fit_detail(train: Any) -> str:
     first, last = amount(train, "loss_first"), amount(train, "loss_last")
-    return "" if first is None or last is None else f"loss {significant(first, 4)} to {significant(last, 4)}"
+    trained = amount(train, "trainable_parameters")
+    facts = [] if first is None or last is None else [f"loss {significant(first, 4)} to {significant(last, 4)}"]
+    facts += [] if trained is None else [f"{format_count(trained)} parameters trained"]
+    return ", ".join(facts)
 
 
 def _short_json(value: Any) -> str:

@@ -21,6 +21,7 @@ from pipeline.artifact import store
 from pipeline.compression.base import Context
 from pipeline.compression.distill import Distill, drop_layers
 from pipeline.errors import ConfigError, LeanfitError
+from pipeline.layers.schemes import quantize_layers
 from pipeline.layers.sparsity import masked_layers
 from pipeline.models.architecture import describe
 from pipeline.report.result import read_result
@@ -326,14 +327,31 @@ def test_a_hugging_face_directory_is_opened_whole_or_not_at_all(build, tmp_path)
     assert {p.device.type for p in shapes.parameters()} == {"meta"}
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConfigError, match="k=v cannot be opened"):
-        open_directory(tmp_path, "k=v", meta=False)
+    for meta in (False, True):  # the preflight sees it too, before anything is trained
+        with pytest.raises(ConfigError, match="k=v cannot be opened"):
+            open_directory(tmp_path, "k=v", meta=meta)
     (tmp_path / "config.json").write_text('{"architectures": ["os.system"]}')
     with pytest.raises(ConfigError, match="k=v cannot be opened"):
         open_directory(tmp_path, "k=v", meta=True)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match="neither"):
         open_directory(tmp_path, "k=v", meta=True)
+
+
+def test_a_damaged_artifact_is_told_from_its_shapes_alone(tmp_path):
+    ids = {"input_ids": torch.arange(8)[None]}
+    store.save(opt(2), tmp_path / "a", chain=[], probe=ids)
+    assert open_directory(tmp_path / "a", "k=v", meta=True)
+    path = tmp_path / "a" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"k=v cannot be opened: .*truncated"):
+        open_directory(tmp_path / "a", "k=v", meta=True)
+
+
+def test_a_quantized_model_is_not_distilled():
+    model = quantize_layers(opt(2), ["model.decoder.layers.0.fc1"], "int8")
+    (told,) = distill(teacher="self").preflight(model, context(model))
+    assert "the model is quantized already (int8, 1 layers)" in told
 
 
 def test_weights_that_a_directory_lacks_are_not_made_up(tmp_path):

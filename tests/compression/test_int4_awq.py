@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from pipeline.app import compose
 from pipeline.artifact import store
 from pipeline.compression.int4 import quantize_int4
 from pipeline.compression.int4_awq import quantize_int4_awq
@@ -18,7 +19,7 @@ from pipeline.layers.sparsity import mask_of, set_mask
 from pipeline.models.architecture import describe
 from tests.compression.test_int8_smoothquant import llama_norms, opt_norms, strong, with_outliers
 from tests.compression.test_int8_static import IDS, batches
-from tests.compression.test_methods import efficientnet, llama, opt
+from tests.compression.test_methods import context, efficientnet, llama, opt
 
 
 def names(model):
@@ -113,6 +114,13 @@ def test_convolutions_are_clipped_where_nothing_can_be_scaled():
     made, detail = quantize_int4_awq(model, names(model), describe(model), [x], None)
     assert detail["pairs_scaled"] == 0
     assert (made(**x).logits - before).norm() <= (nearest - before).norm() * 1.001
+
+
+def test_a_model_without_norms_before_linear_layers_is_refused():
+    model = efficientnet()
+    method = compose(["compression=int4_awq", "compression.int4_awq.group_size=null"]).chain["int4_awq"]
+    (told,) = method.preflight(model, context(model))
+    assert told.endswith("the model has no norm in front of linear layers to scale; choose int4")
 
 
 def test_duo_scaling_is_never_worse_than_nearest_either():

@@ -51,7 +51,7 @@ def test_the_file_keeps_the_budget_and_uses_it(tmp_path, share):
     least, most = (file_bytes(model_tensors(model, dict.fromkeys(layers, Grid(bits, 16)))) for bits in (2, 8))
     budget = int(least + share * (most - least)) + 64  # the header's digits
     ctx = context(model)
-    made = mixed(budget=budget, average_bits="null").finalize(model, ctx)
+    made = mixed(budget=budget).finalize(model, ctx)
     store.save(made, tmp_path / "a", chain=[], probe=IDS)
     size = store.tensor_bytes(tmp_path / "a")
     assert size <= budget
@@ -121,14 +121,13 @@ def test_several_numbers_of_bits_open_in_plain_transformers(tmp_path):
 
 def test_what_cannot_be_met_or_chosen_is_told():
     model = opt()
-    (told,) = mixed(budget="10KB", average_bits="null").preflight(model, context(model))
+    (told,) = mixed(budget="10KB").preflight(model, context(model))
     assert "budget=10KB cannot be met: with 2 bits in every layer the file takes" in told
-    assert mixed(budget="1MB", average_bits="null").preflight(model, context(model)) == []
+    assert mixed(budget="1MB").preflight(model, context(model)) == []
     for changes, words in (
-        ({"budget": "1MB"}, "both are set"),
         ({"average_bits": "null"}, "neither is set"),
-        ({"budget": "lots", "average_bits": "null"}, "lots is no size"),
-        ({"budget": "0MB", "average_bits": "null"}, "not above zero"),
+        ({"budget": "lots"}, "lots is no size"),
+        ({"budget": "0MB"}, "not above zero"),
         ({"average_bits": 1.5}, "below the fewest bits"),
         ({"bits": "[4]"}, "leaves nothing to choose"),
     ):
