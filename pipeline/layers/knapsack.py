@@ -146,9 +146,10 @@ def _states(
             exact, grid = False, max(2 * grid, budget // limit)
             states = _frontier(states, grid)
         layers.append(states)
-    if not states:
+    index = min(range(len(states)), key=lambda s: states[s][1], default=-1)
+    # A state may have been kept for what its unused bytes might have bought, and be no better in the end.
+    if index < 0 or states[index][1] >= best:
         return None, exact
-    index = min(range(len(states)), key=lambda s: states[s][1])
     chosen: list[int] = []
     for layer in reversed(layers[1:]):
         _, _, index, taken = layer[index]

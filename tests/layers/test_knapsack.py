@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.layers.knapsack import Option, allocate
@@ -26,6 +26,7 @@ def brute_force(items, budget):
 
 
 @settings(deadline=None, max_examples=200)
+@example([[Option(0, 2.0), Option(36, 1.0), Option(37, 0.0)], [Option(19, 0.0)]], 55)
 @given(st.lists(options, min_size=1, max_size=5), st.integers(0, 150))
 def test_it_finds_the_best_of_all_choices(items, budget):
     best = brute_force(items, budget)
