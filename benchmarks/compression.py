@@ -172,7 +172,7 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlabel(f"perplexity above float32's {dense:.2f}, % (black: three draws of calibration)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in ("#1f77b4", "#ff7f0e")]
-    axes.legend(handles, ["leanfit", "llm-compressor"], loc="lower right")
+    axes.legend(handles, ["leanfit", "llm-compressor"], loc="upper right")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(out / "table.png", dpi=120)
 
