@@ -418,7 +418,7 @@ class TestProgram:
         ("argv", "lines"),
         [
             (["compresion=int8"], ["error: compresion=int8: no such key; "]),
-            (["compression=int9"], ["error: compression=int9: no such choice; choose one of int4, int8"]),
+            (["compression=int9"], ["error: compression=int9: no such choice; choose one of distill, fp8, int4"]),
             (["optimizer.lrr=1"], ["error: optimizer.lrr=1: no such key; "]),
             (["precision=fp8-mixed", "device=cpu"], ["error: precision=fp8-mixed: no such choice; "]),
             (["data=digits"], ["error: data=digits is for image classification"]),
@@ -485,7 +485,7 @@ class TestProgram:
     @pytest.mark.parametrize(
         ("typed", "offered"),
         [
-            ("compression=in", "compression=int4 compression=int8 compression=int8_weight_only"),
+            ("compression=int8_s", "compression=int8_smoothquant compression=int8_static"),
             ("recipe=prune", "recipe=prune_then_int8"),
             ("model.lay", "model.layers="),
             ("precision=32", "precision=32 precision=32-true"),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from annotated_types import Ge
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict, is_typeddict
+from typing_extensions import TypedDict, is_typeddict
 
 from pipeline.errors import LeanfitError
 from pipeline.versions import versions
@@ -64,7 +64,7 @@ class Train(Section):
     mfu: Amount
     loss_first: FiniteFloat | None
     loss_last: FiniteFloat | None
-    trainable_parameters: NotRequired[Count]
+    trainable_parameters: Count
 
 
 class Peaks(Section):
