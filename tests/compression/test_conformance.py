@@ -27,7 +27,7 @@ METHODS = [name for name in available("compression") if name != "none"]
 PAIRS = [(first, second) for first in METHODS for second in METHODS if first != second]
 TINY = [
     "model=gpt_nano", "trainer=smoke", "trainer.max_steps=8", "data.evaluation_tokens=1024", "device=cpu",
-    "calibration.samples=8",
+    "calibration.samples=16",
 ]  # fmt: skip
 
 
