@@ -52,7 +52,7 @@ class Fp8(Quantizer):
         dynamic = self.activations == "dynamic" or (
             self.activations == "auto" and multiplies_float8(torch.device(context.device))
         )
-        share_flat = bool(context.architecture.embeddings)
+        share_flat = self.share_flat(context)
         return quantize_fp8(model, self.layers(model, context), "dynamic" if dynamic else None, share_flat)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import GroupQuantizer
+from pipeline.compression.quantization import GroupQuantizer, TableQuantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -35,17 +35,8 @@ def quantize_int4(
 
 @register("compression", "int4")
 @dataclass(frozen=True, kw_only=True)
-class Int4(GroupQuantizer):
-    """`bits`: 2, 3, 4 or 8. `embeddings`: nn.Embedding and nn.EmbeddingBag too, where they are not tied."""
-
-    embeddings: bool
-
-    def types(self) -> tuple[type[nn.Module], ...]:
-        from torch import nn
-
-        return (*super().types(), *((nn.Embedding, nn.EmbeddingBag) if self.embeddings else ()))
+class Int4(GroupQuantizer, TableQuantizer):
+    """No settings but those of every grid of groups, and of every quantizer that knows tables."""
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
-        return quantize_int4(
-            model, self.layers(model, context), self.group_size, bits=self.bits, symmetric=self.symmetric
-        )
+        return quantize_int4(model, self.layers(model, context), **self.grid_settings())

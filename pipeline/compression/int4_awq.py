@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Lt
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import GroupQuantizer
+from pipeline.compression.quantization import GroupQuantizer, norm_problems
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -93,12 +93,7 @@ class Int4Awq(GroupQuantizer):
         return (nn.Linear,)
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
-        problems = super().preflight(model, context)
-        if not problems and not any(block.norms for block in context.architecture.blocks):
-            problems.append(
-                f"compression.{context.stage}: the model has no norm in front of linear layers to scale; choose int4"
-            )
-        return problems
+        return super().preflight(model, context) or norm_problems(context, "scale", "int4")
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None

@@ -38,4 +38,4 @@ class Int8(Quantizer):
     """Dynamic W8A8; no settings but `ignore`."""
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
-        return quantize_int8(model, self.layers(model, context), share_flat=bool(context.architecture.embeddings))
+        return quantize_int8(model, self.layers(model, context), share_flat=self.share_flat(context))

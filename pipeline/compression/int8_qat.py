@@ -53,7 +53,7 @@ class Int8Qat(QuantizationAware, Quantizer):
     untrained: ClassVar[str] = "int8"
 
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
-        return prepare_int8_qat(model, self.layers(model, context), share_flat=bool(context.architecture.embeddings))
+        return prepare_int8_qat(model, self.layers(model, context), share_flat=self.share_flat(context))
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
-        return convert_int8_qat(model, self.layers(model, context), share_flat=bool(context.architecture.embeddings))
+        return convert_int8_qat(model, self.layers(model, context), share_flat=self.share_flat(context))

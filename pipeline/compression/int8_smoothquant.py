@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Le
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import Quantizer
+from pipeline.compression.quantization import Quantizer, norm_problems
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -70,18 +70,13 @@ class Int8SmoothQuant(Quantizer):
     alpha: Annotated[float, Ge(0), Le(1)]
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
-        problems = super().preflight(model, context)
-        if not problems and not any(block.norms for block in context.architecture.blocks):
-            problems.append(
-                f"compression.{context.stage}: the model has no norm in front of linear layers to smooth; choose int8"
-            )
-        return problems
+        return super().preflight(model, context) or norm_problems(context, "smooth", "int8")
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None
         model, facts = quantize_int8_smoothquant(
             model, self.layers(model, context), context.architecture, context.calibration(), self.alpha,
-            share_flat=bool(context.architecture.embeddings), device=context.device,
+            share_flat=self.share_flat(context), device=context.device,
         )  # fmt: skip
         context.facts.update(facts)
         return model

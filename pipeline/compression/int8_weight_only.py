@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import Quantizer
+from pipeline.compression.quantization import TableQuantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -30,15 +30,8 @@ def quantize_int8_weights(model: nn.Module, layers: Sequence[str]) -> nn.Module:
 
 @register("compression", "int8_weight_only")
 @dataclass(frozen=True, kw_only=True)
-class Int8WeightOnly(Quantizer):
-    """`embeddings`: quantize nn.Embedding and nn.EmbeddingBag too, where they are not tied to another layer."""
-
-    embeddings: bool
-
-    def types(self) -> tuple[type[nn.Module], ...]:
-        from torch import nn
-
-        return (*super().types(), *((nn.Embedding, nn.EmbeddingBag) if self.embeddings else ()))
+class Int8WeightOnly(TableQuantizer):
+    """No settings but those of every quantizer that knows tables."""
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         return quantize_int8_weights(model, self.layers(model, context))

@@ -9,7 +9,7 @@ are then found by GPTQ (layers/gptq.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -93,7 +93,7 @@ class MixedBits(Quantizer):
         """Measure, choose, quantize. What was measured and chosen goes into the link's detail."""
         from pipeline.layers.gptq import round_with_gptq
         from pipeline.layers.knapsack import Option, allocate
-        from pipeline.layers.quantize import Grid, quantize_rows
+        from pipeline.layers.quantize import quantize_rows
         from pipeline.layers.schemes import put, require_finite
         from pipeline.layers.sensitivity import sensitivities
 
@@ -128,18 +128,8 @@ class MixedBits(Quantizer):
                 model, chosen, context.calibration(), context.architecture, device=context.device, facts=context.facts
             )
         for name, grid in chosen.items():
-            layer = model.get_submodule(name)
-            on = grid if layer.get_parameter("weight").ndim == 2 else Grid(grid.bits, None, grid.symmetric)
-            rounded = quantize_rows(layer.get_parameter("weight").flatten(1), on)
-            put(
-                model,
-                name,
-                rounded,
-                "weight_only",
-                bits=grid.bits,
-                group_size=grid.group_size,
-                symmetric=grid.symmetric,
-            )
+            weight = model.get_submodule(name).get_parameter("weight")
+            put(model, name, quantize_rows(weight.flatten(1), grid.of(weight)), "weight_only", **asdict(grid))
         return model
 
     def _sizes(self, model: nn.Module, layers: Sequence[str]) -> tuple[dict[str, list[int]], int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Le
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import Quantizer
+from pipeline.compression.quantization import TableQuantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -39,22 +39,13 @@ def quantize_nf4(model: nn.Module, layers: Sequence[str], block_size: int = 64, 
 
 @register("compression", "nf4")
 @dataclass(frozen=True, kw_only=True)
-class NF4(Quantizer):
-    """`block_size`: weights that share a maximum. `double_quant`: the maxima in 8 bits too.
-
-    `embeddings`: nn.Embedding and nn.EmbeddingBag too, where they are not tied.
-    """
+class NF4(TableQuantizer):
+    """`block_size`: weights that share a maximum. `double_quant`: the maxima in 8 bits too."""
 
     holds_adapters: ClassVar[bool] = True
 
     block_size: Annotated[int, Ge(16), Le(4096)]
     double_quant: bool
-    embeddings: bool
-
-    def types(self) -> tuple[type[nn.Module], ...]:
-        from torch import nn
-
-        return (*super().types(), *((nn.Embedding, nn.EmbeddingBag) if self.embeddings else ()))
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         """Where stage 0 trained adapters beside NF4 layers, those are what is stored, and nothing is rounded again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
@@ -50,6 +50,22 @@ class Quantizer(Method):
 
         return quantization_detail(model, context.architecture, self.ignore, self.types())
 
+    def share_flat(self, context: Context) -> bool:
+        """Whether a flattened input takes one activation scale: as in language models (see layers/linear.py)."""
+        return bool(context.architecture.embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableQuantizer(Quantizer):
+    """`embeddings`: quantize nn.Embedding and nn.EmbeddingBag too, where they are not tied to another layer."""
+
+    embeddings: bool
+
+    def types(self) -> tuple[type[nn.Module], ...]:
+        from torch import nn
+
+        return (*super().types(), *((nn.Embedding, nn.EmbeddingBag) if self.embeddings else ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupQuantizer(Quantizer):
@@ -70,7 +86,7 @@ class GroupQuantizer(Quantizer):
 
     def grid_settings(self) -> dict[str, Any]:
         """The grid as the weight-only layers take it."""
-        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return asdict(self.grid())
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         from pipeline.layers.select import group_problems
@@ -83,6 +99,14 @@ class GroupQuantizer(Quantizer):
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         return {**super().detail(model, context), "group_size": self.group_size, "symmetric": self.symmetric}
+
+
+def norm_problems(context: Context, verb: str, other: str) -> list[str]:
+    """A message where no norm stands before linear layers, whose scale could be moved; `other` does without."""
+    if any(block.norms for block in context.architecture.blocks):
+        return []
+    said = f"compression.{context.stage}: the model has no norm in front of linear layers to {verb}"
+    return [f"{said}; choose {other}"]
 
 
 @dataclass(frozen=True, kw_only=True)

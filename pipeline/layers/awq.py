@@ -8,7 +8,7 @@ linear layer's output need no pass over tokens: they are quadratic in the weight
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -188,7 +188,7 @@ def search_ranges(rows: Tensor, grid: Grid, gram: Tensor, n_grid: int, max_shrin
     wanted, gram = wide(rows), wide(gram)
     groups = grid.grouped(wanted).shape[1]
     size = rows.shape[1] // groups
-    narrow = Grid(grid.bits, None, grid.symmetric)
+    narrow = replace(grid, group_size=None)
 
     def by_block(difference: Tensor) -> Tensor:
         return difference.view(len(gram), -1, difference.shape[1])
@@ -295,9 +295,7 @@ def _rows(root: nn.Module, name: str) -> Tensor:
 
 
 def _grid_of(root: nn.Module, name: str, grid: Grid) -> Grid:
-    """A convolution's channel always is one group."""
-    convolution = isinstance(root.get_submodule(name), nn.Conv2d)
-    return Grid(grid.bits, None, grid.symmetric) if convolution else grid
+    return grid.of(root.get_submodule(name).get_parameter("weight"))
 
 
 def _names(pair: Pair) -> tuple[str, ...]:

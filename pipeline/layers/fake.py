@@ -127,8 +127,7 @@ class FakeWeightOnlyConv2d(nn.Conv2d):
     grid: Grid
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = Grid(self.grid.bits, None, self.grid.symmetric)
-        return cast(Tensor, self._conv_forward(x, fake_quantized(self.weight, whole), self.bias))
+        return cast(Tensor, self._conv_forward(x, fake_quantized(self.weight, self.grid.of(self.weight)), self.bias))
 
 
 FAKE: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {

@@ -28,10 +28,11 @@ CODES = {
 
 
 def layer_tensors(model: nn.Module, name: str, grid: Grid) -> list[Stored]:
-    """What the weight of the layer `name` becomes, packed on `grid`. A convolution's channel always is one group."""
+    """What the weight of the layer `name` becomes, packed on `grid`."""
     weight = cast(Tensor, model.get_submodule(name).weight)
     rows, columns = weight.shape[0], weight[0].numel()
-    groups = 1 if grid.group_size is None or weight.ndim != 2 else columns // grid.group_size
+    size = grid.of(weight).group_size
+    groups = 1 if size is None else columns // size
     found: list[Stored] = [
         (f"{name}.weight_packed", torch.int32, (rows, packed_columns(columns, grid.bits))),
         (f"{name}.weight_shape", torch.int64, (weight.ndim,)),

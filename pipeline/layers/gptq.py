@@ -14,6 +14,7 @@ the model are done in order, each on what the ones before it, quantized, now giv
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -114,13 +115,11 @@ def round_with_gptq(
         dense = [name for name in segment.layers if getattr(model.get_submodule(name), "groups", 1) == 1]
         sums = collect(segment, dense, full=True)
         for name in segment.layers:
-            layer, grid = model.get_submodule(name), grids[name]
-            settings = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
-            if isinstance(layer, nn.Conv2d):
-                grid = Grid(grid.bits, None, grid.symmetric)
+            layer = model.get_submodule(name)
+            grid = grids[name].of(layer.get_parameter("weight"))
             weight = layer.get_parameter("weight").detach().flatten(1)
             if name not in sums:
-                put(model, name, quantize_rows(weight, grid), "weight_only", **settings)
+                put(model, name, quantize_rows(weight, grid), "weight_only", **asdict(grid))
                 nearest.append(name)
                 continue
             mask = getattr(layer, MASK, None)
@@ -128,7 +127,7 @@ def round_with_gptq(
                 weight, sums.pop(name).mean(weight), grid, damping, block_size, activation_order,
                 None if mask is None else mask.flatten(1),
             )  # fmt: skip
-            put(model, name, found.quantized, "weight_only", **settings)
+            put(model, name, found.quantized, "weight_only", **asdict(grid))
             dampings[name] = found.damping
     join_siblings(model)
     if facts is not None:

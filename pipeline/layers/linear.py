@@ -19,8 +19,39 @@ from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
 
+class KernelLinear(IntegerLayer):
+    """int8 weights per output channel whose products an int8 kernel makes, from a packed copy of its own."""
+
+    packed = False
+
+    def __init__(self, layer: FloatLayer) -> None:
+        super().__init__(layer, Grid(bits=8))
+        self.out_features, self.in_features = self.weight_dims
+        self._packed = kernels.Packed()
+
+    @property
+    def kernel(self) -> str:
+        few, many = (kernels.choose(self.weight.device, self.weight_scale.dtype, rows) for rows in (1, 64))
+        return few if few == many else f"{few} up to {kernels.INTEGER_ROWS} tokens, then {many}"
+
+    # Whatever changes the weights makes the packed copy void.
+
+    def set_integers(self, integers: Tensor) -> None:
+        super().set_integers(integers)
+        self._packed = kernels.Packed()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed = kernels.Packed()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = kernels.Packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
 @quantizes("int8", nn.Linear)
-class Int8Linear(IntegerLayer):
+class Int8Linear(KernelLinear):
     """int8 weights per output channel, int8 activations per token, integer products (`layers/kernels.py`).
 
     `share_flat`: one activation scale for all rows of a two-dimensional input. compressed-tensors quantizes so (its
@@ -28,13 +59,9 @@ class Int8Linear(IntegerLayer):
     layer, as OPT's does before its feed-forward, give the same logits here and there only if this does too.
     """
 
-    packed = False
-
     def __init__(self, layer: FloatLayer, share_flat: bool = False) -> None:
-        super().__init__(layer, Grid(bits=8))
-        self.out_features, self.in_features = self.weight_dims
+        super().__init__(layer)
         self.share_flat = share_flat
-        self._packed = kernels.Packed()
         self._siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,26 +71,8 @@ class Int8Linear(IntegerLayer):
                 return kernels.rescaled(x, *found, self.bias)
         return kernels.int8_linear(x, self.weight, self.weight_scale, self.bias, self._packed, self.share_flat)
 
-    @property
-    def kernel(self) -> str:
-        few, many = (kernels.choose(self.weight.device, self.weight_scale.dtype, rows) for rows in (1, 64))
-        return few if few == many else f"{few} up to {kernels.INTEGER_ROWS} tokens, then {many}"
-
     def settings(self) -> dict[str, Any]:
         return {"share_flat": self.share_flat}
-
-    def set_integers(self, integers: Tensor) -> None:
-        super().set_integers(integers)
-        self._packed = kernels.Packed()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        self._packed = kernels.Packed()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = kernels.Packed()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class Siblings:

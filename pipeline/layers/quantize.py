@@ -9,7 +9,7 @@ range from the smallest to the largest weight of a group, zero included, is divi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Grid:
     def largest(self) -> float:
         """What the largest magnitude of a symmetric group becomes."""
         return 127.0 if self.bits == 8 else self.high + 0.5
+
+    def of(self, weight: Tensor) -> Grid:
+        """The grid of this very weight: a convolution's channel always is one group, for filters are short."""
+        return self if weight.ndim == 2 else replace(self, group_size=None)
 
     def grouped(self, rows: Tensor) -> Tensor:
         """[rows, columns] -> [rows, groups, columns of a group].

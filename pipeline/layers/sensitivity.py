@@ -46,11 +46,7 @@ def _divergence(model: nn.Module, name: str, grid: Grid, batch: Batch, reference
     """The sum over a batch's distributions, with the layer `name` rounded to `grid`."""
     weight = cast(Tensor, model.get_submodule(name).weight)
     kept = weight.data
-    flat = kept.flatten(1)
-    # A convolution's channel always is one group.
-    if kept.ndim != 2:
-        grid = Grid(grid.bits, None, grid.symmetric)
-    weight.data = quantize_rows(flat, grid).dequantized().view_as(kept)
+    weight.data = quantize_rows(kept.flatten(1), grid.of(kept)).dequantized().view_as(kept)
     try:
         found = _log_probabilities(model, batch)
     finally:

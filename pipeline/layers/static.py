@@ -8,7 +8,7 @@ arXiv:1712.05877; Wu et al., 2020, arXiv:2004.09602, compare the ways to choose 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from pipeline.layers import kernels
 from pipeline.layers.blockwise import Segment
 from pipeline.layers.conv import Convolution
 from pipeline.layers.kernels import ACTIVATION_LEVELS, integers_of
+from pipeline.layers.linear import KernelLinear
 from pipeline.layers.quantize import Grid, wide
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
 
@@ -28,54 +29,31 @@ CANDIDATES = 200
 """Ranges that `mse` tries, evenly from the largest magnitude down."""
 
 
-class _Int8Static(IntegerLayer):
-    packed = False
+@quantizes("int8_static", nn.Linear)
+class Int8StaticLinear(KernelLinear):
+    """int8 weights per output channel, int8 activations at one scale, integer products (`layers/kernels.py`)."""
+
     input_scale: Tensor
 
     def __init__(self, layer: FloatLayer, input_scale: Tensor | None = None) -> None:
         """`input_scale`: [1]; None where a loader will fill it in."""
-        super().__init__(layer, Grid(bits=8))
-        empty = torch.empty(1, dtype=layer.weight.dtype, device=layer.weight.device)
-        self.register_buffer("input_scale", empty if input_scale is None else input_scale.to(empty).clone())
-
-
-@quantizes("int8_static", nn.Linear)
-class Int8StaticLinear(_Int8Static):
-    """int8 weights per output channel, int8 activations at one scale, integer products (`layers/kernels.py`)."""
-
-    def __init__(self, layer: FloatLayer, input_scale: Tensor | None = None) -> None:
-        super().__init__(layer, input_scale)
-        self.out_features, self.in_features = self.weight_dims
-        self._packed = kernels.Packed()
+        super().__init__(layer)
+        self.register_buffer("input_scale", _scale_for(layer, input_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.int8_linear_static(x, self.weight, self.weight_scale, self.input_scale, self.bias, self._packed)
 
-    @property
-    def kernel(self) -> str:
-        few, many = (kernels.choose(self.weight.device, self.weight_scale.dtype, rows) for rows in (1, 64))
-        return few if few == many else f"{few} up to {kernels.INTEGER_ROWS} tokens, then {many}"
-
-    def set_integers(self, integers: Tensor) -> None:
-        super().set_integers(integers)
-        self._packed = kernels.Packed()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8StaticLinear:
-        self._packed = kernels.Packed()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = kernels.Packed()
-        super()._load_from_state_dict(*args, **kwargs)
-
 
 @quantizes("int8_static", nn.Conv2d)
-class Int8StaticConv2d(Convolution, _Int8Static):
+class Int8StaticConv2d(Convolution, IntegerLayer):
     """int8 weights per output channel, int8 activations at one scale; integers in a float convolution."""
 
+    packed = False
+    input_scale: Tensor
+
     def __init__(self, layer: FloatLayer, input_scale: Tensor | None = None) -> None:
-        super().__init__(layer, input_scale)
+        super().__init__(layer, Grid(bits=8))
+        self.register_buffer("input_scale", _scale_for(layer, input_scale))
         self.take_geometry(layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +66,12 @@ class Int8StaticConv2d(Convolution, _Int8Static):
     @property
     def kernel(self) -> str:
         return "integers in float convolution"
+
+
+def _scale_for(layer: FloatLayer, given: Tensor | None) -> Tensor:
+    """`given` where the layer's weight is, or room for it: [1], in the weight's dtype."""
+    empty = torch.empty(1, dtype=layer.weight.dtype, device=layer.weight.device)
+    return empty if given is None else given.to(empty).clone()
 
 
 def input_scales(

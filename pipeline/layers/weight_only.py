@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.layers.quantize import Grid
@@ -17,4 +18,4 @@ class WeightOnly(IntegerLayer):
         super().__init__(layer, Grid(bits, group_size, symmetric))
 
     def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.grid.symmetric}
+        return asdict(self.grid)
