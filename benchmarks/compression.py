@@ -1,8 +1,8 @@
 """Every method after training, on one model: perplexity, seconds and memory, beside llm-compressor's where it is given.
 
 The model is any Hugging Face causal-LM directory (`--model`), or one trained here. Calibration is drawn by three seeds;
-both engines get the same windows, and both are evaluated by the same code (peers/common.py), in windows of the model's
-length that do not overlap. Memory is by how much the process's resident set rose at its highest.
+both engines get the same windows, and both are evaluated by the same code (peers/protocol.py), in windows of the
+model's length that do not overlap. Memory is by how much the process's resident set rose at its highest.
 
     python benchmarks/compression.py --model outputs/.../artifact
     python benchmarks/peers/setup.py ~/peers && python benchmarks/compression.py --peers ~/peers --out table

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.artifact import store
 from pipeline.errors import ConfigError
+from pipeline.layers.blockwise import model_inputs
 from pipeline.layers.distillation import observing
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
@@ -47,9 +48,8 @@ class FrozenTeacher:
         model: Any = self.model
         if next(model.parameters()).device != device:
             model.to(device)
-        quiet = {"use_cache": False} if "input_ids" in inputs else {}
         with torch.no_grad(), observing(model, observe) as seen:
-            return cast(Tensor, model(**inputs, **quiet).logits), seen
+            return cast(Tensor, model(**model_inputs(model, inputs, device)).logits), seen
 
     def _as_taken(self, tensor: Tensor) -> Tensor:
         dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())

@@ -13,7 +13,7 @@ import copy
 import functools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense, held_tensors
 from pipeline.layers.sparsity import MASK
 from pipeline.memory.measure import measure_peak
-from pipeline.models.architecture import describe
+from pipeline.models.architecture import describe, positions
 from pipeline.report.progress import Progress
 from pipeline.report.result import read_result
 from pipeline.schema import RunConfig
@@ -124,11 +124,12 @@ def preflight(run: Run, changing: list[Stage]) -> None:
     problems = run.config.adapter.preflight(model, describe(model)) if adapts else []
     for stage in changing[1:]:
         assert stage.method is not None
+        context = context_of(run.config, stage, model)
         try:
-            problems += stage.method.preflight(model, context_of(run.config, stage, model))
+            problems += stage.method.preflight(model, context)
         except ConfigError as error:  # a teacher or a student that cannot be opened
             problems += error.problems
-        problems += guest_problems(stage, run.data, run.tokenizer)
+        problems += guest_problems(stage, context, run.data, run.tokenizer)
     if any(stage.method and stage.method.needs_calibration for stage in changing):
         problems += calibration_problems(run.config, model, run.data, run.tokenizer)
     if problems:
@@ -141,16 +142,16 @@ def guests(stage: Stage) -> dict[str, str]:
     return {key: value for key, value in given.items() if isinstance(value, str) and value != "self"}
 
 
-def guest_problems(stage: Stage, data: DataBundle, tokenizer: Any) -> list[str]:
+def guest_problems(stage: Stage, context: Context, data: DataBundle, tokenizer: Any) -> list[str]:
     """Directories whose model knows other tokens than this run, or takes shorter sequences than its data has."""
     problems = []
     for key, value in guests(stage).items():
         directory, said = Path(value), f"compression.{stage.name}.{key}={value}"
         problems += vocabulary_problems(directory, said, tokenizer)
         length = data.spec.sequence_length
-        if directory.is_dir() and length is not None:
+        if directory.is_dir() and length is not None and context.open_model is not None:
             with contextlib.suppress(ConfigError):  # told by the method's own preflight
-                limit = positions(open_directory(directory, said, meta=True))
+                limit = positions(context.open_model(key))
                 if limit is not None and limit < length:
                     problems.append(f"{said} takes {limit} tokens, data.sequence_length={length}; give a longer one")
     return problems
@@ -175,14 +176,19 @@ def open_guest(config: RunConfig, stage: Stage, model: nn.Module, meta: bool, ke
 
 
 def teacher_of(
-    config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle | None, directory: Path | None
+    config: RunConfig,
+    stage: Stage,
+    model: nn.Module,
+    data: DataBundle | None,
+    directory: Path | None,
+    shapes: Callable[[str], nn.Module],
 ) -> FrozenTeacher | None:
-    """The teacher of a link that needs one; for the preflight (without `data` and `directory`) its shapes."""
+    """The teacher of a link that needs one; for the preflight (without `data` and `directory`) its `shapes`."""
     if stage.method is None or not stage.method.needs_teacher:
         return None
     other = guests(stage).get("teacher")
     if data is None or directory is None:
-        return FrozenTeacher(lambda: open_guest(config, stage, model, True, "teacher") if other else model)
+        return FrozenTeacher(lambda: shapes("teacher") if other else model)
     if other is None:
         return FrozenTeacher(lambda: frozen(store.load(directory / "stages" / FIRST)))
     filled = model if Path(other).is_dir() else base_model(config, data)  # earlier links may have changed the model
@@ -196,12 +202,6 @@ def calibration_problems(config: RunConfig, model: nn.Module, data: DataBundle, 
     except ConfigError as error:
         return list(error.problems)
     return []
-
-
-def positions(model: nn.Module) -> int | None:
-    """The longest sequence that the model takes; None where it has no limit."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
 
 
 def finished(run: Run, changing: list[Stage]) -> int:
@@ -280,9 +280,10 @@ def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = 
         first = (str(error).strip().splitlines() or [""])[0][:100]
         raise ConfigError(f"{said} cannot be read as a checkpoint: {type(error).__name__}: {first}") from error
     weights = {name.removeprefix("model."): value for name, value in state.items()}
+    modules = dict(model.named_modules())
     for name, value in weights.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf == MASK and layer in dict(model.named_modules()):
+        if leaf == MASK and layer in modules:
             model.get_submodule(layer).register_buffer(MASK, value)
     try:
         model.load_state_dict({**held_tensors(model), **weights})
@@ -345,6 +346,9 @@ def context_of(
         calibration = functools.cache(
             functools.partial(calibration_batches, config.calibration, data, tokenizer, positions(model))
         )
+    opened: Callable[[str], nn.Module] = functools.partial(open_guest, config, stage, model, directory is None)
+    if directory is None:  # shapes are looked at more than once, and to open a model is to check its files
+        opened = functools.cache(opened)
     return Context(
         stage=stage.name,
         architecture=describe(model),
@@ -352,15 +356,13 @@ def context_of(
         steps=stage.fit.steps if stage.fit else 0,
         seed=config.trainer.seed,
         calibration=calibration,
-        teacher=teacher_of(config, stage, model, data, directory),
-        open_model=functools.partial(open_guest, config, stage, model, directory is None),
+        teacher=teacher_of(config, stage, model, data, directory, opened),
+        open_model=opened,
         first=stage.index == 1,
     )
 
 
-def run_fit(
-    run: Run, stage: Stage, model: nn.Module, method: Method | None = None, context: Context | None = None
-) -> Fitted | None:
+def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitted | None:
     """The stage's own fit, here or in workers; `model` holds the trained weights afterwards."""
     if stage.fit is None:
         return None
@@ -368,7 +370,7 @@ def run_fit(
         fitted = launch(run.config, stage, run.directory, resume=run.config.resume)
         load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
         return fitted
-    context = context or context_of(run.config, stage, model)
+    method = stage.method
     return fit(
         run.config, stage, model, run.task, run.data, context.architecture, run.directory,
         callbacks=method.callbacks(context) if method else [], loss=method.loss(context) if method else None,
@@ -379,7 +381,7 @@ def run_fit(
 def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Stage 0. Its record carries what `before` means: quality of the trained model, and the training's figures."""
     context = context_of(run.config, stage, model)
-    fitted = run_fit(run, stage, adapted(run.config, stage, model, context), context=context)
+    fitted = run_fit(run, stage, adapted(run.config, stage, model, context), context)
     if fitted:
         model = run.config.adapter.merge(model)
     with run.progress.phase("evaluating"):
@@ -397,7 +399,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
     with run.progress.phase(f"preparing: {stage.name}"):
         model = method.prepare(model.to(run.device), context)
     context = replace(context, architecture=describe(model))
-    fitted = run_fit(run, stage, model, method, context)
+    fitted = run_fit(run, stage, model, context)
     with run.progress.phase(f"compressing: {stage.name}"):
         model.to(run.device)
         with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import protocol
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -70,7 +70,7 @@ def recipe(method: str, settings: dict[str, Any], opt: bool) -> Any:
     )  # fmt: skip
 
 
-def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> common.Compress:
+def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol.Compress:
     if method == "none":
         return lambda model, calibration: model
     modifiers = recipe(method, settings, "OPT" in type(model).__name__)
@@ -87,4 +87,4 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> common.C
 
 
 if __name__ == "__main__":
-    common.run(prepare)
+    protocol.run(prepare)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
+import protocol
 import torch
 from torch import nn
 
@@ -16,7 +16,7 @@ from pipeline.models.architecture import describe
 BATCH = 16
 
 
-def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> common.Compress:
+def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol.Compress:
     if method == "none":
         return lambda model, calibration: model
     typed = [f"compression.{method}.{key}={'null' if value is None else value}" for key, value in settings.items()]
@@ -33,4 +33,4 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> common.C
 
 
 if __name__ == "__main__":
-    common.run(prepare)
+    protocol.run(prepare)

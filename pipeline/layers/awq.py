@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.layers.blockwise import Call, Segment
-from pipeline.layers.equalize import Pair, channel_ranges, find_pairs, fold, hidden_of, restored
+from pipeline.layers.blockwise import Call, Segment, hidden_of, run_calls
+from pipeline.layers.equalize import Pair, channel_ranges, find_pairs, fold, restored
 from pipeline.layers.hessian import collect
 from pipeline.layers.quantize import Grid, Quantized, quantize_rows, wide
 from pipeline.models.base import Architecture
@@ -158,13 +158,13 @@ def _error_function(
     inspected = _common_parent(pair)
     calls = _calls(segment, inspected)
     module = segment.root.get_submodule(inspected)
-    expected = [hidden_of(output).cpu() for output in _run(module, calls, segment.device)]
+    expected = [hidden_of(output).cpu() for output in run_calls(module, calls, segment.device)]
 
     def of_module(tried: dict[str, Tensor]) -> float:
         with restored(segment.root, tried):
             for name, weight in tried.items():
                 segment.root.get_submodule(name).get_parameter("weight").data = weight
-            return _squared_distance(_run(module, calls, segment.device), expected)
+            return _squared_distance(run_calls(module, calls, segment.device), expected)
 
     return of_module
 
@@ -260,14 +260,6 @@ def _calls(segment: Segment, name: str) -> list[Call]:
     finally:
         handle.remove()
     return calls
-
-
-def _run(module: nn.Module, calls: Sequence[Call], device: str) -> Iterator[Any]:
-    for call in calls:
-        moved = call.on(device)
-        with torch.no_grad():
-            output = module(*moved.args, **moved.kwargs)
-        yield output
 
 
 def _common_parent(pair: Pair) -> str:

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +74,7 @@ class Segment:
 
     def run(self) -> Iterator[Any]:
         """What the module, as it is now, gives for each recorded call; on the device, in eval mode, no gradients."""
-        self.module.to(self.device)
-        for call in self.calls:
-            moved = call.on(self.device)
-            with torch.no_grad():
-                output = self.module(*moved.args, **moved.kwargs)
-            yield output
+        yield from run_calls(self.module.to(self.device), self.calls, self.device)
 
     def run_first_row(self) -> Any:
         """What the module gives for the first sample alone: a cheap trial."""
@@ -94,6 +89,15 @@ class Segment:
         with _hooked(self.root, observers):
             for _ in self.run():
                 pass
+
+
+def run_calls(module: nn.Module, calls: Iterable[Call], device: str) -> Iterator[Any]:
+    """What `module` gives for each call, on `device`, without gradients."""
+    for call in calls:
+        moved = call.on(device)
+        with torch.no_grad():
+            output = module(*moved.args, **moved.kwargs)
+        yield output
 
 
 @contextmanager
@@ -141,17 +145,18 @@ def _segments(
             if index < last:
                 segment.module = model.get_submodule(name)  # it may have been replaced
                 outputs = segment.run()
-                calls = [call.with_hidden(_hidden(output).cpu()) for call, output in zip(calls, outputs, strict=True)]
+                calls = [call.with_hidden(hidden_of(output).cpu()) for call, output in zip(calls, outputs, strict=True)]
     done = {layer for found in inside.values() for layer in found} if chained else set()
     rest = tuple(layer for layer in layers if layer not in done)
     if rest:
-        calls = [Call((), dict(_inputs(model, batch))) for batch in batches]
+        calls = [Call((), model_inputs(model, batch, "cpu")) for batch in batches]
         yield Segment("", model, rest, model, calls, device)
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """A batch as the model takes it; language models are not to build a cache."""
-    return {**batch, **({"use_cache": False} if "input_ids" in batch and hasattr(model, "config") else {})}
+def model_inputs(model: nn.Module, batch: Batch, device: str | torch.device) -> dict[str, Any]:
+    """A batch as the model takes it, on `device`; language models are not to build a cache."""
+    quiet = {"use_cache": False} if "input_ids" in batch and hasattr(model, "config") else {}
+    return {**{name: tensor.to(device) for name, tensor in batch.items()}, **quiet}
 
 
 class _StopForwardError(Exception):
@@ -170,10 +175,9 @@ def _first_calls(model: nn.Module, first: str, batches: Sequence[Batch], device:
     try:
         model.to(device)
         for batch in batches:
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
             try:
                 with torch.no_grad():
-                    model(**_inputs(model, moved))
+                    model(**model_inputs(model, batch, device))
             except _StopForwardError:
                 continue
     finally:
@@ -192,14 +196,14 @@ def is_chain(model: nn.Module, names: Sequence[str], batch: Batch, device: str =
     try:
         model.to(device)
         with torch.no_grad():
-            model(**_inputs(model, {name: tensor[:1].to(device) for name, tensor in batch.items()}))
+            model(**model_inputs(model, {name: tensor[:1] for name, tensor in batch.items()}, device))
     finally:
         for handle in handles:
             handle.remove()
     if [name for name, _, _ in seen] != list(names):
         return False
     for (_, before, output), (_, after, _) in itertools.pairwise(seen):
-        if _hidden(output) is not after.hidden or not _same_rest(before, after):
+        if hidden_of(output) is not after.hidden or not _same_rest(before, after):
             return False
     return True
 
@@ -220,5 +224,6 @@ def _alike(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
-def _hidden(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+def hidden_of(output: Any) -> Tensor:
+    """The first tensor of a module's output: itself, of a tuple, or the logits of a model."""
+    return output if isinstance(output, Tensor) else cast(Tensor, output[0])

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.layers.blockwise import Segment
+from pipeline.layers.blockwise import Segment, hidden_of
 from pipeline.layers.quantize import wide
 from pipeline.models.base import Architecture, Block
 
@@ -174,11 +174,6 @@ def _first_call(segment: Segment, names: Sequence[str]) -> tuple[dict[str, Tenso
     if "" in names:
         outputs[""] = hidden_of(result)
     return inputs, outputs
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The first tensor of a module's output: itself, of a tuple, or the logits of a model."""
-    return output if isinstance(output, Tensor) else cast(Tensor, output[0])
 
 
 @torch.no_grad()

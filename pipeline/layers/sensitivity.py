@@ -9,12 +9,13 @@ order); a divergence is measured instead of Hessian traces, since it needs no gr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.layers.blockwise import model_inputs
 from pipeline.layers.quantize import Grid, quantize_rows
 
 Batch = Mapping[str, Tensor]
@@ -31,7 +32,7 @@ def sensitivities(
     try:
         with torch.no_grad():
             for batch in batches:
-                moved = {name: tensor.to(device) for name, tensor in batch.items()}
+                moved = model_inputs(model, batch, device)
                 reference = _log_probabilities(model, moved)
                 count += reference.shape[0]
                 for name in layers:
@@ -42,7 +43,7 @@ def sensitivities(
     return {name: {bits: total / count for bits, total in found.items()} for name, found in sums.items()}
 
 
-def _divergence(model: nn.Module, name: str, grid: Grid, batch: Batch, reference: Tensor) -> float:
+def _divergence(model: nn.Module, name: str, grid: Grid, batch: dict[str, Any], reference: Tensor) -> float:
     """The sum over a batch's distributions, with the layer `name` rounded to `grid`."""
     weight = cast(Tensor, model.get_submodule(name).weight)
     kept = weight.data
@@ -54,7 +55,7 @@ def _divergence(model: nn.Module, name: str, grid: Grid, batch: Batch, reference
     return float(F.kl_div(found, reference, reduction="sum", log_target=True))
 
 
-def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+def _log_probabilities(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """float32 [distributions, classes]."""
     logits: Tensor = model(**batch).logits
     return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.blockwise import hidden_of, model_inputs
 from pipeline.layers.structure import Cuts, Kept, head_units
 from pipeline.models.base import Architecture, Block
 
@@ -114,8 +115,7 @@ def _forward(
     model.eval().to(device)
     try:
         for batch in batches:
-            inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-            model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
+            model(**model_inputs(model, batch, device))
     finally:
         for handle in handles:
             handle.remove()
@@ -138,7 +138,7 @@ def _watch(model: nn.Module, block: Block, sums: _Sums) -> list[torch.utils.hook
 def _cosine(sums: _Sums, key: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
+        after = hidden_of(output)
         if before.shape != after.shape:  # a block that changes the resolution or the channels cannot be dropped
             sums.add(key, torch.zeros((), device=after.device), 1)
             return

@@ -72,6 +72,11 @@ def describe(model: nn.Module) -> Architecture:
     )
 
 
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence that `model` takes; None where it has no limit."""
+    return _config_value(getattr(model, "config", None), "max_position_embeddings")
+
+
 def _members(module: nn.Module) -> list[nn.Module]:
     return [child for _, child in module.named_children()]
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
+from pipeline.models.architecture import positions
 from pipeline.tasks.base import Batch, Quality, Speed, Task
 from pipeline.tasks.measuring import inference, wait
 
@@ -85,7 +86,7 @@ class CausalLM(Task):
         `SPEED_SECONDS`. The prompt's own pass is not timed.
         """
         row = data.evaluation[0]["input_ids"].to(device)
-        room = min([len(row), *(limit for model in models.values() if (limit := _positions(model)))])
+        room = min([len(row), *(limit for model in models.values() if (limit := positions(model)))])
         prompt = row[: min(PROMPT_TOKENS, room // 2)].unsqueeze(0)
         steps = min(NEW_TOKENS, room - prompt.shape[1])
         seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -144,7 +145,7 @@ def generate(
                 "prompt is empty and the model has no token to begin a text with; give at least a character"
             )
         ids = [tokenizer.bos_token_id]
-    limit = _positions(model)
+    limit = positions(model)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     cache: Any = None
@@ -193,11 +194,6 @@ def _exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
-
-
-def _positions(model: nn.Module) -> int | None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
 
 
 def _step(model: nn.Module, ids: torch.Tensor, cache: Any) -> Any:
