@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
 
 import pipeline
 from pipeline.app import compose, main
@@ -22,6 +21,7 @@ from pipeline.models.architecture import describe
 from pipeline.registry import available
 from pipeline.report.result import read_result, schema_problems
 from pipeline.teacher import FrozenTeacher, frozen
+from tests import tiny
 
 METHODS = [name for name in available("compression") if name != "none"]
 PAIRS = [(first, second) for first in METHODS for second in METHODS if first != second]
@@ -82,13 +82,7 @@ IDS = {"input_ids": torch.randint(0, 64, (2, 16), generator=torch.Generator().ma
 
 
 def small():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, ffn_dim=128,
-            max_position_embeddings=32, word_embed_proj_dim=64, dropout=0.0, activation_function="gelu",
-        )
-    )  # fmt: skip
+    return tiny.opt(hidden_size=64, ffn_dim=128, word_embed_proj_dim=64, activation_function="gelu").train()
 
 
 def linked(model: torch.nn.Module, name: str, first: bool, directory: Path) -> torch.nn.Module:

@@ -4,66 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 import pipeline
 from pipeline.app import main
 from pipeline.artifact import store
 from pipeline.artifact.receipt import examine
-from pipeline.compression.base import Context
 from pipeline.compression.fp8 import Fp8, quantize_fp8
 from pipeline.errors import LeanfitError
 from pipeline.layers import float8
 from pipeline.layers.quantized import quantized_layers
-from pipeline.models.architecture import describe
 from pipeline.report.result import read_result
-
-
-def opt(tied=True):
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0, tie_word_embeddings=tied,
-        )
-    ).eval()  # fmt: skip
-
-
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-
-
-def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():  # the fresh ones are so small that outputs vanish
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    return model
-
-
-def context(model, stage="link", steps=0):
-    return Context(stage=stage, architecture=describe(model), device="cpu", steps=steps, seed=0)
+from tests.tiny import context, efficientnet, opt
+from tests.tiny import odd_llama as llama
 
 
 def method(activations="auto", ignore=()):

@@ -19,7 +19,8 @@ from pipeline.layers.sparsity import mask_of, set_mask
 from pipeline.models.architecture import describe
 from tests.compression.test_int8_smoothquant import llama_norms, opt_norms, strong, with_outliers
 from tests.compression.test_int8_static import IDS, batches
-from tests.compression.test_methods import context, efficientnet, llama, opt
+from tests.tiny import context, efficientnet, opt
+from tests.tiny import odd_llama as llama
 
 
 def names(model):

@@ -4,17 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
-from pipeline.compression.base import Context
 from pipeline.compression.int4 import quantize_int4
 from pipeline.compression.int4_gptq import Int4Gptq, quantize_gptq
 from pipeline.errors import LeanfitError
@@ -24,6 +14,8 @@ from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import set_mask
 from pipeline.models.architecture import describe
+from tests import tiny
+from tests.tiny import efficientnet, image_batches, opt, token_batches
 
 
 def gptq(**changes):
@@ -34,54 +26,12 @@ def gptq(**changes):
     return Int4Gptq(name="int4_gptq", **{**usual, **changes})
 
 
-def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0,
-        )
-    ).eval()  # fmt: skip
-
-
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
-    ).eval()  # fmt: skip
-
-
-def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    return model
-
-
-def token_batches(count=4):
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 64, (4, 16), generator=generator)} for _ in range(count)]
-
-
-def image_batches():
-    return [{"pixel_values": torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(n))} for n in range(3)]
+    return tiny.odd_llama(layers=2)
 
 
 def context(model, batches):
-    return Context(
-        stage="link", architecture=describe(model), device="cpu", steps=0, seed=0, calibration=lambda: batches
-    )
+    return tiny.context(model, batches=batches)
 
 
 def correlated(tokens, columns, seed, dtype=torch.float64):

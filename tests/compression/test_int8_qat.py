@@ -5,85 +5,39 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from pipeline.app import compose, main
-from pipeline.compression.base import Context
 from pipeline.compression.int8 import Int8
 from pipeline.compression.int8_qat import Int8Qat
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.layers import kernels
 from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.sparsity import set_mask
-from pipeline.models.architecture import describe
 from pipeline.report.result import read_result
 from pipeline.walk import load_checkpoint
+from tests import tiny
+from tests.tiny import labelled_batch as batch
+from tests.tiny import trained
 
 
 def qat(**changes):
     return Int8Qat(name="int8_qat", **{"steps": None, "lr": None, "ignore": (), **changes})
 
 
-def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0,
-        )
-    )  # fmt: skip
-
-
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+    return tiny.odd_llama(layers=2, num_attention_heads=4, num_key_value_heads=2).train()
 
 
 def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    )  # fmt: skip
-    for parameter in model.parameters():  # the fresh ones are so small that outputs vanish
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    return model
+    return tiny.efficientnet().train()
+
+
+def opt():
+    return tiny.opt().train()
 
 
 def context(model, steps=5):
-    return Context(stage="link", architecture=describe(model), device="cpu", steps=steps, seed=0)
-
-
-def batch(model):
-    if isinstance(model, EfficientNetForImageClassification):
-        return {"pixel_values": torch.randn(4, 1, 16, 16), "labels": torch.tensor([0, 1, 2, 3])}
-    ids = torch.randint(0, 64, (2, 16))
-    return {"input_ids": ids, "labels": ids}
-
-
-def trained(model, steps=5):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch(model)).loss.backward()
-        optimizer.step()
-    return model
+    return tiny.context(model, steps=steps)
 
 
 @pytest.mark.parametrize("make", [opt, llama, efficientnet])

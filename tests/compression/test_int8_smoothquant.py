@@ -13,7 +13,8 @@ from pipeline.layers.select import select
 from pipeline.layers.sparsity import mask_of, set_mask
 from pipeline.models.architecture import describe
 from tests.compression.test_int8_static import IDS, batches
-from tests.compression.test_methods import efficientnet, llama, opt
+from tests.tiny import efficientnet, opt
+from tests.tiny import odd_llama as llama
 
 
 def with_outliers(model, norms, factor=100.0):

@@ -12,14 +12,11 @@ from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import mask_of, set_mask
 from pipeline.models.architecture import describe
-from tests.compression.test_methods import efficientnet, llama, opt
+from tests.tiny import efficientnet, opt
+from tests.tiny import odd_llama as llama
+from tests.tiny import uneven_batches as batches
 
 IDS = {"input_ids": torch.arange(32).view(2, 16)}
-
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 64, (size, 16), generator=generator)} for size in (3, 2)]
 
 
 def quantized(model, observer="minmax", data=None, **settings):

@@ -2,41 +2,18 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.compression.base import Context
 from pipeline.compression.magnitude import Magnitude, prune_magnitude
 from pipeline.errors import LeanfitError
 from pipeline.layers.sparsity import masked_layers
-from pipeline.models.architecture import describe
+from tests.tiny import context, opt
+from tests.tiny import odd_llama as llama
 
 
 def magnitude(**changes):
     usual = {"sparsity": 0.5, "pattern": None, "schedule": "once", "steps": 0, "lr": None, "ignore": ()}
     return Magnitude(name="magnitude", **{**usual, **changes})
-
-
-def opt(tied=True):
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0, tie_word_embeddings=tied,
-        )
-    ).eval()  # fmt: skip
-
-
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-
-
-def context(model, stage="link", steps=0):
-    return Context(stage=stage, architecture=describe(model), device="cpu", steps=steps, seed=0)
 
 
 def test_magnitude_prunes_each_layer_to_its_sparsity_and_spares_the_rest():

@@ -3,22 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
-from pipeline.compression.base import Context
 from pipeline.compression.int4 import Int4
 from pipeline.compression.int8 import Int8, quantize_int8
 from pipeline.compression.int8_weight_only import Int8WeightOnly
 from pipeline.errors import LeanfitError
 from pipeline.layers.quantized import quantized_layers
-from pipeline.models.architecture import describe
+from tests.tiny import context, efficientnet, opt
+from tests.tiny import odd_llama as llama
 
 
 def int4(group_size, ignore=()):
@@ -30,44 +22,6 @@ QUANTIZERS = [
     Int8WeightOnly(name="int8_weight_only", embeddings=False, ignore=()),
     int4(16, ()),
 ]
-
-
-def opt(tied=True):
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0, tie_word_embeddings=tied,
-        )
-    ).eval()  # fmt: skip
-
-
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-
-
-def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():  # the fresh ones are so small that outputs vanish
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    return model
-
-
-def context(model, stage="link", steps=0):
-    return Context(stage=stage, architecture=describe(model), device="cpu", steps=steps, seed=0)
 
 
 @pytest.mark.parametrize("method", QUANTIZERS, ids=lambda m: m.name)

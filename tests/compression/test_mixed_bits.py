@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.app import compose
 from pipeline.artifact import store
@@ -16,18 +16,9 @@ from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.select import select
 from pipeline.layers.sensitivity import sensitivities
 from pipeline.models.architecture import describe
+from tests.tiny import opt
 
 IDS = {"input_ids": torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))}
-
-
-def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0,
-        )
-    ).eval()  # fmt: skip
 
 
 def batches():

@@ -5,16 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
-from pipeline.compression.base import Context
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.compression.sparsegpt import SparseGpt, prune_sparsegpt, sparsegpt_prune
 from pipeline.errors import LeanfitError
@@ -22,6 +13,8 @@ from pipeline.layers.masks import GradualMasks
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import n_of_m_mask, set_mask, unstructured_mask
 from pipeline.models.architecture import describe
+from tests import tiny
+from tests.tiny import efficientnet, image_batches
 
 
 def sparsegpt(**changes):
@@ -33,53 +26,19 @@ def sparsegpt(**changes):
 
 
 def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.1,
-        )
-    ).eval()  # fmt: skip
+    return tiny.opt(dropout=0.1)
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
-            tie_word_embeddings=False,
-        )
-    ).eval()  # fmt: skip
-
-
-def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    return model
+    return tiny.odd_llama(layers=2)
 
 
 def token_batches(count=8):
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 64, (4, 16), generator=generator)} for _ in range(count)]
-
-
-def image_batches():
-    return [{"pixel_values": torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(n))} for n in range(3)]
+    return tiny.token_batches(count)
 
 
 def context(model, batches, steps=0):
-    return Context(
-        stage="link", architecture=describe(model), device="cpu", steps=steps, seed=0, calibration=lambda: batches
-    )
+    return tiny.context(model, steps=steps, batches=batches)
 
 
 def problem(seed=0, rows=6, columns=24, tokens=100, dtype=torch.float64):

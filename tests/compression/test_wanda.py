@@ -5,21 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
-from pipeline.compression.base import Context
 from pipeline.compression.wanda import Wanda, prune_wanda, wanda_scores
 from pipeline.errors import LeanfitError
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import rowwise_mask, set_mask
 from pipeline.models.architecture import describe
+from tests import tiny
+from tests.tiny import efficientnet, llama, token_batches
 
 
 def wanda(**changes):
@@ -28,46 +21,11 @@ def wanda(**changes):
 
 
 def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.1,
-        )
-    ).eval()  # fmt: skip
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    ).eval()
-
-
-def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter)
-    return model
-
-
-def token_batches(count=4):
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 64, (4, 16), generator=generator)} for _ in range(count)]
+    return tiny.opt(dropout=0.1)
 
 
 def context(model, batches, steps=0):
-    return Context(
-        stage="link", architecture=describe(model), device="cpu", steps=steps, seed=0, calibration=lambda: batches
-    )
+    return tiny.context(model, steps=steps, batches=batches)
 
 
 def inputs_of(model, name, batches):

@@ -3,51 +3,21 @@
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from pipeline.layers.blockwise import is_chain, segments
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
+from tests import tiny
+from tests.tiny import fresh_efficientnet as efficientnet
+from tests.tiny import uneven_batches as token_batches
 
 
 def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.1,
-        )
-    )  # fmt: skip
+    return tiny.opt(num_hidden_layers=3, dropout=0.1)
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
-    )
-
-
-def efficientnet():
-    torch.manual_seed(0)
-    return EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    )  # fmt: skip
-
-
-def token_batches():
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 64, (size, 16), generator=generator)} for size in (3, 2)]
+    return tiny.llama(num_hidden_layers=3)
 
 
 def image_batches():

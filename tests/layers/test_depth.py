@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -22,6 +20,7 @@ from pipeline.errors import LeanfitError
 from pipeline.layers.depth import depth_problem, evenly_spaced, keep_blocks
 from pipeline.layers.sparsity import masked_layers, set_mask
 from pipeline.models.architecture import describe
+from tests.tiny import fresh_efficientnet as efficientnet
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -56,16 +55,6 @@ def qwen(layers, tied=False):
             max_window_layers=2, initializer_range=0.3,
         )
     ).eval()  # fmt: skip
-
-
-def efficientnet():
-    return EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2], num_block_repeats=[1, 1],
-            expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    )  # fmt: skip
 
 
 def by_hand(model, kept, build, tied):

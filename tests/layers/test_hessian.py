@@ -5,35 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import segments
 from pipeline.layers.hessian import collect, damping_facts, input_rows, inverse_factor
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
-
-
-def opt():
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-            max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0,
-        )
-    )  # fmt: skip
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    )
-
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(0, 64, (size, 16), generator=generator)} for size in (3, 2)]
+from tests.tiny import llama, opt
+from tests.tiny import uneven_batches as batches
 
 
 def inputs_of(model, name):
