@@ -8,12 +8,9 @@ starts after the last one that is there, or at the checkpoint of the fit that wa
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,26 +22,27 @@ from pipeline.artifact import store
 from pipeline.chain import Stage, stages
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
-from pipeline.data.calibration import calibration_batches
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
-from pipeline.layers.lora import fill_dense, held_tensors
-from pipeline.layers.sparsity import MASK
+from pipeline.layers.lora import fill_dense
 from pipeline.memory.measure import measure_peak
-from pipeline.models.architecture import describe, positions
+from pipeline.models.architecture import describe
 from pipeline.report.progress import Progress
 from pipeline.report.result import read_result
 from pipeline.schema import RunConfig
+from pipeline.stage_input import (
+    ADAPTED,
+    adapted,
+    base_model,
+    calibration_problems,
+    context_of,
+    guest_problems,
+    link_under_adapters,
+    load_checkpoint,
+    stage_input,
+)
 from pipeline.tasks.base import Quality, Task
-from pipeline.teacher import FrozenTeacher, frozen, open_directory, vocabulary_problems
-
-FIRST = Stage(0, "train", "train").directory
-"""Where stage 0 leaves its output."""
-ADAPTED = f"stages/{FIRST}-adapters"
-"""Where stage 0 leaves its output beside that, as the next link takes it, where adapters cannot be merged (QLoRA)."""
-GUESTS = ("teacher", "student")
-"""Settings of a link that name a model outside of its chain."""
 
 
 @dataclass
@@ -136,74 +134,6 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         raise ConfigError(problems)
 
 
-def guests(stage: Stage) -> dict[str, str]:
-    """What the link says for those of `GUESTS` that it has."""
-    given = {key: getattr(stage.method, key, None) for key in GUESTS}
-    return {key: value for key, value in given.items() if isinstance(value, str) and value != "self"}
-
-
-def guest_problems(stage: Stage, context: Context, data: DataBundle, tokenizer: Any) -> list[str]:
-    """Directories whose model knows other tokens than this run, or takes shorter sequences than its data has."""
-    problems = []
-    for key, value in guests(stage).items():
-        directory, said = Path(value), f"compression.{stage.name}.{key}={value}"
-        problems += vocabulary_problems(directory, said, tokenizer)
-        length = data.spec.sequence_length
-        if directory.is_dir() and length is not None and context.open_model is not None:
-            with contextlib.suppress(ConfigError):  # told by the method's own preflight
-                limit = positions(context.open_model(key))
-                if limit is not None and limit < length:
-                    problems.append(f"{said} takes {limit} tokens, data.sequence_length={length}; give a longer one")
-    return problems
-
-
-def open_guest(config: RunConfig, stage: Stage, model: nn.Module, meta: bool, key: str) -> nn.Module:
-    """The model that the link's setting `key` names; a checkpoint fills a copy of `model`. With `meta`, its shapes.
-
-    Raises:
-        ConfigError: it cannot be opened, or is not what it should be.
-    """
-    value = str(getattr(stage.method, key))
-    path, said = Path(value), f"compression.{stage.name}.{key}={value}"
-    if path.is_dir():
-        guest = open_directory(path, said, meta=meta, trainable=key != "teacher")
-        return guest if meta or key == "teacher" else config.precision.convert(guest)
-    guest = copy.deepcopy(model)
-    if meta:
-        guest.to("meta")
-    load_checkpoint(guest, path, said, device="meta" if meta else "cpu")
-    return guest
-
-
-def teacher_of(
-    config: RunConfig,
-    stage: Stage,
-    model: nn.Module,
-    data: DataBundle | None,
-    directory: Path | None,
-    shapes: Callable[[str], nn.Module],
-) -> FrozenTeacher | None:
-    """The teacher of a link that needs one; for the preflight (without `data` and `directory`) its `shapes`."""
-    if stage.method is None or not stage.method.needs_teacher:
-        return None
-    other = guests(stage).get("teacher")
-    if data is None or directory is None:
-        return FrozenTeacher(lambda: shapes("teacher") if other else model)
-    if other is None:
-        return FrozenTeacher(lambda: frozen(store.load(directory / "stages" / FIRST)))
-    filled = model if Path(other).is_dir() else base_model(config, data)  # earlier links may have changed the model
-    return FrozenTeacher(lambda: frozen(open_guest(config, stage, filled, False, "teacher")))
-
-
-def calibration_problems(config: RunConfig, model: nn.Module, data: DataBundle, tokenizer: Any) -> list[str]:
-    """What keeps the calibration set from being drawn."""
-    try:
-        calibration_batches(config.calibration, data, tokenizer, positions(model))
-    except ConfigError as error:
-        return list(error.problems)
-    return []
-
-
 def finished(run: Run, changing: list[Stage]) -> int:
     """How many leading stages have a snapshot of the length now asked for."""
     done = 0
@@ -251,115 +181,6 @@ def over(directory: Path, steps: int) -> bool:
     except LeanfitError:  # none, or one that was cut off
         return False
     return result["status"] == "ok" and ((result["train"] or {}).get("steps") or 0) == steps
-
-
-def base_model(config: RunConfig, data: DataBundle) -> nn.Module:
-    """Stage 0's input: fresh or pretrained weights from the model choice, or those of `artifact=`."""
-    if config.artifact is not None and Path(config.artifact).is_dir():
-        return store.load(Path(config.artifact), trainable=True)
-    torch.manual_seed(config.trainer.seed)
-    model = config.model.build(data.spec)
-    if config.artifact is not None:
-        if config.adapter.trains:
-            model = config.adapter.attach(model, describe(model), config.trainer.seed)
-        load_checkpoint(model, Path(config.artifact))
-        model = config.adapter.merge(model)
-    return config.precision.convert(model)
-
-
-def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = "cpu") -> None:
-    """Weights of a Lightning checkpoint that a fit of ours wrote, into `model`, in place; `said` names the setting.
-
-    Raises:
-        ConfigError: no checkpoint, or one of another model.
-    """
-    said = said or f"artifact={path}"
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)["state_dict"]
-    except Exception as error:  # whatever an altered file makes torch and pickle raise
-        first = (str(error).strip().splitlines() or [""])[0][:100]
-        raise ConfigError(f"{said} cannot be read as a checkpoint: {type(error).__name__}: {first}") from error
-    weights = {name.removeprefix("model."): value for name, value in state.items()}
-    modules = dict(model.named_modules())
-    for name, value in weights.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == MASK and layer in modules:
-            model.get_submodule(layer).register_buffer(MASK, value)
-    try:
-        model.load_state_dict({**held_tensors(model), **weights})
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
-        if any(".lora_" in name for name in weights):
-            first += "; adapters were trained: give the same adapter=CHOICE and adapter.* settings"
-        raise ConfigError(f"{said}: these are not the weights of the model that was chosen: {first}") from error
-
-
-def stage_input(config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage) -> nn.Module:
-    """The model as it enters `stage`: the base model, or the snapshot that the stage before left."""
-    if stage.index == 0:
-        return base_model(config, data)
-    if stage.index == 1 and (directory / ADAPTED).is_dir():
-        return store.load(directory / ADAPTED, trainable=True)
-    return store.load(directory / "stages" / line[stage.index - 1].directory, trainable=True)
-
-
-def prepared(
-    config: RunConfig, directory: Path, data: DataBundle, tokenizer: Any, line: Sequence[Stage], stage: Stage
-) -> tuple[nn.Module, Context]:
-    """The model as the fit of `stage` begins with it, and the method's context: what a rank rebuilds for itself."""
-    model = stage_input(config, directory, data, line, stage)
-    context = context_of(config, stage, model, data, tokenizer, directory)
-    if stage.method:
-        model = stage.method.prepare(model, context)
-        context = replace(context, architecture=describe(model))
-    return adapted(config, stage, model, context), context
-
-
-def adapted(config: RunConfig, stage: Stage, model: nn.Module, context: Context) -> nn.Module:
-    """What stage 0 trains: `model` with the adapters, beside layers that the first link holds compressed (QLoRA)."""
-    if stage.kind != "train" or stage.fit is None or not config.adapter.trains:
-        return model
-    if (link := link_under_adapters(config)) is not None:
-        name, method = link
-        model = method.finalize(model, replace(context, stage=name))
-    return config.adapter.attach(model, context.architecture, context.seed)
-
-
-def link_under_adapters(config: RunConfig) -> tuple[str, Method] | None:
-    """The first link where adapters train beside what it compressed; None where they train beside float weights."""
-    link = next(iter(config.chain.items()), None)
-    return link if link is not None and config.adapter.trains and link[1].holds_adapters else None
-
-
-def context_of(
-    config: RunConfig,
-    stage: Stage,
-    model: nn.Module,
-    data: DataBundle | None = None,
-    tokenizer: Any = None,
-    directory: Path | None = None,
-) -> Context:
-    """What the method of `stage` is given; without `data` and the run's `directory` (the preflight) nothing that must
-    be computed, and of other models the shapes alone."""
-    calibration = None
-    if data is not None and stage.method is not None and stage.method.needs_calibration:
-        calibration = functools.cache(
-            functools.partial(calibration_batches, config.calibration, data, tokenizer, positions(model))
-        )
-    opened: Callable[[str], nn.Module] = functools.partial(open_guest, config, stage, model, directory is None)
-    if directory is None:  # shapes are looked at more than once, and to open a model is to check its files
-        opened = functools.cache(opened)
-    return Context(
-        stage=stage.name,
-        architecture=describe(model),
-        device=config.device.kind(),
-        steps=stage.fit.steps if stage.fit else 0,
-        seed=config.trainer.seed,
-        calibration=calibration,
-        teacher=teacher_of(config, stage, model, data, directory, opened),
-        open_model=opened,
-        first=stage.index == 1,
-    )
 
 
 def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitted | None:

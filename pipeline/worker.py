@@ -18,8 +18,9 @@ from pipeline.launch import error_file, figures_file, watch_parent
 from pipeline.report.console import console, mode
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
+from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
-from pipeline.walk import prepared, stages_of
+from pipeline.walk import stages_of
 
 
 def main(arguments: list[str]) -> None:

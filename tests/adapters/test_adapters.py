@@ -25,7 +25,7 @@ from pipeline.layers.nf4 import NF4Linear
 from pipeline.layers.quantized import quantized_layers
 from pipeline.models.architecture import describe
 from pipeline.report.result import read_result, schema_problems
-from pipeline.walk import base_model
+from pipeline.stage_input import base_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["model=gpt_nano", "trainer=smoke", "data.evaluation_tokens=1024", "device=cpu"]

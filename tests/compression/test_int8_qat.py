@@ -14,7 +14,7 @@ from pipeline.layers import kernels
 from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.sparsity import set_mask
 from pipeline.report.result import read_result
-from pipeline.walk import load_checkpoint
+from pipeline.stage_input import load_checkpoint
 from tests import tiny
 from tests.tiny import labelled_batch as batch
 from tests.tiny import trained
