@@ -25,19 +25,19 @@ from torch import nn
 from pipeline.app import compose
 from pipeline.compression.base import Context
 from pipeline.data.base import DataSpec
+from pipeline.layers.decoding import decode
 from pipeline.models.architecture import describe
 
 NEW_TOKENS = 24
 
 
 @torch.inference_mode()
-def decode(model: nn.Module, prompt: torch.Tensor) -> float:
+def seconds_a_token(model: nn.Module, prompt: torch.Tensor) -> float:
     """Seconds a token, greedy, with the key-value cache."""
-    step = model(input_ids=prompt, use_cache=True)
+    logits, cache = decode(model, prompt)
     start = time.perf_counter()
     for _ in range(NEW_TOKENS):
-        token = step.logits[:, -1:].argmax(-1)
-        step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True)
+        logits, cache = decode(model, logits[:, -1:].argmax(-1), cache)
     return (time.perf_counter() - start) / NEW_TOKENS
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(arguments.rounds + 1):
         for name, model in models.items():
-            spent = decode(model, prompt)
+            spent = seconds_a_token(model, prompt)
             if turn:  # the first warms up
                 seconds[name].append(spent)
     print(

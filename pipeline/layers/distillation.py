@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.decoding import decode
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
@@ -140,11 +141,10 @@ def continued(model: nn.Module, ids: Tensor, prompt: int, sample: bool) -> Tenso
     The likeliest token each time (a beam of 1), or one drawn from the model's distribution with the global generator.
     """
     rows, cache, fresh = ids[:, :prompt], None, ids[:, :prompt]
-    call: Any = model
     with torch.no_grad():
         while rows.shape[1] < ids.shape[1]:
-            output = call(input_ids=fresh, past_key_values=cache, use_cache=True)
-            cache, last = output.past_key_values, output.logits[:, -1].float()
+            logits, cache = decode(model, fresh, cache)
+            last = logits[:, -1].float()
             fresh = torch.multinomial(last.softmax(-1), 1) if sample else last.argmax(-1, keepdim=True)
             rows = torch.cat([rows, fresh], dim=1)
     return rows

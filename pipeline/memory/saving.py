@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pipeline.errors import ConfigError
+from pipeline.layers.decoding import CACHES
 
 Mode = Literal["none", "full", "selective"]
-CACHES = ("past_key_values", "past_key_value", "layer_past")
 KEPT = frozenset(
     {
         "aten::mm",

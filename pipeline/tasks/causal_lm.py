@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
+from pipeline.layers.decoding import decode
 from pipeline.models.architecture import positions
 from pipeline.tasks.base import Batch, Quality, Speed, Task
 from pipeline.tasks.measuring import inference, wait
@@ -157,10 +158,9 @@ def generate(
             else:
                 cache, seen = None, 0
                 fresh = ids if limit is None or len(ids) <= limit else ids[-max(1, limit // 2) :]
-            output = _step(model, torch.tensor([fresh], device=device), cache)
-            cache = output.past_key_values
+            scores, cache = decode(model, torch.tensor([fresh], device=device), cache)
             seen += len(fresh)
-            logits = output.logits[0, -1].float()
+            logits = scores[0, -1].float()
             if temperature > 0:
                 choice = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
@@ -196,17 +196,13 @@ def _exp(nats: float) -> float:
         return math.inf
 
 
-def _step(model: nn.Module, ids: torch.Tensor, cache: Any) -> Any:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True)
-
-
 def _decode_seconds(model: nn.Module, prompt: torch.Tensor, steps: int) -> float:
-    output = _step(model, prompt, None)
-    token = output.logits[:, -1].argmax(-1, keepdim=True)
+    logits, cache = decode(model, prompt)
+    token = logits[:, -1].argmax(-1, keepdim=True)
     wait(prompt.device)
     started = time.perf_counter()
     for _ in range(steps):
-        output = _step(model, token, output.past_key_values)
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        logits, cache = decode(model, token, cache)
+        token = logits[:, -1].argmax(-1, keepdim=True)
     wait(prompt.device)
     return time.perf_counter() - started

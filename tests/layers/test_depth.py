@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.decoding import decode
 from pipeline.layers.depth import depth_problem, evenly_spaced, keep_blocks
 from pipeline.layers.sparsity import masked_layers, set_mask
 from pipeline.models.architecture import describe
@@ -92,9 +93,9 @@ def test_the_key_value_cache_works_with_the_blocks_that_are_left(build):
     model = build(4)
     made = keep_blocks(model, describe(model), (1, 3))
     whole = made(input_ids=IDS).logits
-    first = made(input_ids=IDS[:, :7], use_cache=True)
-    rest = made(input_ids=IDS[:, 7:], past_key_values=first.past_key_values, use_cache=True)
-    torch.testing.assert_close(rest.logits, whole[:, 7:], rtol=1e-4, atol=1e-5)
+    _, cache = decode(made, IDS[:, :7])
+    rest, _ = decode(made, IDS[:, 7:], cache)
+    torch.testing.assert_close(rest, whole[:, 7:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("build", [opt, llama, qwen])

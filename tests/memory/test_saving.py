@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from pipeline.errors import ConfigError
+from pipeline.layers.decoding import decode
 from pipeline.memory.measure import measure_peak
 from pipeline.memory.saving import ReleaseGradients, apply_activation_checkpointing
 from pipeline.precision import cpu_kernels
@@ -219,10 +220,10 @@ def test_the_models_own_key_value_cache_does_not_disturb():
 def test_a_filled_key_value_cache_is_refused():
     model = opt()
     with torch.no_grad():
-        cache = model(input_ids=batch()[:, :4], use_cache=True).past_key_values
+        _, cache = decode(model, batch()[:, :4])
     apply_activation_checkpointing(model, blocks(model), "full")
     with pytest.raises(RuntimeError, match="filled key-value cache"):
-        model(input_ids=batch()[:, 4:], past_key_values=cache)
+        decode(model, batch()[:, 4:], cache)
 
 
 class Convolutional(nn.Module):

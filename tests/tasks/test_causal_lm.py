@@ -13,6 +13,7 @@ from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 from pipeline.data.base import DataBundle, DataSpec
 from pipeline.data.tokens import TokenWindows
 from pipeline.errors import ConfigError
+from pipeline.layers.decoding import decode
 from pipeline.models.byte_tokenizer import byte_tokenizer
 from pipeline.models.gpt import GPT
 from pipeline.models.llama import Llama
@@ -152,14 +153,15 @@ def test_speed_is_measured_for_each_model_in_turns() -> None:
             self.name, self.inner = name, gpt()
             self.config = self.inner.config
 
-        def forward(self, **inputs: object) -> object:
+        def forward(self, input_ids: torch.Tensor, use_cache: bool, cache: object) -> object:
             assert not self.inner.training
             assert not torch.is_grad_enabled()
-            if inputs["past_key_values"] is None:
+            if cache is None:
                 order.append(self.name)
             else:
-                assert inputs["input_ids"].shape == (1, 1)
-            return self.inner(**inputs)
+                assert input_ids.shape == (1, 1)
+            logits, cache = decode(self.inner, input_ids, cache)
+            return SimpleNamespace(logits=logits, cache=cache)
 
     models = {"before": Counted("b"), "after": Counted("a")}
     found = TASK.speed(models, DATA, "cpu")
@@ -244,9 +246,9 @@ def test_generation_stops_at_the_end_token() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(1))
 
-        def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        def forward(self, input_ids: torch.Tensor, cache: object, **_: object) -> SimpleNamespace:
             following = (input_ids[:, -1:] + 1) % 256
-            return SimpleNamespace(logits=nn.functional.one_hot(following, 256), past_key_values=object())
+            return SimpleNamespace(logits=nn.functional.one_hot(following, 256), cache=object())
 
     tokenizer = byte_tokenizer()
     plain = generate(Ends(), tokenizer, "a", 10)

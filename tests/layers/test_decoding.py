@@ -1,0 +1,43 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.layers.decoding import decode
+from tests.tiny import llama, opt
+
+IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("build", [opt, llama])
+def test_steps_with_a_cache_give_the_logits_of_the_whole(build):
+    model = build().eval()
+    with torch.no_grad():
+        whole = model(input_ids=IDS, use_cache=False).logits
+        logits, cache = decode(model, IDS[:, :5])
+        steps = [logits]
+        for position in range(5, IDS.shape[1]):
+            logits, cache = decode(model, IDS[:, position : position + 1], cache)
+            steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_in_the_models_signature(name):
+    class Model(nn.Module):
+        exec(
+            f"def forward(self, input_ids, use_cache, {name}=None):\n"
+            f"    return SimpleNamespace(logits=input_ids, {name}=({name} or 0) + 1)",
+            {"SimpleNamespace": SimpleNamespace},
+            locals(),
+        )
+
+    _, cache = decode(Model(), IDS)
+    assert cache == 1
+    assert decode(Model(), IDS, cache)[1] == 2
+
+
+def test_a_model_without_a_cache_is_named():
+    with pytest.raises(TypeError, match="Linear takes no key-value cache"):
+        decode(nn.Linear(2, 2), IDS)
