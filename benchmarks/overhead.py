@@ -57,7 +57,7 @@ def bare(config: Any, data: Any, steps: int) -> float:
     """The loop one would write by hand."""
     torch.manual_seed(0)
     model, task = config.model.build(data.spec).train(), lookup.get(config.data.task)
-    optimizer = config.optimizer.build(model.parameters(), config.optimizer.lr)
+    optimizer = config.optimizer.build(model, config.optimizer.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.optimizer.factor(step, steps))
     batches = iter(train_loader(data.train, batch_size=config.trainer.batch_size, seed=0))
     ends = []

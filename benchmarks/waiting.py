@@ -24,7 +24,7 @@ from pipeline.tasks import lookup
 config = compose(["model=gpt_nano", "device=cpu"])
 data = config.data.open(config.model.tokenizer())
 model, task = config.model.build(data.spec).train(), lookup.get("causal_lm")
-optimizer = config.optimizer.build(model.parameters(), 1e-3)
+optimizer = config.optimizer.build(model, 1e-3)
 batches, spent = iter(train_loader(data.train, batch_size=16, seed=0)), []
 for _ in range(12):
     start = time.perf_counter()

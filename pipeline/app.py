@@ -43,6 +43,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline import arguments, environment, provenance, recipes, rules
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.registry import conf_root
+from pipeline.resuming import finished_run
 from pipeline.schema import RunConfig, decode_run
 
 log = logging.getLogger(__name__)
@@ -160,13 +161,17 @@ def _further(
     wrong = [line for line in overrides if any(_blames(told, line) for told in problems)]
     if not wrong or any(not told.endswith("(command line)") for told in problems):
         return []
-    lost = {line.lstrip("+~").partition("=")[0].partition(".")[0] for line in wrong}
-    kept = [line for line in overrides if line not in wrong]
+    known = {line: links for line in wrong if (links := provenance.known_links(source, line)) is not None}
+    lost = {line.lstrip("+~").partition("=")[0].partition(".")[0] for line in wrong if line not in known}
+    kept = [known[line][0] if line in known else line for line in overrides if line not in wrong or line in known]
+    unsure = [*lost, *(choice for _, unknown in known.values() for choice in unknown)]
     try:
         decoded(provenance.compose(source, kept, config_name), kept, sweep, quiet=True)
     except ConfigError as error:
         further = [told for told in error.problems if told not in problems]
-        return [told for told in further if not any(re.search(rf"\b{re.escape(group)}\b", told) for group in lost)]
+        # Of the links of a chain that lacks some, what follows from those that are there.
+        further = [told for told in further if not known or not re.search("must follow|prunes nothing that", told)]
+        return [told for told in further if not any(re.search(rf"\b{re.escape(word)}\b", told) for word in unsure)]
     return []
 
 
@@ -179,6 +184,8 @@ def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: b
     notes: list[str] = []
     config = decode_run(composed, arguments.recorded(overrides), notes.append, sweep)
     problems = [_placed(told, composed) for told in rules.problems(config)]
+    if config.resume:
+        problems += finished_run(config, Path(composed.values["resume"]).expanduser().absolute())
     if problems:
         raise ConfigError(problems)
     if not quiet:

@@ -24,6 +24,7 @@ RESUMABLE = (
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.evaluate_every",
+    "trainer.rank_timeout",
     "keep_stages",
 )
 """What may change when a run is resumed: what lengthens or observes it. `gate.*` too."""

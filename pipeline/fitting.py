@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from pipeline.compression.base import StageLoss
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader, train_loader
 from pipeline.errors import LeanfitError
+from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.memory.measure import MeasureTraining
-from pipeline.memory.saving import ReleaseGradients, apply_activation_checkpointing
+from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
+from pipeline.parallelism.sharding import clip_gradients, is_sharded
 from pipeline.report.metrics import MetricsCsv, never
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
@@ -45,6 +49,8 @@ class Fitted:
 
     train: dict[str, Any]
     peak_bytes: int | None
+    earlier_seconds: float = 0.0
+    """What this fit took, up to its last checkpoint, before it was interrupted and resumed."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -74,6 +80,14 @@ class SaveLast(Checkpoint):
     def __init__(self, path: Path, every: int, last: int) -> None:
         self.path, self.every, self.last = path, every, last
         self.saved = -1
+        self.started = time.perf_counter()
+        self.earlier_seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.earlier_seconds + time.perf_counter() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier_seconds = state_dict["seconds"]
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         step = trainer.global_step
@@ -109,13 +123,38 @@ class StopWhereItDiverged(lightning.Callback):
 class TaskModule(lightning.LightningModule):
     """The LightningModule around a model: the task's loss (or the stage's), the optimizer and its schedule."""
 
-    def __init__(self, model: nn.Module, task: Task, config: RunConfig, fit: Fit, loss: StageLoss | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: RunConfig,
+        fit: Fit,
+        loss: StageLoss | None,
+        architecture: Architecture,
+    ) -> None:
         super().__init__()
         self.model, self.task, self.config, self.fit, self.stage_loss = model, task, config, fit, loss
+        self.architecture = architecture
+
+    def configure_model(self) -> None:
+        # Lightning calls it again for each entry point; a model is spread over devices once.
+        parallelism = self.config.parallelism
+        if parallelism.sharded and not is_sharded(self.model.parameters()):
+            assert self.device_mesh is not None
+            parallelism.shard(self.model, self.architecture, self.device_mesh)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.config.parallelism.sharded and gradient_clip_val:
+            clip_gradients(self.model.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # A large odd stride keeps the streams of ranks apart.
-        torch.manual_seed(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * self.global_rank)
+        # A large odd stride keeps apart the streams of ranks that see different samples.
+        rank = self.global_rank // self.config.parallelism.tensor_ranks
+        torch.manual_seed(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         if self.stage_loss is None:
@@ -123,7 +162,7 @@ class TaskModule(lightning.LightningModule):
         return self.stage_loss(self.model, batch, self.task_loss)
 
     def task_loss(self, batch: Batch) -> torch.Tensor:
-        return self.task.loss(self.model, batch)
+        return self.task.loss(self.model, batch, self.config.memory.loss_chunks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A checkpoint holds what is trained and other float tensors; quantized ones come from the base model again.
@@ -138,7 +177,8 @@ class TaskModule(lightning.LightningModule):
         self.log("val_loss", loss, on_epoch=True, batch_size=self.task.count(batch))
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.config.optimizer.build(self.model.parameters(), lr=self.fit.lr)
+        optimizer = self.config.optimizer.build(self.model, lr=self.fit.lr)
+        self.config.precision.prepare_training(self.model, optimizer)
         factor, steps = self.config.optimizer.factor, self.fit.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -146,9 +186,21 @@ class TaskModule(lightning.LightningModule):
 
 def micro_batch_size(config: RunConfig) -> tuple[int, int]:
     """(samples a device takes at once, accumulation) that make the stated global batch."""
-    world = config.parallelism.devices * config.parallelism.nodes
+    world = config.parallelism.data_ranks
     micro = config.trainer.micro_batch_size or config.trainer.batch_size // world
     return micro, config.trainer.batch_size // (micro * world)
+
+
+def fit_inputs(config: RunConfig, stage: Stage, data: DataBundle) -> Iterator[Batch]:
+    """The inputs, without labels, of every batch that the stage's fit trains on, on all its devices together.
+
+    As one device would see them, in its order: the samples of a step are the same however many share it.
+    """
+    assert stage.fit is not None
+    micro, _ = micro_batch_size(config)
+    loader = train_loader(data.train, batch_size=micro, seed=config.trainer.seed)
+    for batch in islice(loader, stage.fit.steps * config.trainer.batch_size // micro):
+        yield {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def checkpoint_directory(run_dir: Path, stage: Stage) -> Path:
@@ -170,6 +222,7 @@ def quiet_lightning() -> Iterator[None]:
             ".*You defined a `validation_step` but have no.*",  # evaluate_every=0
             ".*lr_scheduler.step.*before.*optimizer.step.*",  # a step that the loss scaler skipped
             ".*Checkpoint directory .* exists.*",
+            ".*returned a view tensor. An in-place op.*",  # blocks of OPT under FSDP; nothing writes in place
             ".*treespec, LeafSpec.*",  # lightning's own use of a deprecated torch name
         ):
             warnings.filterwarnings("ignore", message=message)
@@ -198,6 +251,8 @@ def fit(
     checkpoints = checkpoint_directory(run_dir, stage)
     last = checkpoints / "last.ckpt"
 
+    if config.memory.loss_chunks > 1:
+        require_plain_head(model, f"memory.loss_chunks={config.memory.loss_chunks}")
     removal = apply_activation_checkpointing(
         model, [block.name for block in architecture.blocks], config.memory.activation_checkpointing
     )
@@ -206,6 +261,7 @@ def fit(
         run_dir / "metrics.csv",
         stage=stage.name,
         count=task.count,
+        data_ranks=config.parallelism.data_ranks,
         log_every=config.trainer.log_every,
         unit=task.unit,
         skip=(lambda step: step - 1 in meter.skipped_steps) if meter else never,
@@ -214,11 +270,14 @@ def fit(
     parts: list[lightning.Callback] = [*callbacks, diverged, metrics, *([progress] if progress else [])]
     if has_masks(model) and not any(isinstance(part, HoldMasks) for part in parts):
         parts.append(HoldMasks())
-    if config.memory.release_gradients:
+    if config.memory.step_in_backward:
+        parts.append(StepInBackward())
+    elif config.memory.release_gradients:
         parts.append(ReleaseGradients())
     if meter is not None:
         parts.append(meter)
-    parts.append(SaveLast(last, config.trainer.checkpoint_every, steps))
+    saver = SaveLast(last, config.trainer.checkpoint_every, steps)
+    parts.append(saver)
     every = config.trainer.evaluate_every
     if every:
         parts.append(
@@ -248,7 +307,7 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=run_dir,
         )
-        module = TaskModule(model, task, config, stage.fit, loss)
+        module = TaskModule(model, task, config, stage.fit, loss, architecture)
         model.train()
         trainer.fit(
             module,
@@ -256,8 +315,8 @@ def fit(
                 data.train,
                 batch_size=micro,
                 seed=config.trainer.seed,
-                rank=trainer.global_rank,
-                world=trainer.world_size,
+                rank=trainer.global_rank // config.parallelism.tensor_ranks,
+                world=config.parallelism.data_ranks,
             ),
             evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size) if every else None,
             ckpt_path=last if resume and last.is_file() else None,
@@ -265,4 +324,8 @@ def fit(
         )
     removal()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Fitted({**metrics.totals(), "trainable_parameters": trained}, meter.peak_bytes if meter else None)
+    return Fitted(
+        {**metrics.totals(), "trainable_parameters": trained},
+        meter.peak_bytes if meter else None,
+        saver.earlier_seconds,
+    )

@@ -5,6 +5,7 @@ The command line is never replayed in the ranks: under `-m` that would rerun the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from pipeline import environment
 from pipeline.chain import Stage
 from pipeline.errors import LeanfitError
 from pipeline.fitting import Fitted
+from pipeline.heartbeat import Watch
 from pipeline.schema import RunConfig
 
 PARENT = "LEANFIT_PARENT"
@@ -35,10 +37,16 @@ def error_file(run_dir: Path, stage: Stage) -> Path:
     return run_dir / f".failed-{stage.directory}.txt"
 
 
+def beat_file(run_dir: Path, stage: Stage, rank: int) -> Path:
+    """Where a rank counts its steps."""
+    return run_dir / f".beats-{stage.directory}-{rank}"
+
+
 def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool) -> Fitted:
     """Fit `stage` in `parallelism.devices` processes and wait. Raises LeanfitError when a rank fails."""
     figures, failure = figures_file(run_dir, stage), error_file(run_dir, stage)
-    for leftover in (figures, failure):
+    beats = [beat_file(run_dir, stage, rank) for rank in range(config.parallelism.devices)]
+    for leftover in (figures, failure, *beats):
         leftover.unlink(missing_ok=True)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -50,29 +58,42 @@ def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool) -> F
     path = run_dir / "run.log"
     start = path.stat().st_size if path.exists() else 0
     with path.open("ab") as log:
-        code = supervise(command, variables, subprocess.DEVNULL if config.sweep else None, log)
+        watch = Watch(beats, config.trainer.rank_timeout)
+        code, hung = supervise(command, variables, subprocess.DEVNULL if config.sweep else None, log, watch)
+    for beat in beats:
+        beat.unlink(missing_ok=True)
     if code or not figures.is_file():
         told = path.read_bytes()[start:].decode("utf-8", "replace")
         said = failure.read_text(encoding="utf-8") if failure.is_file() else f"torchrun ended with {code}"
-        why = killed(told) or said
+        why = hung or killed(told) or said
         raise LeanfitError(f"stage '{stage.name}' on {config.parallelism.devices} devices: {why}")
     fitted = Fitted.read(figures)
     figures.unlink()
     return fitted
 
 
-def supervise(command: list[str], variables: dict[str, str], shown: int | None, log: IO[bytes]) -> int:
-    """Run torchrun to its end. Whatever stops this process stops torchrun first, which stops its ranks."""
+def supervise(
+    command: list[str], variables: dict[str, str], shown: int | None, log: IO[bytes], watch: Watch
+) -> tuple[int, str | None]:
+    """Run torchrun to its end: (its exit code, which rank hung). Whatever stops this process stops torchrun first,
+    which stops its ranks."""
     variables = {**variables, PARENT: str(os.getpid())}
     process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log)
+    hung = None
     try:
-        return process.wait()
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+            if hung is None and (hung := watch.hung()):
+                watch.kill()
+        return process.returncode, hung
     except BaseException:
         process.terminate()
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             process.kill()
+            watch.kill()
         raise
 
 

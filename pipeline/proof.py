@@ -18,6 +18,7 @@ from pipeline.chain import Stage
 from pipeline.errors import ReceiptError
 from pipeline.memory.measure import measure_peak
 from pipeline.schema import RunConfig
+from pipeline.stage_input import trains
 from pipeline.tasks.base import Quality
 from pipeline.walk import Run, changing_stages, evaluate
 
@@ -32,15 +33,16 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
     first, last = changing[0], changing[-1]
     artifact = run.directory / "artifact"
     store.publish(run.snapshot(last), artifact)
+    offload_to = None if trains(line) else run.directory
     with run.progress.phase("checking in a fresh process"):
-        proof = receipt.check(artifact)
-    after = store.load(artifact, device=run.device)
+        proof = receipt.check(artifact, offload_to)
+    after = store.load(artifact, device=run.device, offload_to=offload_to)
     with (
         run.progress.phase("evaluating the artifact"),
         measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
     ):
         quality = evaluate(run, after)
-    before = store.load(run.snapshot(first), device=run.device)
+    before = store.load(run.snapshot(first), device=run.device, offload_to=offload_to)
     with run.progress.phase("measuring speed"), run.config.precision.evaluation_context(run.device):
         speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
     fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)

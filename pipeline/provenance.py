@@ -197,11 +197,33 @@ def _parsable(loader: Loader, overrides: Sequence[str], found: Composition) -> l
             found.problems.append(f"'{line}' cannot be understood: {why} (command line)")
             continue
         told = _choice_told(loader, override)
-        if told:
+        if told and (links := known_links(loader, line)) is not None:
+            # The rest of the chain is judged all the same, and its settings are no settings of nothing.
+            found.problems += [
+                f"{choice_problem(CHAIN, unknown, loader.repository)} (command line)" for unknown in links[1]
+            ]
+            kept.append(links[0])
+        elif told:
             found.problems.append(f"{told} (command line)")
         else:
             kept.append(line)
     return kept
+
+
+def known_links(loader: Loader, line: str) -> tuple[str, list[str]] | None:
+    """(the override with those links that there are, the others) of a chain with both kinds of them, else None."""
+    try:
+        override = OverridesParser.create().parse_override(line)
+    except (HydraException, ValueError, TypeError):
+        return None
+    links = _unquoted(_as_choices(override._value)) if override.key_or_group == CHAIN else None
+    if not isinstance(links, list) or not all(isinstance(link, str) for link in links):
+        return None
+    unknown = [link for link in links if not loader.repository.config_exists(f"{CHAIN}/{link}")]
+    good = [link for link in links if link not in unknown]
+    if not good or not unknown or len(set(links)) < len(links) or "none" in good:
+        return None
+    return f"{line.partition('=')[0]}=[{','.join(good)}]", unknown
 
 
 def _choice_told(loader: Loader, override: Override) -> str:

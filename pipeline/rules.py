@@ -5,12 +5,15 @@ Each rule is a small function of the whole config. Imports no torch: these are t
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import registry
 from pipeline.chain import link_fit, order_problems
+from pipeline.compression.base import Method
+from pipeline.compression.pruning import Pruner
 from pipeline.schema import GROUPS, RunConfig
 
 FLOAT16_SMALLEST = 6.1e-5
@@ -59,7 +62,7 @@ def nodes(config: RunConfig) -> list[str]:
 
 def batch_divides(config: RunConfig) -> list[str]:
     """The global batch is split evenly over devices, then into micro batches."""
-    trainer, ranks = config.trainer, config.parallelism.devices * config.parallelism.nodes
+    trainer, ranks = config.trainer, config.parallelism.data_ranks
     micro, batch = trainer.micro_batch_size or 1, trainer.batch_size
     unit = micro * ranks
     if batch % unit == 0:
@@ -84,6 +87,47 @@ def distributed_device(config: RunConfig) -> list[str]:
 
 def chain_order(config: RunConfig) -> list[str]:
     return order_problems(config.chain)
+
+
+def pruning_grows(config: RunConfig) -> list[str]:
+    """What is pruned stays so: a pruner that asks for no more than one before it would do nothing."""
+    found: list[str] = []
+    before: dict[str, Pruner] = {}
+    for stage, method in (*_links_of_artifact(config), *config.chain.items()):
+        if not isinstance(method, Pruner):
+            if method.kind == "pruning" or getattr(method, "student", None):
+                before.clear()  # other layers, whose share of zeros is not known yet
+            continue
+        if method.problems():
+            continue
+        had = next((name for name, earlier in before.items() if not method.adds_to(earlier)), None)
+        if had is not None:
+            asked = "sparsity" if method.pattern is None else "pattern"
+            reached = {"sparsity": before[had].sparsity, "pattern": before[had].pattern}
+            said = ", ".join(f"{key}={value}" for key, value in reached.items() if value is not None)
+            found.append(
+                f"compression.{stage}.{asked}={getattr(method, asked)} prunes nothing that '{had}' ({said}) has not "
+                f"pruned; choose more than {before[had].target():g}, or leave one of them out"
+            )
+        before[stage] = method
+    return found
+
+
+def _links_of_artifact(config: RunConfig) -> list[tuple[str, Method]]:
+    """The links that `job=compress artifact=DIR` starts from, where its manifest can be read: other checks tell."""
+    if config.job != "compress" or not config.artifact:
+        return []
+    try:
+        chain = json.loads((Path(config.artifact) / "manifest.json").read_text(encoding="utf-8"))["chain"]
+        links = {
+            f"{link['name']} of the artifact": registry.decode_choice(
+                "compression", link["config"], "", lambda key: ""
+            )[0]
+            for link in chain
+        }
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return list(links.items()) if None not in links.values() else []
 
 
 def samples_of_calibration(config: RunConfig) -> list[str]:
@@ -113,6 +157,65 @@ def float16_epsilon(config: RunConfig) -> list[str]:
     return [
         f"optimizer.eps={epsilon:g} is lost in float16 and gives NaN with precision={_choice(config, 'precision')}; "
         "use optimizer.eps=1e-4, or precision=16-mixed"
+    ]
+
+
+def step_in_backward(config: RunConfig) -> list[str]:
+    """What needs all gradients of a step at once does not go with stepping while they are computed."""
+    if not config.memory.step_in_backward or not _trains(config):
+        return []
+    said, trainer = "memory.step_in_backward=true", config.trainer
+    ranks = config.parallelism.data_ranks
+    micro = trainer.micro_batch_size or trainer.batch_size // ranks
+    found = []
+    if trainer.grad_clip is not None:
+        found.append(f"{said}: trainer.grad_clip={trainer.grad_clip:g} needs all gradients; use trainer.grad_clip=null")
+    if micro * ranks != trainer.batch_size:
+        found.append(f"{said} cannot sum micro batches; use trainer.micro_batch_size=null, or a batch_size of {micro}")
+    if config.precision.scales_loss:
+        found.append(f"{said} cannot skip a step that overflowed, as 16-mixed must; use precision=bf16-mixed")
+    if config.parallelism.distributed:
+        found.append(f"{said}: gradients must be averaged over devices first; use parallelism=single")
+    return found
+
+
+def sharded(config: RunConfig) -> list[str]:
+    """What does not go with a rank that holds a part of the model only."""
+    if not config.parallelism.sharded or not _trains(config):
+        return []
+    said, found = f"parallelism={_choice(config, 'parallelism')}", []
+    if config.precision.scales_loss:
+        found.append(f"{said} cannot scale the loss as {_choice(config, 'precision')} must; use precision=bf16-mixed")
+    if config.precision.gradient_dtype is not None or config.precision.rounds_stochastically:
+        key = "gradient_dtype=null" if config.precision.gradient_dtype else "stochastic_rounding=false"
+        found.append(f"{said} steps shards as they are; use precision.{key}, or parallelism=ddp")
+    if not config.optimizer.steps_shards:
+        fitting = [name for name in registry.names("optimizer") if registry.lookup("optimizer", name).steps_shards]
+        unfit = _choice(config, "optimizer")
+        found.append(f"{said}: {unfit} steps whole weights; use optimizer={' or '.join(fitting)}")
+    if config.adapter.trains:
+        found.append(f"{said}: adapter={_choice(config, 'adapter')} trains in whole models; use parallelism=ddp")
+    if getattr(config.parallelism, "offload", False) and config.device.kind() != "cuda":
+        found.append("parallelism.offload=true moves shards from a GPU to the host; use device=cuda, or offload=false")
+    found += [
+        f"{said}: compression.{stage} trains a whole model; use parallelism=ddp"
+        for stage, method in config.chain.items()
+        if link_fit(method, config.trainer.max_steps, config.optimizer.lr)
+    ]
+    return found
+
+
+def loss_chunks(config: RunConfig) -> list[str]:
+    """Only a language model's loss can be computed in parts, and a distillation loss wants whole logits."""
+    said = f"memory.loss_chunks={config.memory.loss_chunks}"
+    if config.memory.loss_chunks == 1 or not _trains(config):
+        return []
+    if config.model.task != "causal_lm" and config.job == "run":
+        return [f"{said} is for language models, not model={_choice(config, 'model')}; use memory.loss_chunks=1"]
+    return [
+        f"{said}: compression.{stage} compares whole logits with its teacher's; use memory.loss_chunks=1"
+        for stage, method in config.chain.items()
+        if method.needs_teacher
     ]
 
 
@@ -186,9 +289,13 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     nodes,
     batch_divides,
     chain_order,
+    pruning_grows,
     samples_of_calibration,
     precision_on_device,
     float16_epsilon,
+    step_in_backward,
+    sharded,
+    loss_chunks,
     adapter,
     artifact,
     something_to_compress,

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from pipeline.artifact import receipt, store
-from pipeline.errors import ConfigError, ReceiptError
+from pipeline.errors import ConfigError, LeanfitError, ReceiptError
 from pipeline.memory.measure import measure_peak
 from pipeline.proof import prove
 from pipeline.recipes import lock_text
@@ -111,8 +111,13 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     locked = run_dir / "recipe.lock.yaml"
     write_text(locked, lock_text(values_of(config), config.choices, lock))
     with progress:
-        walk(run, line, done)
-        prove(run, line)
+        try:
+            walk(run, line, done)
+            prove(run, line)
+        except ConfigError as error:
+            if run.begun:
+                raise LeanfitError("; ".join(error.problems)) from error
+            raise
     lock["result"] = {key: result[key] for key in ("quality", "size", "speed")}
     write_text(locked, lock_text(values_of(config), config.choices, lock))
 

@@ -38,12 +38,18 @@ GUESTS = ("teacher", "student")
 """Settings of a link that name a model outside of its chain."""
 
 
-def base_model(config: RunConfig, data: DataBundle) -> nn.Module:
-    """Stage 0's input: fresh or pretrained weights from the model choice, or those of `artifact=`."""
+def base_model(config: RunConfig, data: DataBundle, offload_to: Path | None = None) -> nn.Module:
+    """Stage 0's input: fresh or pretrained weights from the model choice, or those of `artifact=`.
+
+    With `offload_to`, pretrained weights and an artifact's lie in files in that directory instead of in memory.
+    """
     if config.artifact is not None and Path(config.artifact).is_dir():
-        return store.load(Path(config.artifact), trainable=True)
+        return store.load(Path(config.artifact), trainable=True, offload_to=offload_to)
     torch.manual_seed(config.trainer.seed)
-    model = config.model.build(data.spec)
+    if offload_to is None or config.artifact is not None:
+        model = config.model.build(data.spec)
+    else:
+        model = config.model.build_offloaded(data.spec, config.precision.weight_dtype, offload_to)
     if config.artifact is not None:
         if config.adapter.trains:
             model = config.adapter.attach(model, describe(model), config.trainer.seed)
@@ -80,12 +86,21 @@ def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = 
 
 
 def stage_input(config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage) -> nn.Module:
-    """The model as it enters `stage`: the base model, or the snapshot that the stage before left."""
+    """The model as it enters `stage`: the base model, or the snapshot that the stage before left.
+
+    Where nothing trains, its weights lie in files in the run's directory.
+    """
+    offload_to = None if trains(line) else directory
     if stage.index == 0:
-        return base_model(config, data)
+        return base_model(config, data, offload_to)
     if stage.index == 1 and (directory / ADAPTED).is_dir():
         return store.load(directory / ADAPTED, trainable=True)
-    return store.load(directory / "stages" / line[stage.index - 1].directory, trainable=True)
+    return store.load(directory / "stages" / line[stage.index - 1].directory, trainable=True, offload_to=offload_to)
+
+
+def trains(line: Sequence[Stage]) -> bool:
+    """Whether any stage has a fit: weights that are written at every step belong in memory."""
+    return any(stage.fit is not None for stage in line)
 
 
 def prepared(
@@ -123,15 +138,17 @@ def context_of(
     data: DataBundle | None = None,
     tokenizer: Any = None,
     directory: Path | None = None,
+    base: nn.Module | None = None,
 ) -> Context:
     """What the method of `stage` is given; without `data` and the run's `directory` (the preflight) nothing that must
-    be computed, and of other models the shapes alone."""
+    be computed, and of other models the shapes alone. There `base` is the model before all links, `model` otherwise."""
+    base = model if base is None else base
     calibration = None
     if data is not None and stage.method is not None and stage.method.needs_calibration:
         calibration = functools.cache(
             functools.partial(calibration_batches, config.calibration, data, tokenizer, positions(model))
         )
-    opened: Callable[[str], nn.Module] = functools.partial(open_guest, config, stage, model, directory is None)
+    opened: Callable[[str], nn.Module] = functools.partial(open_guest, config, stage, base, directory is None)
     if directory is None:  # shapes are looked at more than once, and to open a model is to check its files
         opened = functools.cache(opened)
     return Context(
@@ -141,7 +158,7 @@ def context_of(
         steps=stage.fit.steps if stage.fit else 0,
         seed=config.trainer.seed,
         calibration=calibration,
-        teacher=teacher_of(config, stage, model, data, directory, opened),
+        teacher=teacher_of(config, stage, base, data, directory, opened),
         open_model=opened,
         first=stage.index == 1,
     )
@@ -162,9 +179,13 @@ def teacher_of(
     if data is None or directory is None:
         return FrozenTeacher(lambda: shapes("teacher") if other else model)
     if other is None:
-        return FrozenTeacher(lambda: frozen(store.load(directory / "stages" / FIRST)))
+        first = directory / "stages" / FIRST
+        return FrozenTeacher(lambda: frozen(store.load(first)), lambda: store.blueprint(first))
     filled = model if Path(other).is_dir() else base_model(config, data)  # earlier links may have changed the model
-    return FrozenTeacher(lambda: frozen(open_guest(config, stage, filled, False, "teacher")))
+    return FrozenTeacher(
+        lambda: frozen(open_guest(config, stage, filled, False, "teacher")),
+        lambda: open_guest(config, stage, filled, True, "teacher"),
+    )
 
 
 def guests(stage: Stage) -> dict[str, str]:

@@ -17,9 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.artifact import store
-from pipeline.errors import ConfigError
+from pipeline.compression.base import Answer
+from pipeline.errors import ConfigError, LeanfitError
 from pipeline.layers.blockwise import model_inputs
 from pipeline.layers.distillation import observing
+from pipeline.layers.logit_cache import LogitCache
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
@@ -27,11 +29,11 @@ from pipeline.models.base import Architecture
 class FrozenTeacher:
     """A model in eval mode without gradients, opened when it is first looked at and moved to where its inputs are.
 
-    `opened` gives it so, but for the preflight, which looks at shapes alone.
+    `opened` gives it so, but for the preflight, which looks at shapes alone; `shapes` gives these without opening it.
     """
 
-    def __init__(self, opened: Callable[[], nn.Module]) -> None:
-        self._open = opened
+    def __init__(self, opened: Callable[[], nn.Module], shapes: Callable[[], nn.Module] | None = None) -> None:
+        self._open, self._shapes = opened, shapes
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -41,19 +43,40 @@ class FrozenTeacher:
     def architecture(self) -> Architecture:
         return describe(self.model)
 
-    def __call__(self, batch: Mapping[str, Tensor], observe: Sequence[str] = ()) -> tuple[Tensor, dict[str, Any]]:
+    def shapes(self) -> nn.Module:
+        """A model of this shape, on the meta device where it could be made without opening this one."""
+        return self.model if self._shapes is None else self._shapes()
+
+    def release(self) -> None:
+        """Let go of the model. It is opened again when it is next looked at."""
+        self.__dict__.pop("model", None)
+
+    def __call__(self, batch: Mapping[str, Tensor], observe: Sequence[str] = ()) -> Answer:
         """Logits, and outputs of the named modules. Floating inputs are given in the weights' dtype."""
-        inputs = {name: self._as_taken(tensor) for name, tensor in batch.items()}
-        device = next(iter(inputs.values())).device
+        device = next(iter(batch.values())).device
         model: Any = self.model
         if next(model.parameters()).device != device:
             model.to(device)
         with torch.no_grad(), observing(model, observe) as seen:
-            return cast(Tensor, model(**model_inputs(model, inputs, device)).logits), seen
+            return Answer(cast(Tensor, model(**model_inputs(model, dict(batch), device)).logits), seen)
 
-    def _as_taken(self, tensor: Tensor) -> Tensor:
-        dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return tensor.to(next(dtypes, tensor.dtype)) if tensor.is_floating_point() else tensor
+
+class RecordedTeacher:
+    """A teacher that is not there: its logits are read from disk."""
+
+    def __init__(self, cache: LogitCache, architecture: Architecture) -> None:
+        self.cache, self.architecture = cache, architecture
+
+    @property
+    def model(self) -> nn.Module:
+        raise LeanfitError("the teacher is not held, its logits are read from disk; nothing else is known of it")
+
+    def __call__(self, batch: Mapping[str, Tensor], observe: Sequence[str] = ()) -> Answer:
+        """Raises LogitCacheError for a sample that was not recorded."""
+        if observe:
+            raise LeanfitError(f"{', '.join(observe)} of the teacher cannot be watched: its logits are read from disk")
+        logits, classes = self.cache.read(batch)
+        return Answer(logits, {}, classes)
 
 
 def frozen(model: nn.Module) -> nn.Module:

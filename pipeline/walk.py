@@ -22,14 +22,15 @@ from pipeline.artifact import store
 from pipeline.chain import Stage, stages
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
-from pipeline.errors import ConfigError, LeanfitError
+from pipeline.errors import ConfigError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
 from pipeline.memory.measure import measure_peak
-from pipeline.models.architecture import describe
+from pipeline.models.architecture import describe, positions
+from pipeline.recording import forget, recorded, records, space_problems
 from pipeline.report.progress import Progress
-from pipeline.report.result import read_result
+from pipeline.resuming import beyond, finished_run
 from pipeline.schema import RunConfig
 from pipeline.stage_input import (
     ADAPTED,
@@ -59,6 +60,8 @@ class Run:
     progress: Progress
     result: dict[str, Any]
     links: list[dict[str, Any]] = field(default_factory=list)
+    begun: bool = False
+    """Whether a stage is done: from then on nothing that goes wrong is a config that never ran."""
 
     @property
     def device(self) -> str:
@@ -97,6 +100,7 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
     """Every stage but the first `done`, in order, each leaving its snapshot. Fills `run.result` as far as they go."""
     changing = changing_stages(line)
     discard(run, changing, done)
+    run.begun = done > 0
     model: nn.Module | None = None
     for stage in changing:
         if stage.index < done:
@@ -106,29 +110,50 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
                 model = stage_input(run.config, run.directory, run.data, changing, stage)
             model, record = train(run, stage, model) if stage.kind == "train" else compress(run, stage, model)
             record = save_snapshot(run, stage, model, record, last=stage is changing[-1])
+            if not run.config.keep_stages:
+                forget(run.directory, stage)
+        run.begun = True
         note(run, stage, record)
 
 
 def preflight(run: Run, changing: list[Stage]) -> None:
     """Problems that need the model's shapes, found on the meta device before anything is trained."""
-    adapts = run.config.adapter.trains and changing[0].fit is not None
-    if len(changing) == 1 and not adapts:
+    trains = changing[0].fit is not None
+    if len(changing) == 1 and not trains:
         return
     if run.config.artifact is None:
         with torch.device("meta"):
             model = run.config.model.build(run.data.spec)
+    elif Path(run.config.artifact).is_dir():
+        store.check(Path(run.config.artifact))
+        model = store.blueprint(Path(run.config.artifact), quantized=True)
     else:
         model = base_model(run.config, run.data)
-    problems = run.config.adapter.preflight(model, describe(model)) if adapts else []
+    problems: list[str] = []
+    if trains:
+        architecture = describe(model)
+        problems += run.config.adapter.preflight(model, architecture)
+        problems += run.config.optimizer.shape_problems(model)
+        problems += run.config.parallelism.shape_problems(model, architecture)
+    base, drawn_for = model, dict[int | None, nn.Module]()
     for stage in changing[1:]:
         assert stage.method is not None
-        context = context_of(run.config, stage, model)
+        context = context_of(run.config, stage, model, base=base)
+        if stage.method.needs_calibration:
+            drawn_for.setdefault(positions(model), model)
+        told: list[str] = []
         try:
-            problems += stage.method.preflight(model, context)
+            told = stage.method.preflight(model, context)
+            after = stage.method.reshaped(model, context)
         except ConfigError as error:  # a teacher or a student that cannot be opened
-            problems += error.problems
-        problems += guest_problems(stage, context, run.data, run.tokenizer)
-    if any(stage.method and stage.method.needs_calibration for stage in changing):
+            told, after = told or list(error.problems), None
+        if records(stage) and not told:
+            told = space_problems(run.config, stage, run.directory, run.data, context)
+        problems += [*told, *guest_problems(stage, context, run.data, run.tokenizer)]
+        if after is None:  # what later links would get is not known
+            break
+        model = after
+    for model in drawn_for.values():
         problems += calibration_problems(run.config, model, run.data, run.tokenizer)
     if problems:
         raise ConfigError(problems)
@@ -167,20 +192,11 @@ def require_something(run: Run, changing: list[Stage], done: int) -> None:
     where = f"resume={run.directory}"
     if not done and not checkpoint.is_file():
         raise ConfigError(f"{where}: nothing to resume, it holds neither checkpoints/last.ckpt nor a finished stage")
+    if told := finished_run(run.config, run.directory):
+        raise ConfigError(told)
     taken = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"] if checkpoint.is_file() else 0
     if taken > asked:
-        raise ConfigError(f"{where}: it has trained {taken} steps already, so trainer.max_steps={asked} cannot be met")
-    if over(run.directory, asked):
-        raise ConfigError(f"{where}: nothing to resume, the run is over; to train longer say trainer.max_steps=MORE")
-
-
-def over(directory: Path, steps: int) -> bool:
-    """Whether the run in `directory` ended well after `steps` steps. One that broke a gate may be judged again."""
-    try:
-        result = read_result(directory / "result.json")
-    except LeanfitError:  # none, or one that was cut off
-        return False
-    return result["status"] == "ok" and ((result["train"] or {}).get("steps") or 0) == steps
+        raise ConfigError(beyond(run.directory, taken, asked))
 
 
 def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitted | None:
@@ -204,6 +220,7 @@ def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str
     context = context_of(run.config, stage, model)
     fitted = run_fit(run, stage, adapted(run.config, stage, model, context), context)
     if fitted:
+        run.begun = True
         model = run.config.adapter.merge(model)
     with run.progress.phase("evaluating"):
         quality = evaluate(run, model)
@@ -220,6 +237,9 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
     with run.progress.phase(f"preparing: {stage.name}"):
         model = method.prepare(model.to(run.device), context)
     context = replace(context, architecture=describe(model))
+    if records(stage):
+        with run.progress.phase(f"recording the teacher: {stage.name}"):
+            context = recorded(run.config, stage, run.directory, run.data, context, run.progress.say)
     fitted = run_fit(run, stage, model, context)
     with run.progress.phase(f"compressing: {stage.name}"):
         model.to(run.device)
@@ -232,7 +252,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
         "fitted": asdict(fitted) if fitted else None,
         "detail": detail,
         "quality": None,
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - started + (fitted.earlier_seconds if fitted else 0.0),
         "peak_bytes": peak.bytes,
     }
 

@@ -14,7 +14,11 @@ from pathlib import Path
 from pipeline.app import compose
 from pipeline.chain import Stage
 from pipeline.fitting import Fitted, fit
-from pipeline.launch import error_file, figures_file, watch_parent
+from pipeline.heartbeat import Beats
+from pipeline.launch import beat_file, error_file, figures_file, watch_parent
+from pipeline.layers.logit_cache import LogitCache
+from pipeline.layers.sync_norm import synchronise_batch_norms
+from pipeline.recording import place, reading, records
 from pipeline.report.console import console, mode
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
@@ -49,12 +53,17 @@ def fit_stage(
     data = config.data.open(tokenizer)
     task = lookup.get(config.data.task)
     model, context = prepared(config, run_dir, data, tokenizer, line, stage)
+    synchronise_batch_norms(model)
+    if records(stage):
+        context = reading(context, LogitCache(place(run_dir, stage)))
     steps = {stage.name: stage.fit.steps if stage.fit else 0}
     progress = Progress(steps, mode(console(), sweep=config.sweep or rank > 0), task.unit)
     with progress:
         return fit(
             config, stage, model, task, data, context.architecture, run_dir,
-            callbacks=stage.method.callbacks(context) if stage.method else [],
+            callbacks=[
+                Beats(beat_file(run_dir, stage, rank)), *(stage.method.callbacks(context) if stage.method else [])
+            ],
             progress=progress,
             loss=stage.method.loss(context) if stage.method else None,
             resume=resume,

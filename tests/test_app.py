@@ -430,6 +430,12 @@ class TestProgram:
         ],
     )
     def test_a_static_mistake_is_2_with_one_line_each_and_no_torch(self, argv: list[str], lines: list[str]) -> None:
+        told = self.refused(argv)
+        assert len(told) == len(lines), told
+        assert all(line.startswith(start) for line, start in zip(told, lines, strict=True)), told
+
+    def refused(self, argv: list[str]) -> list[str]:
+        """What a command line is told that ends with exit code 2, without anything heavy imported."""
         code = (
             "import sys; from pipeline.app import main; code = main(sys.argv[1:]); "
             "heavy = [m for m in ('torch', 'lightning', 'transformers', 'numpy') if m in sys.modules]; "
@@ -438,11 +444,20 @@ class TestProgram:
         done = subprocess.run(
             [sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
         )
-        told = done.stderr.splitlines()
         assert done.returncode == 2, done.stderr
-        assert len(told) == len(lines), told
-        assert all(line.startswith(start) for line, start in zip(told, lines, strict=True)), told
         assert done.stdout == ""
+        return done.stderr.splitlines()
+
+    def test_to_resume_a_finished_run_is_refused_without_torch(self, tmp_path: Path) -> None:
+        config = app.compose(["trainer.max_steps=40", "device=cpu"])
+        (tmp_path / recipes.LOCK).write_text(recipes.lock_text(values_of(config), config.choices, {}))
+        (tmp_path / "result.json").write_text('{"status": "ok", "train": {"steps": 40}}')
+        (line,) = self.refused([f"resume={tmp_path}"])
+        assert line == (
+            f"error: resume={tmp_path}: nothing to resume, the run is over; to train longer say trainer.max_steps=MORE"
+        )
+        (line,) = self.refused([f"resume={tmp_path}", "trainer.max_steps=20"])
+        assert line.endswith("it has trained 40 steps already, so trainer.max_steps=20 cannot be met")
 
     def test_cfg_prints_the_config_without_running(self) -> None:
         done = program("--cfg", "job", "compression=int8", "--resolve")

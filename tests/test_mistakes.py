@@ -376,6 +376,30 @@ def test_all_mistakes_of_a_command_line_at_once() -> None:
         assert any(line.startswith(key) for line in caught.value.problems), key
 
 
+@pytest.mark.parametrize(
+    ("overrides", "starts"),
+    [
+        (
+            ["compression=[nosuch,int8,magnitude]", "trainer.batch_size=7", "parallelism=ddp"],
+            ["compression=nosuch: no such choice", "trainer.batch_size=7", "compression: 'magnitude' cannot follow"],
+        ),
+        (
+            ["compression=[nosuch,int9,int4]", "compression.int4.group_size=a"],
+            ["compression=nosuch: no such", "compression=int9: no such", "compression.int4.group_size=a must be"],
+        ),
+        # what the link that is not known would be, nobody can say
+        (["compression=[magnitude,structurd,sparsegpt]"], ["compression=structurd: no such choice"]),
+    ],
+)
+def test_a_wrong_link_hides_nothing_of_the_others(overrides: list[str], starts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        app.compose(overrides)
+    one_line_each(caught.value.problems)
+    assert len(caught.value.problems) == len(starts), caught.value.problems
+    for start in starts:
+        assert any(line.startswith(start) for line in caught.value.problems), start
+
+
 def test_no_field_of_a_config_is_without_a_test() -> None:
     """Every field of RunConfig is a group, a key of conf/config.yaml, or what the program itself fills in."""
     own = {"chain", "choices", "overrides", "sweep"}

@@ -134,7 +134,7 @@ def test_bytes_cannot_pass_for_text() -> None:
 
 @pytest.mark.parametrize("name", ["nosuch", "base", "os", "../trainer/settings", "", "a.b", "__init__", "adam w"])
 def test_a_name_without_a_module_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="is not one of adamw, sgd"):
+    with pytest.raises(ConfigError, match="is not one of adafactor, adamw, adamw8bit, muon, sgd"):
         lookup("optimizer", name)
     decoded, (line,) = decode_choice("optimizer", {"name": name}, "optimizer", said)
     assert decoded is None
@@ -146,11 +146,11 @@ def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
     decoded, (line,) = decode_choice("optimizer", {"name": name}, "optimizer", said)
     assert decoded is None
     assert line.startswith("optimizer.name=")
-    assert line.endswith("must be one of adamw, sgd (conf/sample.yaml)")
+    assert line.endswith("must be one of adafactor, adamw, adamw8bit, muon, sgd (conf/sample.yaml)")
 
 
 def test_names_are_those_that_modules_register() -> None:
-    assert names("optimizer") == ["adamw", "sgd"]
+    assert names("optimizer") == ["adafactor", "adamw", "adamw8bit", "muon", "sgd"]
     assert names("precision") == ["full", "mixed"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,65 @@ def test_the_order_of_the_chain_is_checked() -> None:
     assert line == "compression: 'int4' cannot follow 'int8'; choose one of them"
 
 
+def chained(first: list[str], second: list[str], *rest: str) -> list[str]:
+    """What the rule says of two links of pruning, [method, key=value, ...] each, with `rest` between."""
+    from dataclasses import replace
+
+    def link(method: str, *changes: str) -> Any:
+        (made,) = config(f"compression={method}", *(f"compression.{method}.{one}" for one in changes)).chain.values()
+        return made
+
+    chain = {"p1": link(*first), **{name: link(name) for name in rest}, "p2": link(*second)}
+    return rules.pruning_grows(replace(config("device=cpu"), chain=chain))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (["magnitude", "sparsity=0.8"], ["magnitude"], "p2.sparsity=0.5 prunes nothing that 'p1' (sparsity=0.8)"),
+        (["magnitude"], ["magnitude"], "choose more than 0.5"),
+        (["wanda"], ["sparsegpt"], "compression.p2.sparsity=0.5 prunes nothing"),
+        (["wanda"], ["wanda"], "compression.p2.sparsity=0.5 prunes nothing"),
+        (["magnitude", "sparsity=0.6"], ["wanda"], "choose more than 0.6"),
+        (["magnitude", "pattern=2:4", "sparsity=null"], ["magnitude"], "'p1' (pattern=2:4)"),
+        (["magnitude", "pattern=2:4"], ["wanda", "pattern=4:8"], "compression.p2.pattern=4:8 prunes nothing"),
+        (["magnitude", "pattern=1:8", "sparsity=null"], ["wanda", "pattern=2:4"], "choose more than 0.875"),
+        (["magnitude"], ["magnitude", "sparsity=0.8"], ""),
+        (["magnitude"], ["wanda"], ""),  # by row, where magnitude goes by layer
+        (["magnitude", "sparsity=0.8"], ["magnitude", "pattern=2:4"], ""),
+        (["magnitude", "pattern=4:8"], ["magnitude", "pattern=2:4"], ""),
+        (["magnitude", "pattern=2:3", "sparsity=null"], ["magnitude", "pattern=2:4"], ""),
+        (["magnitude", "ignore=[fc1]"], ["magnitude"], ""),
+        (["magnitude", "sparsity=0"], ["magnitude"], ""),  # what is wrong with the first is told already
+    ],
+)  # fmt: skip
+def test_a_later_pruning_asks_for_more(first: list[str], second: list[str], told: str) -> None:
+    said = chained(first, second)
+    assert len(said) == bool(told)
+    assert all(told in line for line in said)
+
+
+def test_pruning_starts_anew_after_what_makes_other_layers() -> None:
+    assert chained(["magnitude"], ["magnitude"], "distill") != []
+    assert chained(["magnitude"], ["magnitude"], "structured") == []
+
+
+def test_pruning_goes_on_from_what_the_artifact_was_pruned_to(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    def told(manifest: object) -> list[str]:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return rules.pruning_grows(config("job=compress", f"artifact={tmp_path}", "compression=magnitude"))
+
+    earlier = config("compression=wanda", "compression.wanda.sparsity=0.8").chain["wanda"]
+    link = {"name": "w", "method": "wanda", "config": asdict(earlier)}
+    (line,) = told({"chain": [link]})
+    assert line.startswith("compression.magnitude.sparsity=0.5 prunes nothing that 'w of the artifact' (sparsity=0.8)")
+    unknown = {"name": "x", "method": "x", "config": {"name": "another version's"}}
+    for other in ({"chain": []}, {"chain": [link, unknown]}, {}, [], {"chain": 3}, {"chain": [{"name": "w"}]}):
+        assert told(other) == []
+
+
 def test_a_link_cannot_look_at_more_samples_than_there_are() -> None:
     assert rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=16")) == []
     (line,) = rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=8"))
@@ -280,3 +340,77 @@ def test_every_rule_is_asked_and_every_problem_told() -> None:
         if getattr(value, "__module__", "") == rules.__name__ and callable(value)
     }
     assert {rule.__name__ for rule in rules.RULES} == {n for n in named if not n.startswith("_") and n != "problems"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "trainer.grad_clip=1 needs all gradients; use trainer.grad_clip=null"),
+        (["trainer.grad_clip=null", "trainer.micro_batch_size=4"], "cannot sum micro batches"),
+        (["trainer.grad_clip=null", "precision=16-mixed"], "cannot skip a step that overflowed"),
+        (["trainer.grad_clip=null", "parallelism=ddp"], "averaged over devices first; use parallelism=single"),
+        (["trainer.grad_clip=null", "precision=bf16-mixed"], ""),
+        (["trainer.max_steps=0"], ""),
+    ],
+)
+def test_stepping_in_the_backward_pass_goes_without_what_needs_all_gradients(overrides: list[str], said: str) -> None:
+    told = rules.step_in_backward(config("device=cpu", "memory.step_in_backward=true", *overrides))
+    assert len(told) == bool(said)
+    assert all(said in line and line.startswith("memory.step_in_backward=true") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["precision=16-mixed"], "cannot scale the loss as 16-mixed must; use precision=bf16-mixed"),
+        (["precision.gradient_dtype=bfloat16"], "use precision.gradient_dtype=null, or parallelism=ddp"),
+        (["precision=bf16-true", "precision.stochastic_rounding=true"], "use precision.stochastic_rounding=false"),
+        (["optimizer=muon"], "muon steps whole weights; use optimizer=adamw or sgd"),
+        (["optimizer=adamw8bit"], "adamw8bit steps whole weights; use optimizer=adamw or sgd"),
+        (["adapter=lora"], "adapter=lora trains in whole models; use parallelism=ddp"),
+        (["compression=int8_qat"], "compression.int8_qat trains a whole model; use parallelism=ddp"),
+        (["compression=int8", "precision=bf16-mixed"], ""),
+        (["compression=int8_qat", "parallelism=ddp"], ""),
+    ],
+)
+def test_sharded_models_go_without_what_takes_them_whole(overrides: list[str], said: str) -> None:
+    told = rules.sharded(config("device=cpu", "parallelism=fsdp", *overrides))
+    assert len(told) == bool(said)
+    assert all(said in line and line.startswith("parallelism=fsdp") for line in told)
+
+
+def test_shards_move_to_the_host_from_a_gpu_only() -> None:
+    offload = config("device=cpu", "parallelism=fsdp", "parallelism.offload=true")
+    (line,) = rules.sharded(offload)
+    assert line == "parallelism.offload=true moves shards from a GPU to the host; use device=cuda, or offload=false"
+    assert rules.sharded(with_device(offload, "cuda")) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=efficientnet", "data=digits"], "is for language models, not model=efficientnet"),
+        (["compression=distill"], "compression.distill compares whole logits with its teacher's"),
+        (["compression=int8_qat"], ""),
+        (["trainer.max_steps=0"], ""),
+    ],
+)
+def test_a_loss_in_parts_is_for_language_models_and_their_own_loss(overrides: list[str], said: str) -> None:
+    told = rules.loss_chunks(config("device=cpu", "memory.loss_chunks=4", *overrides))
+    assert len(told) == bool(said)
+    assert all(said in line and line.endswith("use memory.loss_chunks=1") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallelism=fsdp", "parallelism.replicas=3", "parallelism.devices=4"], "use parallelism.replicas=2"),
+        (["parallelism=fsdp_tp", "parallelism.tensor_parallel=3"], "use parallelism.tensor_parallel=2"),
+        (["precision.stochastic_rounding=true"], "use precision=bf16-true"),
+        (["parallelism=tp", "parallelism.devices=4", "trainer.batch_size=3"], ""),
+    ],
+)
+def test_sizes_of_groups_divide_the_devices(overrides: list[str], said: str) -> None:
+    told = rules.problems(config("device=cpu", *overrides))
+    assert len(told) == bool(said)
+    assert all(said in line for line in told)

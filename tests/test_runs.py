@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import pipeline
 from pipeline.app import main
+from pipeline.errors import ConfigError
+from pipeline.layers.masks import HoldMasks
 from pipeline.report.result import read_result, schema_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +197,27 @@ def test_a_run_cut_off_at_its_receipt_is_finished_by_resume() -> None:
     assert same(before, weights(directory))
 
 
+@pytest.mark.parametrize(("where", "ends"), [("train", 2), ("compress", 1)])
+def test_a_config_error_after_something_ran_is_a_failed_run(
+    where: str, ends: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(*_: Any) -> Any:
+        raise ConfigError(["compression.int8.teacher=x cannot be opened", "it is gone"])
+
+    monkeypatch.setattr(f"pipeline.walk.{where}", damaged)
+    code, directory = leanfit(*TINY, "compression=int8", "trainer.max_steps=2")
+    assert code == ends
+    assert "compression.int8.teacher=x cannot be opened" in capsys.readouterr().err
+    assert (directory / "checkpoints" / "last.ckpt").is_file() == (ends == 1)
+    assert (directory / "result.json").is_file() == (ends == 1)
+    if ends == 1:
+        result = read_result(directory / "result.json")
+        assert schema_problems(result) == []
+        assert result["status"] == "failed"
+        assert result["error"]["message"] == "compression.int8.teacher=x cannot be opened; it is gone"
+        assert result["train"]["steps"] == 2
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, directory = leanfit(*TINY, "optimizer.lr=1e30", "trainer.grad_clip=null", "trainer.max_steps=50")
     told = capsys.readouterr().err
@@ -221,6 +244,32 @@ def test_a_group_size_that_does_not_divide_is_found_before_training(capsys: pyte
     code, directory = leanfit(*TINY, "compression=int4", "compression.int4.group_size=48")
     assert code == 2
     assert "compression.int4.group_size=48" in capsys.readouterr().err
+    assert not (directory / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("chain", "settings", "told"),
+    [
+        (
+            "[structured,int4]",
+            ["structured.ffn=0.3", "structured.round_to=8"],
+            "compression.int4.group_size=64 does not divide the inputs of model.decoder.layers.0.fc2 (184)",
+        ),
+        ("[structured,mixed_bits]", ["structured.hidden=0.5", "mixed_bits.group_size=64"], "group_size=64 does not"),
+        ("[structured,magnitude]", ["structured.ffn=0.29", "structured.round_to=2", "magnitude.pattern=2:4",
+                                    "magnitude.sparsity=null"], "magnitude.pattern=2:4: 4 does not divide"),
+        ("[distill,int4]", ["int4.ignore=[layers.1.fc2,decoder.layers.1]"], "compression.int4.ignore="),
+        ("[structured,distill]", ["structured.hidden=0.5", "distill.hidden_weight=1"], "width 32 cannot be compared"),
+    ],
+)  # fmt: skip
+def test_a_link_is_checked_on_what_the_links_before_it_leave(
+    chain: str, settings: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [f"compression.{setting}" for setting in settings]
+    code, directory = leanfit(*TINY, f"compression={chain}", *changes, "trainer.max_steps=1000000")
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert told in said
     assert not (directory / "checkpoints").exists()
 
 
@@ -258,6 +307,29 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(extra: list[str], t
     assert same(weights(whole), weights(broken))
     steps = [line.split(",")[:2] for line in (broken / "metrics.csv").read_text().splitlines()]
     assert len(steps) == len({tuple(step) for step in steps})
+
+
+def test_the_time_of_a_link_counts_what_it_took_before_it_was_interrupted() -> None:
+    def cut_off(self: HoldMasks, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 3:
+            raise RuntimeError("cut off")
+
+    settings = [*TINY, "compression=magnitude", "compression.magnitude.steps=4", "trainer.max_steps=1"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(HoldMasks, "on_train_batch_end", cut_off)
+        code, directory = leanfit(*settings, "trainer.checkpoint_every=2")
+    assert code == 1
+    place = directory / "checkpoints" / "01-magnitude" / "last.ckpt"
+    checkpoint = torch.load(place, weights_only=False)
+    (kept,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("SaveLast"))
+    assert 0 < kept["seconds"] < 600
+    kept["seconds"] = 5000.0
+    checkpoint["callbacks"]["MetricsCsv[magnitude]"]["total"][2] = 4000.0
+    torch.save(checkpoint, place)
+    assert main([f"resume={directory}"]) == 0
+    (stage,) = read_result(directory / "result.json")["stages"]
+    assert 5000 < stage["seconds"] < 5600
+    assert 4000 < stage["train"]["seconds"] < 4600
 
 
 def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

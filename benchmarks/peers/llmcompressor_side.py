@@ -36,6 +36,14 @@ OPT_PAIRS = {
 """What may be scaled against what in OPT, which neither AWQ nor SmoothQuant knows there by itself."""
 
 
+def without_pinning() -> None:
+    """Its AWQ pins memory for an accelerator whether there is one or not, and fails where there is none."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
+
+
 def recipe(method: str, settings: dict[str, Any], opt: bool) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
@@ -52,6 +60,7 @@ def recipe(method: str, settings: dict[str, Any], opt: bool) -> Any:
     if method == "int4_awq":
         from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
+        without_pinning()
         pairs = [AWQMapping(norm, linears) for norm, linears in OPT_PAIRS.items()] if opt else None
         rounding = QuantizationModifier(config_groups=weights(settings), ignore=ignore)
         return [AWQModifier(duo_scaling=True, mappings=pairs), rounding]
@@ -72,10 +81,11 @@ def recipe(method: str, settings: dict[str, Any], opt: bool) -> Any:
 
 def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol.Compress:
     if method == "none":
-        return lambda model, calibration: model
+        return lambda model, draw: model
     modifiers = recipe(method, settings, "OPT" in type(model).__name__)
 
-    def compress(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
+    def compress(model: nn.Module, draw: protocol.Draw) -> nn.Module:
+        calibration = draw.calibration["input_ids"]
         rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in calibration]
         oneshot(
             model=model, dataset=Dataset.from_list(rows), recipe=modifiers, num_calibration_samples=len(rows),

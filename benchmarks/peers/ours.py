@@ -1,7 +1,8 @@
-"""leanfit's side of a comparison: one link of compression, without recovery training, from Python."""
+"""leanfit's side of a comparison: one link of compression from Python; one that trains does so by the common loop."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import protocol
@@ -10,6 +11,7 @@ from torch import nn
 
 import pipeline.layers.schemes  # noqa: F401  (what methods import when they first need it is no cost of theirs)
 from pipeline.app import compose
+from pipeline.artifact import store
 from pipeline.compression.base import Context
 from pipeline.models.architecture import describe
 
@@ -18,19 +20,37 @@ BATCH = 16
 
 def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol.Compress:
     if method == "none":
-        return lambda model, calibration: model
+        return lambda model, draw: model
     typed = [f"compression.{method}.{key}={'null' if value is None else value}" for key, value in settings.items()]
     link = compose([f"compression={method}", *typed]).chain[method]
+    trains = method.endswith("_qat")
 
-    def compress(model: nn.Module, calibration: torch.Tensor) -> nn.Module:
-        batches = [{"input_ids": rows} for rows in calibration.split(BATCH)]
+    def compress(model: nn.Module, draw: protocol.Draw) -> nn.Module:
+        batches = [
+            {name: rows for name, rows in batch.items() if name != "labels"}
+            for batch in protocol.split(draw.calibration, BATCH)
+        ]
+        steps = draw.steps if trains else 0
         context = Context(
-            stage=method, architecture=describe(model), device="cpu", steps=0, seed=0, calibration=lambda: batches
+            stage=method, architecture=describe(model), device="cpu", steps=steps, seed=0, calibration=lambda: batches
         )
-        return link.finalize(link.prepare(model, context), context)
+        model = link.prepare(model, context)
+        if trains:
+            protocol.fit(model, draw)
+        return link.finalize(model, context)
 
     return compress
 
 
+def save(model: nn.Module, directory: Path) -> None:
+    probe = {"input_ids": torch.arange(8)[None]} if describe(model).embeddings else {"pixel_values": _image(model)}
+    store.save(model, directory / "artifact", chain=[], probe=probe)
+
+
+def _image(model: nn.Module) -> torch.Tensor:
+    config: Any = model.config
+    return torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+
+
 if __name__ == "__main__":
-    protocol.run(prepare)
+    protocol.run(prepare, save)

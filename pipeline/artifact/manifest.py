@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from pipeline.errors import ArtifactError
 SCHEMA = 1
 NAME = "manifest.json"
 TENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PROBE = "probe.safetensors"
-REQUIRED = ("config.json", TENSORS, PROBE)
+REQUIRED = ("config.json", PROBE)
 _TYPES: dict[str, type] = {"model": dict, "format": str, "layers": dict, "encodings": dict, "tied": dict, "files": list}
 
 
@@ -28,6 +32,12 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Which of the file `names` of an artifact hold its weights: one file, or the shards of an index."""
+    names = set(names)
+    return [TENSORS] if TENSORS in names else sorted(filter(SHARD.fullmatch, names)) if INDEX in names else []
 
 
 def describe_files(directory: Path) -> list[dict[str, Any]]:
@@ -92,6 +102,9 @@ def check_files(directory: Path, manifest: dict[str, Any]) -> None:
     for name in REQUIRED:
         if name not in listed:
             raise ArtifactError(f"{directory / NAME}: altered, {name} is not among its files")
+    weights = weight_files(listed)
+    if not weights or (weights != [TENSORS] and len(weights) != int(weights[0][-17:-12])):
+        raise ArtifactError(f"{directory / NAME}: altered, {TENSORS} or one of its shards is not among its files")
     for name, entry in listed.items():
         path = directory / name
         if not path.is_file():

@@ -1,9 +1,10 @@
 """The receipt: an artifact, opened in a fresh process, gives the outputs its model gave before it was saved.
 
-`python -m pipeline.artifact.receipt DIRECTORY` prints it as JSON. The same kernels on the same machine with as many
-threads must give a difference of 0; anywhere else the largest may be 1e-3 of the largest output. Where the format is
-public the directory is opened with plain transformers too, which must agree within 1e-3. Models narrower than float32
-are compared there in float32, so that what is compared is the stored weights and not the rounding of two programs.
+`python -m pipeline.artifact.receipt DIRECTORY [PLACE]` prints it as JSON; weights then lie in files in PLACE. The same
+kernels on the same machine with as many threads must give a difference of 0; anywhere else the largest may be 1e-3 of
+the largest output. Where the format is public the directory is opened with plain transformers too, which must agree
+within 1e-3. Models narrower than float32 are compared there in float32, so that what is compared is the stored weights
+and not the rounding of two programs.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ class Receipt:
     tolerance: float | None = None
 
 
-def check(directory: Path) -> Receipt:
-    """The receipt of `directory`, from a fresh process. It never raises for what is wrong with the artifact."""
-    command = [sys.executable, "-m", "pipeline.artifact.receipt", str(Path(directory).resolve())]
+def check(directory: Path, offload_to: Path | None = None) -> Receipt:
+    """The receipt of `directory`, from a fresh process. It never raises for what is wrong with the artifact.
+
+    `offload_to`: where weights lie in files instead of in memory, those that plain transformers unpacks too.
+    """
+    places = [str(Path(place).resolve()) for place in (directory, offload_to) if place is not None]
+    command = [sys.executable, "-m", "pipeline.artifact.receipt", *places]
     done = subprocess.run(command, capture_output=True, text=True, env=environment.child(), check=False)
     try:
         return Receipt(**json.loads(done.stdout.splitlines()[-1]))
@@ -55,7 +60,7 @@ def check(directory: Path) -> Receipt:
         return Receipt(False, None, [f"{directory}: the process that opened it failed: {last}"])
 
 
-def examine(directory: Path) -> Receipt:
+def examine(directory: Path, offload_to: Path | None = None) -> Receipt:
     """The receipt of `directory`, in this process."""
     import torch
     from safetensors.torch import load_file
@@ -70,7 +75,7 @@ def examine(directory: Path) -> Receipt:
         if isinstance(made.get("threads"), int) and 0 < made["threads"] <= 4096:
             torch.set_num_threads(made["threads"])
         device = _device(str(made.get("device", "cpu")))
-        model = store.load(directory, device=device)
+        model = store.load(directory, device=device, offload_to=offload_to)
     except LeanfitError as error:
         return Receipt(False, None, [str(error)])
     stored = load_file(directory / manifests.PROBE, device="cpu")
@@ -95,7 +100,7 @@ def examine(directory: Path) -> Receipt:
     relative = None
     if manifest["format"] != "leanfit":
         try:
-            relative = _against_transformers(directory, manifest, model, batch)
+            relative = _against_transformers(directory, manifest, model, batch, offload_to)
         except Exception as error:  # any failure of plain transformers to open it is what the receipt reports
             problems.append(f"{directory}: transformers cannot open it: {type(error).__name__}: {str(error)[:200]}")
         else:
@@ -125,7 +130,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _against_transformers(
-    directory: Path, manifest: dict[str, Any], model: nn.Module, batch: dict[str, Tensor]
+    directory: Path, manifest: dict[str, Any], model: nn.Module, batch: dict[str, Tensor], offload_to: Path | None
 ) -> float | None:
     """Relative difference of plain transformers' outputs from ours; None for a kind of model without an auto class."""
     import torch
@@ -143,6 +148,8 @@ def _against_transformers(
     plain = getattr(transformers, auto).from_pretrained(
         directory, dtype=dtype, attn_implementation=manifest["model"]["attention"], local_files_only=True
     )
+    if offload_to is not None:
+        _unpack_into_files(plain, offload_to)
     # The product that plain transformers computes: an integer kernel moves single activations over a rounding edge.
     with kernels.forced("float"):
         ours = store.output_of(model.to(dtype), batch).double()
@@ -150,9 +157,24 @@ def _against_transformers(
     return _largest(ours - theirs) / max(_largest(ours), 1e-30)
 
 
+def _unpack_into_files(plain: Any, directory: Path) -> None:
+    """What compressed-tensors does before the first forward pass of `plain`, but each weight goes into a file."""
+    from pipeline.layers.offload import offload_module
+
+    compressor = getattr(getattr(plain, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        from compressed_tensors.compressors import decompress_module
+    for module in plain.modules():
+        if compressor is not None:
+            decompress_module(module, compressor.force_compression_format)
+        offload_module(module, directory)
+    if compressor is not None:
+        compressor.remove_decompression_hook(plain)
+
+
 def main(arguments: list[str]) -> int:
-    """Print the receipt of the one directory named; 0 where it is good, 3 where it is not."""
-    receipt = examine(Path(arguments[0]))
+    """Print the receipt of the directory named first; 0 where it is good, 3 where it is not."""
+    receipt = examine(*map(Path, arguments))
     print(json.dumps(asdict(receipt)))
     return 0 if receipt.ok else 3
 

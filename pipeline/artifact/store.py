@@ -1,18 +1,22 @@
 """Save a model as an artifact directory, and open one. No pickle, no code from the artifact is run.
 
-A directory holds model.safetensors, config.json, manifest.json, probe.safetensors (a small batch and the outputs the
+A directory holds model.safetensors (or, above `SHARD_BYTES`, shards and their index as transformers names them),
+config.json, manifest.json, probe.safetensors (a small batch and the outputs the
 model gave for it before it was saved) and the tokenizer's files. It is written beside its place and renamed, so that
 there is never half an artifact, and an older one is lost only once the new one is whole.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,12 +30,16 @@ from pipeline.artifact import manifest as manifests
 from pipeline.artifact import sparse
 from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
+from pipeline.layers.blockwise import in_dtype_of
+from pipeline.layers.offload import OffloadError, beside, offload
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHARD_BYTES = 50 * 10**9
+"""The largest file of weights; transformers 5 cuts there too."""
 VERSIONED = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -45,8 +53,11 @@ class Count:
 
 def count(model: nn.Module) -> Count:
     """Parameters of a float, masked or quantized model; tied ones once."""
-    tensors = [*(p.detach() for p in model.parameters()), *(q.dequantized() for q in quantized_layers(model).values())]
-    return Count(sum(t.numel() for t in tensors), sum(int(torch.count_nonzero(t)) for t in tensors))
+    elements = nonzero = 0
+    dense = (parameter.detach() for parameter in model.parameters())
+    for tensor in itertools.chain(dense, (layer.dequantized() for layer in quantized_layers(model).values())):
+        elements, nonzero = elements + tensor.numel(), nonzero + int(torch.count_nonzero(tensor))
+    return Count(elements, nonzero)
 
 
 def save(
@@ -81,11 +92,11 @@ def save(
 
     def fill(place: Path) -> dict[str, Any]:
         tensors, tied, encodings = _plain_tensors(model)
-        save_file(tensors, place / manifests.TENSORS, metadata={"format": "pt"})
+        weights = _write_tensors(tensors, place)
         save_file(_probe_tensors(model, probe), place / manifests.PROBE)
         form = format_of(model, encodings)
         write_config(model, place, form)
-        for name in (manifests.TENSORS, manifests.PROBE):
+        for name in (*weights, manifests.PROBE):
             # safetensors makes its files for the owner alone; an artifact's are as readable as any other file.
             shutil.copymode(place / "config.json", place / name)
         if tokenizer is not None:
@@ -160,13 +171,16 @@ def files(directory: Path) -> list[dict[str, Any]]:
 
 def tensor_bytes(directory: Path) -> int:
     """Bytes of the weights on disk."""
-    return (Path(directory) / manifests.TENSORS).stat().st_size
+    directory = Path(directory)
+    return sum((directory / name).stat().st_size for name in manifests.weight_files(os.listdir(directory)))
 
 
-def load(directory: Path, device: str = "cpu", trainable: bool = False) -> nn.Module:
+def load(directory: Path, device: str = "cpu", trainable: bool = False, offload_to: Path | None = None) -> nn.Module:
     """The model of an artifact, in eval mode, on `device`.
 
     `trainable`: in train mode, float parameters with gradients, masks as buffers, so that a chain can go on.
+    `offload_to`: a directory with room for a copy of the weights, which lie there instead of in memory
+    (layers/offload.py).
 
     Raises:
         ArtifactError: a file is missing, truncated, altered or of a newer schema; or it names a class or layer that
@@ -177,8 +191,8 @@ def load(directory: Path, device: str = "cpu", trainable: bool = False) -> nn.Mo
     manifests.check_files(directory, manifest)
     try:
         model = _empty_model(directory, manifest)
-        masks = _fill(model, directory, manifest)
-    except ArtifactError:
+        masks = _fill(model, directory, manifest, offload_to)
+    except (ArtifactError, OffloadError):
         raise
     except Exception as error:  # whatever a hostile or altered file makes a library raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -203,19 +217,24 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(directory))
 
 
-def blueprint(directory: Path) -> nn.Module:
-    """The float model of an artifact on the meta device: names, shapes, config. Raises ArtifactError as `load` does."""
+def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
+    """The float model of an artifact on the meta device: names, shapes, config. Raises ArtifactError as `load` does.
+
+    `quantized`: with the quantized layers that it has.
+    """
+    manifest = read_manifest(directory)
     with torch.device("meta"):
         try:
-            return _empty_model(Path(directory), read_manifest(directory))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            model = _empty_model(Path(directory), manifest)
+            if quantized:
+                _put_layers(model, manifest)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{directory}: altered, {error}") from error
+    return model
 
 
 def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     """The model of the manifest's class and config.json, its weights not initialised."""
-    import json
-
     from transformers.initialization import no_init_weights
 
     cls = model_class(manifest["model"].get("class"))
@@ -255,22 +274,37 @@ def model_class(name: object) -> Any:
     return found
 
 
-def _fill(model: PreTrainedModel, directory: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """Put the stored tensors into `model`, quantized layers in place of float ones. Returns the masks by layer."""
-    from safetensors.torch import load_file
+def _put_layers(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Empty quantized layers of the manifest's kinds in place of the float ones."""
+    from pipeline.layers.schemes import empty_layer, replace
 
-    from pipeline.layers.schemes import empty_layer, join_siblings, replace
-
-    tensors = {name: _aligned(tensor) for name, tensor in load_file(directory / manifests.TENSORS).items()}
-    masks: dict[str, Tensor] = {}
-    for name, encoding in manifest["encodings"].items():
-        tensors[name], masks[name.rpartition(".")[0]] = _decoded(tensors, name, encoding)
     for name, record in manifest["layers"].items():
         if record["scheme"] != "float":
             layer = cast(nn.Linear, model.get_submodule(name))
             quantized = empty_layer(record["scheme"], layer, **record["settings"])
             quantized.sparse = bool(record["sparse"])
             replace(model, name, quantized)
+
+
+def _fill(
+    model: PreTrainedModel, directory: Path, manifest: dict[str, Any], offload_to: Path | None
+) -> dict[str, Tensor]:
+    """Put the stored tensors into `model`, quantized layers in place of float ones. Returns the masks by layer.
+
+    Tensors lie in files in `offload_to`, where it is given.
+    """
+    from safetensors.torch import load_file
+
+    from pipeline.layers.schemes import join_siblings
+
+    keep: Callable[[Tensor], Tensor] = _aligned if offload_to is None else partial(offload, directory=offload_to)
+    tensors: dict[str, Tensor] = {}
+    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
+        tensors.update((name, keep(tensor)) for name, tensor in load_file(directory / file).items())
+    masks: dict[str, Tensor] = {}
+    for name, encoding in manifest["encodings"].items():
+        tensors[name], masks[name.rpartition(".")[0]] = map(keep, _decoded(tensors, name, encoding))
+    _put_layers(model, manifest)
     tied = manifest["tied"]
     result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
     if result.missing_keys or result.unexpected_keys:
@@ -284,8 +318,8 @@ def _fill(model: PreTrainedModel, directory: Path, manifest: dict[str, Any]) -> 
     float_masks = {}
     for name, record in manifest["layers"].items():
         if record["scheme"] == "float":
-            weight = model.get_parameter(f"{name}.weight")
-            float_masks[name] = masks.get(name, weight.detach() != 0)
+            weight = model.get_parameter(f"{name}.weight").detach()
+            float_masks[name] = masks[name] if name in masks else keep(weight != 0)
     return float_masks
 
 
@@ -322,23 +356,49 @@ def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str],
         if stored is None or sparse.encoded_bytes(mask, bits) >= stored.numel() * stored.element_size():
             continue
         del tensors[name]
-        tensors[f"{name}.bitmask"], tensors[f"{name}.values"] = sparse.encode(dense, mask, bits)
+        parts = sparse.encode(dense, mask, bits)
+        tensors[f"{name}.bitmask"], tensors[f"{name}.values"] = (beside(part, stored) for part in parts)
         encodings[name] = {"encoding": "bitmask", "shape": list(dense.shape), "bits": bits, "packed": packed}
     return tensors, tied, encodings
 
 
-def _sparse_tensors(model: nn.Module) -> list[tuple[str, Tensor, Tensor, int, bool]]:
+def _write_tensors(tensors: dict[str, Tensor], place: Path) -> list[str]:
+    """Write `tensors` into one file, or into shards of at most `SHARD_BYTES` (but for larger tensors) with their index.
+
+    Returns the names of the files. The index is that of `save_pretrained`.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(tensors, place / manifests.TENSORS, metadata={"format": "pt"})
+        return [manifests.TENSORS]
+    files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
+        save_file(shard, place / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, shard in files.items() for name in shard},
+    }
+    (place / manifests.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return list(files)
+
+
+def _sparse_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, int, bool]]:
     """(tensor's name, dense values, what is kept, bits a value, whether the stored form is packed)."""
-    found = []
     for name, module in masked_layers(model):
         weight = cast(Tensor, module.weight).detach().cpu()
         mask = cast(Tensor, module.weight_mask).cpu()
-        found.append((f"{name}.weight", weight, mask, weight.element_size() * 8, False))
+        yield f"{name}.weight", weight, mask, weight.element_size() * 8, False
     for name, layer in quantized_layers(model).items():
         if (sparse_values := layer.sparse_values()) is not None:
             leaf, dense = sparse_values[0], sparse_values[1].cpu()
-            found.append((f"{name}.{leaf}", dense, dense != 0, layer.bits, leaf == "weight_packed"))
-    return found
+            yield f"{name}.{leaf}", dense, dense != 0, layer.bits, leaf == "weight_packed"
 
 
 def _layer_records(model: nn.Module) -> dict[str, Any]:
@@ -374,7 +434,7 @@ def output_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     model.eval()
     try:
         with torch.inference_mode():
-            logits: Tensor = model(**batch).logits
+            logits: Tensor = model(**{name: in_dtype_of(model, value) for name, value in batch.items()}).logits
     finally:
         model.train(mode)
     return logits.detach().cpu().contiguous().clone()

@@ -3,7 +3,7 @@
 A method is a pure function first (`quantize_int8(model, ...) -> model`), a thin frozen dataclass second. The runner
 knows no method by name: it reads what is declared here and calls the hooks in this order
 
-    preflight (model on meta) -> prepare -> [fit with callbacks and loss, if trains] -> finalize
+    preflight, reshaped (model on meta) -> prepare -> [fit with callbacks and loss, if trains] -> finalize
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,22 @@ StageLoss = Callable[["nn.Module", dict[str, "torch.Tensor"], TaskLoss], "torch.
 """(model, batch, the task's loss) -> the loss to train with."""
 
 
+class Answer(NamedTuple):
+    """What a teacher says of a batch: logits [B, ..., V], and outputs of the modules that were asked for.
+
+    With `classes` [B, ..., k] the logits [B, ..., k] are those of these classes alone, the teacher's k largest.
+    """
+
+    logits: torch.Tensor
+    seen: dict[str, Any]
+    classes: torch.Tensor | None = None
+
+
 class Teacher(Protocol):
-    """The model that `method.teacher` names: frozen, in eval mode, loaded once for a link, owned by the runner."""
+    """The model that `method.teacher` names: frozen, in eval mode, loaded once for a link, owned by the runner.
+
+    Where the method `records_teacher`, its logits alone, as they were recorded for the fit's batches.
+    """
 
     @property
     def model(self) -> nn.Module:
@@ -37,10 +51,8 @@ class Teacher(Protocol):
     @property
     def architecture(self) -> Architecture: ...
 
-    def __call__(
-        self, batch: Mapping[str, torch.Tensor], observe: Sequence[str] = ()
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """(logits, outputs of the modules named in `observe`) for a batch, without gradients, on the batch's device."""
+    def __call__(self, batch: Mapping[str, torch.Tensor], observe: Sequence[str] = ()) -> Answer:
+        """Logits and outputs of the modules named in `observe`, without gradients, on the batch's device."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +100,27 @@ class Method:
         """What the receipt may demand: the artifact is smaller than before."""
         return True
 
+    @property
+    def records_teacher(self) -> bool:
+        """Whether the fit reads its teacher's logits from disk: the method then has a field `top_k`."""
+        return False
+
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         """Problems that need the model's shapes (a group size that does not divide, a pattern that matches no layer).
 
         `model` is on the meta device. Each message names the key (`compression.<stage>.<key>`), value and fix.
         """
         return []
+
+    def reshaped(self, model: nn.Module, context: Context) -> nn.Module:
+        """The model of the preflight as it leaves this link, for those of later links; on meta where it is another.
+
+        Only methods whose result has other shapes or layers say anything here; `model` itself stays as it is.
+
+        Raises:
+            ConfigError: these settings lead to no model; `preflight` told why.
+        """
+        return model
 
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
         """Before the link's own fit: masks, fake-quant, the student. Later hooks get a context of what it returns."""

@@ -60,6 +60,7 @@ class Distill(Method):
     sequence_weight: Weight
     temperature: Annotated[float, Gt(0)]
     top_k: Annotated[int, Ge(1)] | None
+    cache_logits: bool
     prompt_tokens: Annotated[int, Ge(1)]
     decoding: Literal["greedy", "sample"]
     steps: Annotated[int, Ge(1)] | None
@@ -69,6 +70,10 @@ class Distill(Method):
     def shrinks(self) -> bool:
         """Not where every layer stays: then earlier links say what is claimed."""
         return self.layers != "all"
+
+    @property
+    def records_teacher(self) -> bool:
+        return self.cache_logits
 
     def problems(self) -> list[str]:
         """Settings that contradict each other, and places where there is no model. Imports no torch."""
@@ -80,11 +85,27 @@ class Distill(Method):
             found.append(
                 f"{key}.student={self.student} and {key}.layers={self.layers} are two students; leave one of them null"
             )
+        found += self._cache_problems(key)
         if self.teacher != "self":
             found += _place_problems(f"{key}.teacher", self.teacher, checkpoint=True)
         if self.student is not None:
             found += _place_problems(f"{key}.student", self.student, checkpoint=False)
         return found
+
+    def _cache_problems(self, key: str) -> list[str]:
+        """Losses that need more of the teacher than its recorded logits, or nothing of them."""
+        if not self.cache_logits:
+            return []
+        weights = {name: getattr(self, name) for name in ("hidden_weight", "attention_weight", "sequence_weight")}
+        if needing := [f"{key}.{name}={weight:g}" for name, weight in weights.items() if weight]:
+            verb = "needs" if len(needing) == 1 else "need"
+            return [
+                f"{key}.cache_logits=true: {' and '.join(needing)} {verb} the teacher itself in every step; set "
+                f"{'it' if len(needing) == 1 else 'them'} to 0, or cache_logits=false"
+            ]
+        if not self.logits_weight:
+            return [f"{key}.cache_logits=true: {key}.logits_weight=0 uses no logits; give it a weight, or leave it out"]
+        return []
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         assert context.teacher is not None
@@ -127,6 +148,17 @@ class Distill(Method):
         if told := depth_problem(model, context.architecture, evenly_spaced(total, kept) if total else ()):
             return model, [f"{key}.layers: {told}; let distill follow another link, or give {key}.student=DIR"]
         return model, []
+
+    def reshaped(self, model: nn.Module, context: Context) -> nn.Module:
+        from pipeline.errors import ConfigError
+        from pipeline.layers.depth import described, evenly_spaced
+
+        student, problems = self._preview(model, context)
+        if problems:
+            raise ConfigError(problems)
+        total = len(context.architecture.blocks)
+        kept = self._kept(total, context)
+        return described(model, total, evenly_spaced(total, kept)) if self._drops(context) else student
 
     def _no_effect(self, context: Context) -> list[str]:
         """A model is not distilled into itself."""
@@ -209,9 +241,9 @@ class Distill(Method):
                 total = self.task_weight * task_loss(batch)
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             if any(self._weights().values()):
-                logits, answers = teacher(inputs, theirs)
+                answer = teacher(inputs, theirs)
                 student = self._observed(seen[""].logits, seen, context.architecture)
-                wanted = self._observed(logits, answers, teacher.architecture)
+                wanted = self._observed(answer.logits, answer.seen, teacher.architecture, answer.classes)
                 mask = batch.get("attention_mask")
                 total = total + combined(student, wanted, self._weights(), self.temperature, self.top_k, mask)
             if self.sequence_weight:
@@ -232,7 +264,13 @@ class Distill(Method):
         blocks = [block.name for block in architecture.blocks] if self.hidden_weight else []
         return [*blocks, *(relation_names(architecture) if self.attention_weight else [])]
 
-    def _observed(self, logits: torch.Tensor, seen: Mapping[str, Any], architecture: Architecture) -> Observed:
+    def _observed(
+        self,
+        logits: torch.Tensor,
+        seen: Mapping[str, Any],
+        architecture: Architecture,
+        classes: torch.Tensor | None = None,
+    ) -> Observed:
         from pipeline.layers.distillation import Observed, relation_names
 
         attention = architecture.blocks[-1].attention if self.attention_weight else None
@@ -242,6 +280,7 @@ class Distill(Method):
             logits=logits,
             hidden=[seen[block.name] for block in architecture.blocks] if self.hidden_weight else [],
             relations=[(seen[name], count) for name, count in zip(names, heads, strict=True)],
+            classes=classes,
         )
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:

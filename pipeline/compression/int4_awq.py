@@ -4,7 +4,8 @@ Lin et al., 2024 (arXiv:2306.00978). For each module whose output feeds linear l
 by s = mean|x|^ratio, with the ratio in [0, 1) that gives the least error of what these layers compute; the module
 before is divided by s. Then the range of each group of weights is narrowed where that lowers the error of its part of
 the output. Block by block, each seeing what the quantized blocks before it give; a block takes scales, ranges, both or
-none of them, whichever leaves its output closest.
+none of them, whichever leaves its output closest. Hessians and means are of the whole calibration set; trials that are
+forward passes run on its first tokens (layers/awq.py says how many).
 """
 
 from __future__ import annotations

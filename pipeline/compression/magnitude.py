@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.compression.base import Context
 from pipeline.compression.pruning import Pruner
@@ -42,6 +42,8 @@ def prune_magnitude(model: nn.Module, layers: Sequence[str], sparsity: float, pa
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Pruner):
     """No settings but those of all pruners."""
+
+    by_layer: ClassVar[bool] = True
 
     def prune(
         self, model: nn.Module, layers: Sequence[str], sparsity: float, pattern: str | None, context: Context

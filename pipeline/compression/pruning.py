@@ -38,6 +38,8 @@ class Pruner(Method):
     cannot_follow: ClassVar[frozenset[str]] = frozenset({"quantization"})
     updates: ClassVar[int] = 50
     """How many times, at most, a gradual schedule makes its masks anew."""
+    by_layer: ClassVar[bool] = False
+    """Whether `sparsity` is a layer's: all its weights compete, so that one that is reached already prunes no more."""
 
     sparsity: Annotated[float, Ge(0), Lt(1)] | None
     pattern: str | None
@@ -81,6 +83,23 @@ class Pruner(Method):
             return self.sparsity or 0.0
         keep, block = map(int, self.pattern.split(":"))
         return 1 - keep / block
+
+    def adds_to(self, earlier: Pruner) -> bool:
+        """Whether this link may prune anything of layers that `earlier` has pruned: masks only grow. Imports no torch.
+
+        Without a pattern a smaller target counts as nothing, though it may be one for single rows.
+        """
+        if not set(earlier.ignore) <= set(self.ignore):
+            return True  # it may have spared layers that this one prunes
+        if self.pattern is None:
+            alike = self.by_layer or type(self) is type(earlier)
+            return self.target() > earlier.target() or (self.target() == earlier.target() and not alike)
+        if earlier.pattern is None:
+            return True
+        (had, wide), (keep, block) = (map(int, pattern.split(":")) for pattern in (earlier.pattern, self.pattern))
+        if block % wide == 0:
+            return had * (block // wide) > keep
+        return wide % block != 0 or had > keep
 
     def layers(self, model: nn.Module, context: Context) -> tuple[str, ...]:
         """Names of the layers that are pruned."""

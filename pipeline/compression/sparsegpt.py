@@ -55,6 +55,7 @@ def sparsegpt_prune(
     import torch
 
     from pipeline.layers.hessian import inverse_factor
+    from pipeline.layers.pulse import pulse
     from pipeline.layers.sparsity import n_of_m_mask, parse_pattern, unstructured_mask
 
     rows, columns = weight.shape
@@ -77,6 +78,7 @@ def sparsegpt_prune(
         return found.masked_fill_(~before[start:end], -1)
 
     for start in range(0, columns, block_size):
+        pulse()
         end = min(start + block_size, columns)
         if not group:
             open_here, open_on = int(before[start:end].sum()), int(before[start:].sum())
@@ -162,6 +164,7 @@ class SparseGpt(Pruner):
 
     needs_calibration: ClassVar[bool] = True
     updates: ClassVar[int] = 8
+    by_layer: ClassVar[bool] = True
 
     damping: Annotated[float, Ge(0)]
     block_size: Annotated[int, Ge(1)]

@@ -200,6 +200,17 @@ class Structured(Method):
             )
         return problems
 
+    def reshaped(self, model: nn.Module, context: Context) -> nn.Module:
+        from pipeline.errors import ConfigError
+        from pipeline.layers.structure_plan import plan, planned
+
+        protected = protected_blocks(context.architecture, self.ignore)
+        key = f"compression.{context.stage}"
+        made, problems = plan(model, context.architecture, self.shares(), self.round_to, protected, key)
+        if problems:
+            raise ConfigError(problems)
+        return planned(model, context.architecture, made)
+
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
         """The smaller model: it follows from the model and the calibration set alone, so each rank has the same."""
         from pipeline.errors import LeanfitError

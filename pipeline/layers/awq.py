@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.layers.blockwise import Call, Segment, hidden_of, run_calls
-from pipeline.layers.equalize import Pair, channel_ranges, find_pairs, fold, restored
-from pipeline.layers.hessian import collect
+from pipeline.layers.blockwise import Call, Segment, hidden_of, hooked, run_calls
+from pipeline.layers.equalize import ChannelRange, Pair, find_pairs, fold, restored
+from pipeline.layers.hessian import InputSums, collect
 from pipeline.layers.quantize import Grid, Quantized, quantize_rows, wide
 from pipeline.models.base import Architecture
 
-SEARCH_TOKENS = 4096
-"""On how many tokens, about, scales are tried where a whole attention or gated feed-forward runs for each trial."""
+SEARCH_TOKENS = 2048
+"""How many tokens, about, each trial runs that is a forward pass: the first ones. Hessians and means take them all."""
 
 
 @dataclass
@@ -51,16 +51,15 @@ def search(
     if not segment.calls:
         return Found(nearest)
     pairs = find_pairs(segment, architecture, layers)
-    outputs = [hidden_of(output).cpu() for output in segment.run()]
-    grams = {name: _blocks(root, name, sums.mean(_rows(root, name))) for name, sums in _grams(segment).items()}
-    ranges = channel_ranges(segment, pairs.exact)
+    sample, outputs = _sample(segment)
+    grams, ranges = _statistics(segment, pairs.exact)
     chosen: list[tuple[Pair, Tensor]] = []
     for pair in pairs.exact:
         inputs = ranges[pair.producer].mean
-        scales = _search_scales(segment, pair, pair.from_columns(inputs), grid, n_grid, duo_scaling, grams)
+        scales = _search_scales(sample, pair, pair.from_columns(inputs), grid, n_grid, duo_scaling, grams)
         if scales is not None:
             chosen.append((pair, scales))
-    nearest_error = _error_with(segment, nearest, outputs)
+    nearest_error = _error_with(sample, nearest, outputs)
     best = Found(nearest, [], pairs.refused, (nearest_error, nearest_error))
     parameters = list(_parameters(root, [*layers, *(name for pair, _ in chosen for name in _names(pair))]))
     best_values = [parameter.data for parameter in parameters]
@@ -78,7 +77,7 @@ def search(
         }
         for clipped in (False, True):
             integers = _integers(segment, grid, shrinks if clipped else {})
-            error = _error_with(segment, integers, outputs)
+            error = _error_with(sample, integers, outputs)
             if error < best.errors[0]:
                 done = [pair for pair, _ in scaled]
                 best = Found(integers, done, pairs.refused, (error, nearest_error), clipped)
@@ -241,22 +240,30 @@ def _squared_distance(found: Iterator[Any], expected: Sequence[Tensor]) -> float
     return total
 
 
+def _sample(segment: Segment) -> tuple[Segment, list[Tensor]]:
+    """`segment` with its first calls alone, of SEARCH_TOKENS or a little more, and what it gives for them, on the CPU.
+
+    Samples count as tokens where a segment gives one row each.
+    """
+    outputs: list[Tensor] = []
+    for output in segment.run():
+        outputs.append(hidden_of(output).cpu())
+        if sum(seen.numel() // seen.shape[-1] for seen in outputs) >= SEARCH_TOKENS:
+            break
+    return replace(segment, calls=segment.calls[: len(outputs)]), outputs
+
+
 def _calls(segment: Segment, name: str) -> list[Call]:
-    """How the module `name` is called, on the CPU, until SEARCH_TOKENS were seen."""
+    """How the module `name` is called, on the CPU."""
     calls: list[Call] = []
-    tokens = 0
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal tokens
         calls.append(Call(args, kwargs).on("cpu"))
-        hidden = calls[-1].hidden
-        tokens += hidden.numel() // hidden.shape[-1] if isinstance(hidden, Tensor) else 0
 
     handle = segment.root.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)
     try:
         for _ in segment.run():
-            if tokens >= SEARCH_TOKENS:
-                break
+            pass
     finally:
         handle.remove()
     return calls
@@ -270,14 +277,28 @@ def _common_parent(pair: Pair) -> str:
     return ".".join(shared[:depth])
 
 
-def _grams(segment: Segment) -> dict[str, Any]:
-    return cast(dict[str, Any], collect(segment, segment.layers, full=True))
+def _statistics(segment: Segment, pairs: Sequence[Pair]) -> tuple[dict[str, Tensor], dict[str, ChannelRange]]:
+    """({layer: X^T X over the tokens' number, by blocks}, {producer: ranges of its channels}), in one pass."""
+    ranges = {pair.producer: ChannelRange() for pair in pairs}
+    with hooked(segment.root, {pair.consumers[0]: ranges[pair.producer] for pair in pairs}):
+        sums = collect(segment, segment.layers, full=True)
+    readers: dict[InputSums, list[str]] = {}
+    for name in segment.layers:
+        readers.setdefault(sums.pop(name), []).append(name)
+    grams: dict[str, Tensor] = {}
+    while readers:  # layers that read the same tensor share one matrix
+        one, names = readers.popitem()
+        gram = one.mean(_rows(segment.root, names[0]))
+        grams |= dict.fromkeys(names, _blocks(segment.root, names[0], gram))
+    return grams, ranges
 
 
 def _blocks(root: nn.Module, name: str, gram: Tensor) -> Tensor:
     """[columns, columns] -> [blocks, columns of a block, ...]: one block, or one a group of a convolution."""
     layer = root.get_submodule(name)
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    if groups == 1:
+        return gram.unsqueeze(0)
     size = len(gram) // groups
     return torch.stack([gram[at : at + size, at : at + size] for at in range(0, len(gram), size)])
 

@@ -7,8 +7,9 @@
                                                    # the next block's inputs are then computed with the changed ones
 
 Frantar et al., 2023 (arXiv:2210.17323) go through a model so. Only one block's working set is on the device at once;
-the hidden states between blocks wait on the CPU. A model without a chain of blocks (or whose blocks are called in a way
-that is no chain) is one segment: itself. Layers outside of the blocks come last, in a segment that is the whole model.
+the hidden states between blocks wait on the CPU, or in files where the weights do (layers/offload.py). A model without
+a chain of blocks (or whose blocks are called in a way that is no chain) is one segment: itself. Layers outside of the
+blocks come last, in a segment that is the whole model.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from pipeline.layers.offload import offload, place_of_model
+from pipeline.layers.pulse import pulse
 from pipeline.models.base import Architecture
 
 Batch = Mapping[str, Tensor]
@@ -47,6 +51,16 @@ class Call:
         if self.args:
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, "hidden_states": hidden})
+
+    def sharing(self, other: Call) -> Call:
+        """The call with tensors of `other` in place of its own where they are the same, but for the hidden states."""
+        leaves, structure = tree_flatten(self._parts())
+        others, alike = tree_flatten(other._parts())
+        if alike != structure:
+            return self
+        pairs = zip(leaves, others, strict=True)
+        shared = Call(*tree_unflatten([theirs if _equal(own, theirs) else own for own, theirs in pairs], structure))
+        return shared.with_hidden(self.hidden) if isinstance(self.hidden, Tensor) else shared
 
     def first_row(self) -> Call:
         """The call with the first sample alone: of every tensor that has one for each sample, as the hidden states."""
@@ -86,7 +100,7 @@ class Segment:
         Layers that are given the same tensor (query, key, value) are given it in turn, so an observer that is the same
         object for all of them can skip what it has just seen.
         """
-        with _hooked(self.root, observers):
+        with hooked(self.root, observers):
             for _ in self.run():
                 pass
 
@@ -94,6 +108,7 @@ class Segment:
 def run_calls(module: nn.Module, calls: Iterable[Call], device: str) -> Iterator[Any]:
     """What `module` gives for each call, on `device`, without gradients."""
     for call in calls:
+        pulse()
         moved = call.on(device)
         with torch.no_grad():
             output = module(*moved.args, **moved.kwargs)
@@ -101,7 +116,9 @@ def run_calls(module: nn.Module, calls: Iterable[Call], device: str) -> Iterator
 
 
 @contextmanager
-def _hooked(root: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+def hooked(root: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+    """Within the context `observers[name]` is given each input of the layer `name`."""
+
     def hook(observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: observer(args[0].detach())
 
@@ -134,9 +151,11 @@ def _segments(
 ) -> Iterator[Segment]:
     names = [block.name for block in architecture.blocks]
     inside = {name: tuple(layer for layer in layers if layer.startswith(f"{name}.")) for name in names}
+    place = place_of_model(model)
+    keep: Callable[[Tensor], Tensor] = Tensor.cpu if place is None else partial(offload, directory=place)
     chained = bool(batches) and any(inside.values()) and is_chain(model, names, batches[0], device)
     if chained:
-        calls = _first_calls(model, names[0], batches, device)
+        calls = _first_calls(model, names[0], batches, device, keep)
         last = max(index for index, name in enumerate(names) if inside[name])
         for index, name in enumerate(names[: last + 1]):
             segment = Segment(name, model.get_submodule(name), inside[name], model, calls, device)
@@ -144,8 +163,8 @@ def _segments(
                 yield segment
             if index < last:
                 segment.module = model.get_submodule(name)  # it may have been replaced
-                outputs = segment.run()
-                calls = [call.with_hidden(hidden_of(output).cpu()) for call, output in zip(calls, outputs, strict=True)]
+                for number, output in enumerate(segment.run()):  # at once in place of the inputs, which go
+                    calls[number] = calls[number].with_hidden(keep(hidden_of(output)))
     done = {layer for found in inside.values() for layer in found} if chained else set()
     rest = tuple(layer for layer in layers if layer not in done)
     if rest:
@@ -156,19 +175,35 @@ def _segments(
 def model_inputs(model: nn.Module, batch: Batch, device: str | torch.device) -> dict[str, Any]:
     """A batch as the model takes it, on `device`; language models are not to build a cache."""
     quiet = {"use_cache": False} if "input_ids" in batch and hasattr(model, "config") else {}
-    return {**{name: tensor.to(device) for name, tensor in batch.items()}, **quiet}
+    return {**{name: in_dtype_of(model, tensor).to(device) for name, tensor in batch.items()}, **quiet}
+
+
+def in_dtype_of(model: nn.Module, value: Tensor) -> Tensor:
+    """`value`, if it is of floats (images), in the dtype of the model's weights: its first layer takes no other."""
+    if not value.is_floating_point():
+        return value
+    weights = (tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
+    return value.to(next(weights, value.dtype))
 
 
 class _StopForwardError(Exception):
     pass
 
 
-def _first_calls(model: nn.Module, first: str, batches: Sequence[Batch], device: str) -> list[Call]:
-    """How the model calls its first block, for each batch; the rest of the forward pass is not run."""
+def _first_calls(
+    model: nn.Module, first: str, batches: Sequence[Batch], device: str, keep: Callable[[Tensor], Tensor]
+) -> list[Call]:
+    """How the model calls its first block, for each batch; the rest of the forward pass is not run.
+
+    Hidden states are put away by `keep`. Other arguments that are the same in all calls (masks, rotary positions) are
+    held once.
+    """
     calls: list[Call] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(args, kwargs).on("cpu"))
+        call = Call(args, kwargs).on("cpu")
+        call = call.with_hidden(keep(call.hidden)) if isinstance(call.hidden, Tensor) else call
+        calls.append(call.sharing(calls[0]) if calls else call)
         raise _StopForwardError
 
     handle = model.get_submodule(first).register_forward_pre_hook(stop, with_kwargs=True)
@@ -206,6 +241,11 @@ def is_chain(model: nn.Module, names: Sequence[str], batch: Batch, device: str =
         if hidden_of(output) is not after.hidden or not _same_rest(before, after):
             return False
     return True
+
+
+def _equal(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return tensors and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def _same_rest(before: Call, after: Call) -> bool:

@@ -78,18 +78,30 @@ def depth_problem(model: nn.Module, architecture: Architecture, kept: Sequence[i
     total, kind = len(architecture.blocks), type(model).__name__
     if total == 0:
         return f"{kind} has no stack of equal blocks"
-    config = copy.deepcopy(getattr(model, "config", None))
-    if not _count(config, total, kept):
+    if not _count(copy.deepcopy(getattr(model, "config", None)), total, kept):
         return f"the config of {kind} does not count its {total} blocks, so none can be dropped"
     try:
-        with torch.device("meta"):
-            twin = type(model)(config)
+        twin = described(model, total, kept)
     except Exception as error:  # whatever a model's class makes of a config it was not meant for
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{kind} cannot be built with {len(kept)} blocks: {first}"
     if _shapes(twin) != _shapes(model, _stack(architecture), kept):
         return f"{kind} with {len(kept)} blocks has other layers than those of its blocks {list(kept)}"
     return None
+
+
+def described(model: nn.Module, total: int, kept: Sequence[int], config: Any = None) -> nn.Module:
+    """The model that `config` (default: the model's own) describes once it counts the blocks `kept` of `total` alone.
+
+    It is of the class and the data type of `model`, on the meta device.
+    """
+    config = copy.deepcopy(getattr(model, "config", None) if config is None else config)
+    if len(kept) < total:
+        _count(config, total, kept)
+    with torch.device("meta"):
+        twin = type(model)(config)
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return twin.to(next(dtypes, torch.float32)).train(model.training)
 
 
 def _stack(architecture: Architecture) -> str:

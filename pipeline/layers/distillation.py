@@ -28,13 +28,14 @@ from pipeline.models.base import Architecture
 class Observed:
     """What the losses look at in one forward pass; parts that no loss needs are left empty.
 
-    `logits` [..., V]; `hidden`: each block's output; `relations`: (projection [B, T, width], its head count) of the
-    last block's query, key and value.
+    `logits` [..., V], or [..., k] of the `classes` [..., k] alone; `hidden`: each block's output; `relations`:
+    (projection [B, T, width], its head count) of the last block's query, key and value.
     """
 
     logits: Tensor | None = None
     hidden: Sequence[Tensor] = ()
     relations: Sequence[tuple[Tensor, int]] = ()
+    classes: Tensor | None = None
 
 
 @contextmanager
@@ -76,15 +77,23 @@ def head_size(model: nn.Module) -> int | None:
 
 
 def logits_loss(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, top_k: int | None = None, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    mask: Tensor | None = None,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, mean over all rows of logits [..., V].
 
     T^2 keeps gradients at the size they have at T = 1. `top_k`: only the teacher's k largest logits of a row count, and
-    both distributions are those over these k. `mask` [...]: rows where it is 0 are left out.
+    both distributions are those over these k. `classes` [..., k]: which ones `teacher` [..., k] holds, where it was cut
+    to them before. `mask` [...]: rows where it is 0 are left out.
     """
     student, teacher = _wide(student), _wide(teacher)
-    if top_k is not None and top_k < teacher.shape[-1]:
+    if classes is not None:
+        student = student.gather(-1, classes)
+    elif top_k is not None and top_k < teacher.shape[-1]:
         teacher, indices = teacher.topk(top_k, dim=-1)
         student = student.gather(-1, indices)
     return temperature**2 * _mean(_divergence(student / temperature, teacher / temperature), mask)
@@ -168,7 +177,8 @@ def combined(
         if student.logits is None or teacher.logits is None:
             raise ValueError("logits were not observed")
         rows = mask if mask is not None and mask.shape == student.logits.shape[:-1] else None
-        terms.append(weights["logits"] * logits_loss(student.logits, teacher.logits, temperature, top_k, rows))
+        loss = logits_loss(student.logits, teacher.logits, temperature, top_k, rows, teacher.classes)
+        terms.append(weights["logits"] * loss)
     if weights.get("hidden"):
         terms.append(weights["hidden"] * hidden_loss(student.hidden, teacher.hidden, mask))
     if weights.get("relations"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.errors import LeanfitError
 from pipeline.layers import conv, embedding, float8, linear, lora, nf4, static
+from pipeline.layers.offload import offload_module, place_of
 from pipeline.layers.quantize import Quantized
 from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
 from pipeline.layers.select import select
@@ -94,7 +95,10 @@ def empty_layer(scheme: str, layer: FloatLayer, **settings: Any) -> QuantizedLay
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where `name` is in `model`."""
+    """Put `layer` where `name` is in `model`, its tensors into files where those of the layer before are."""
+    before = getattr(model.get_submodule(name), "weight", None)
+    if isinstance(before, torch.Tensor) and (place := place_of(before)) is not None:
+        offload_module(layer, place)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
 
@@ -104,13 +108,15 @@ def quantization_detail(
 ) -> dict[str, Any]:
     """JSON facts of a quantized model: which layers, how many bits, by which kernels, what stayed in float and why."""
     found = quantized_layers(model)
-    weights = [layer.dequantized() for layer in found.values()]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    zeros = elements = 0
+    for layer in found.values():
+        weight = layer.dequantized()
+        zeros, elements = zeros + int((weight == 0).sum()), elements + weight.numel()
     return {
         "layers": len(found),
         "layer_names": list(found),
         "bits": {name: layer.bits for name, layer in found.items()},
         "kernel": dict(Counter(layer.kernel for layer in found.values())),
         "left_in_float": select(model, architecture, ignore, types).left_in_float,
-        "sparsity": zeros / max(1, sum(weight.numel() for weight in weights)),
+        "sparsity": zeros / max(1, elements),
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.offload import beside
 
 MASK = "weight_mask"
 
@@ -74,7 +75,7 @@ def set_mask(layer: nn.Module, mask: Tensor) -> None:
     """Give `layer` this mask (what was pruned before stays pruned) and zero the weights it prunes."""
     old = getattr(layer, MASK, None)
     if old is None:
-        layer.register_buffer(MASK, mask)
+        layer.register_buffer(MASK, beside(mask, cast(Tensor, layer.weight)))
     else:
         old.logical_and_(mask)
     with torch.no_grad():

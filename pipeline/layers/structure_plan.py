@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.layers.depth import depth_problem
+from pipeline.layers.depth import depth_problem, described
 from pipeline.layers.structure import (
     EMBEDDING,
     FFN,
@@ -93,6 +93,13 @@ def plan(
     if convolutional:
         return _convolutional(model, architecture, asked, protected, key)
     return _transformer(model, architecture, asked, round_to, protected, key)
+
+
+def planned(model: Any, architecture: Architecture, made: Plan) -> nn.Module:
+    """What `made` leaves of `model`, on the meta device: sizes do not depend on which units and blocks will go."""
+    total = len(architecture.blocks)
+    config = changed_config(model.config, made.changes)
+    return described(model, total, range(total if made.blocks is None else made.blocks), config)
 
 
 def least(size: int, share: float) -> int:

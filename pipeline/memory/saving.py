@@ -1,4 +1,4 @@
-"""Less memory while training: blocks computed twice, gradients freed early.
+"""Less memory while training: blocks computed twice, gradients freed early, or used up while they are computed.
 
 Activation checkpointing: `full` (Chen et al., 2016, arXiv:1604.06174) keeps each block's input and runs the block
 again in the backward pass. `selective` keeps the results of the large products and of fused attention as well and
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pipeline.errors import ConfigError
 from pipeline.layers.decoding import CACHES
+from pipeline.optimizers.stepping import step_in_backward
 
 Mode = Literal["none", "full", "selective"]
 KEPT = frozenset(
@@ -152,3 +153,13 @@ class ReleaseGradients(lightning.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)
+
+
+class StepInBackward(lightning.Callback):
+    """Each weight is stepped, and its gradient freed, within the backward pass."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.remove = step_in_backward(trainer.optimizers[0])
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.remove()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from pipeline.registry import register
 
@@ -15,8 +17,13 @@ class Memory:
 
     `activation_checkpointing`: `full` keeps only each block's input and recomputes the block in the backward pass
     (Chen et al., 2016, arXiv:1604.06174); `selective` keeps the results of matrix products and recomputes the rest.
+
+    `step_in_backward` steps each weight as soon as its gradient is there and frees the gradient. `loss_chunks`: a
+    language model's logits are computed, and computed again in the backward pass, for so many parts of a batch in turn.
     """
 
     name: str
     release_gradients: bool
     activation_checkpointing: Literal["none", "full", "selective"]
+    step_in_backward: bool
+    loss_chunks: Annotated[int, Ge(1)]

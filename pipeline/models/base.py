@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +36,10 @@ class Model:
 
         Under `torch.device("meta")` it allocates nothing.
         """
+
+    def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> nn.Module:
+        """As `build`; pretrained weights, in `dtype`, may lie in files in `directory` instead of in memory."""
+        return self.build(spec)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that belongs to the model; None where the task has none."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,11 +18,13 @@ from pipeline.models.base import Model, TaskName
 from pipeline.registry import register
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.base import DataSpec
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @register("model", "hf")
@@ -57,7 +61,7 @@ class HuggingFace(Model):
             return [f"{said} has a config.json that cannot be read: {error}"]
         if not isinstance(config, dict):
             return [f"{said} has a config.json that holds no mapping; save the model again"]
-        return _config_problems(said, config)
+        return _config_problems(said, config) + _file_problems(said, path)
 
     def build(self, spec: DataSpec) -> PreTrainedModel:
         """The pretrained model in float32 and train mode; under `torch.device("meta")` its shapes alone.
@@ -67,8 +71,64 @@ class HuggingFace(Model):
                 fewer positions or tokens than `spec` asks for.
         """
         import torch
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+
+        config = self._config(spec)
+        auto: Any = AutoModelForCausalLM
+        if torch.get_default_device().type == "meta":
+            model = self._opened(lambda: (auto.from_config(config, dtype=torch.float32, trust_remote_code=False), {}))
+        else:
+            model = self._opened(
+                lambda: auto.from_pretrained(
+                    self.source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                )
+            )
+        return cast("PreTrainedModel", model.train())
+
+    def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
+        """The model of `build` with weights in `dtype`, each in a file of its own in `directory` (layers/offload.py).
+
+        The checkpoint is read shard by shard and tensor by tensor. One that is not local, or no safetensors, is opened
+        in memory. Raises as `build` does.
+        """
+        import torch
+        from safetensors import safe_open
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        from pipeline.layers.offload import offload, offload_module
+
+        local = Path(self.source)
+        files = sorted({local / name for name in _weight_map(local).values()}) if local.is_dir() else []
+        if not files:
+            return self.build(spec)
+        config = self._config(spec)
+
+        def read() -> tuple[Any, dict[str, Any]]:
+            weights = {}
+            for file in files:
+                with safe_open(file, "pt") as shard:
+                    names: list[str] = shard.keys()
+                    for name in names:
+                        tensor = shard.get_tensor(name)
+                        weights[name] = offload(tensor, directory, dtype if tensor.is_floating_point() else None)
+            auto: Any = AutoModelForCausalLM
+            with torch.device("meta"):
+                cls = type(auto.from_config(config, trust_remote_code=False))
+            model, loading = cls.from_pretrained(
+                None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
+            )
+            if (local / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(local)
+            return model, loading
+
+        model = self._opened(read)
+        for module in model.modules():  # what transformers puts together from several tensors
+            offload_module(module, directory)
+        return cast("PreTrainedModel", model.train())
+
+    def _config(self, spec: DataSpec) -> Any:
+        """The config of the checkpoint. Raises ConfigError as `build` does."""
+        from transformers import AutoConfig
 
         said = f"model.pretrained={self.pretrained}"
         try:
@@ -77,23 +137,23 @@ class HuggingFace(Model):
             raise ConfigError(f"{said} cannot be opened: {_first_line(error)}") from error
         if found := _config_problems(said, config.to_dict()) + _spec_problems(said, config, spec):
             raise ConfigError(found)
-        auto: Any = AutoModelForCausalLM
-        model: PreTrainedModel
+        return config
+
+    def _opened(self, read: Callable[[], tuple[Any, dict[str, Any]]]) -> PreTrainedModel:
+        """The model that `read` gives beside transformers' loading info, errors in one line, no weight made up."""
+        from safetensors import SafetensorError
+
+        said = f"model.pretrained={self.pretrained}"
         try:
-            if torch.get_default_device().type == "meta":
-                model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-                return cast("PreTrainedModel", model.train())
-            model, loading = auto.from_pretrained(
-                self.source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
+            model, loading = read()
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{said} cannot be opened: {_first_line(error)}") from error
         # transformers fills what a file lacks with random numbers and goes on.
-        if absent := sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]})):
+        if absent := sorted(map(str, {*loading.get("missing_keys", ()), *loading.get("mismatched_keys", ())})):
             raise ConfigError(
                 f"{said} lacks {len(absent)} of the model's weights, such as {absent[0]}; it is incomplete"
             )
-        return cast("PreTrainedModel", model.train())
+        return cast("PreTrainedModel", model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ConfigError where there is none."""
@@ -132,6 +192,57 @@ def _config_problems(said: str, config: dict[str, Any]) -> list[str]:
             "give the float model it was made from"
         )
     return found
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """{tensor: file} of an index, {"": the one file} without; empty where the weights are no safetensors.
+
+    Raises:
+        ValueError: an index that names no files beside it.
+    """
+    if (directory / WEIGHTS).is_file():
+        return {"": WEIGHTS}
+    if not (directory / INDEX).is_file():
+        return {}
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
+        raise ValueError(f"{INDEX} holds no weight_map of files beside it")
+    return files
+
+
+def _file_problems(said: str, directory: Path) -> list[str]:
+    """Shards that are missing or cut short, by their sizes and headers alone. Imports no torch."""
+    try:
+        files = sorted(set(_weight_map(directory).values()))
+    except (ValueError, RecursionError, OSError) as error:
+        return [f"{said} cannot be opened: {_first_line(error)}"]
+    found = []
+    for name in files:
+        path = directory / name
+        if not path.is_file():
+            found.append(f"{said} is incomplete: {name} is missing; copy or download it again")
+        elif (told := _safetensors_problem(path)) is not None:
+            found.append(f"{said} cannot be opened: {name} {told}; copy or download it again")
+    return found
+
+
+def _safetensors_problem(path: Path) -> str | None:
+    """What is wrong with the length of a safetensors file: eight bytes, a JSON header of that many, the tensors."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                return f"is truncated: {size} bytes, and its header alone has {length}"
+            header = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (struct.error, ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError, OSError):
+        return "is no safetensors file, or an altered one"
+    return (
+        None if size == whole else f"is {'truncated' if size < whole else 'altered'}: {size} bytes instead of {whole}"
+    )
 
 
 def _spec_problems(said: str, config: Any, spec: DataSpec) -> list[str]:

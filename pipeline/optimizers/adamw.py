@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -25,27 +24,39 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 class AdamW(Optimizer):
     """`betas`: decay of the running means of the gradient and of its square. `eps`: added to the root of the latter.
 
-    `fused` null: one kernel for the whole step where the weights' device and dtype have it, else a plain loop; true
-    or false: exactly that. The `foreach` kind is never used: it needs another copy of the gradients.
+    `implementation`: `fused` is one kernel for the whole step; `foreach` takes all weights at once and holds another
+    copy of the gradients for a moment; `plain` goes from weight to weight. `auto`: fused where the weights' device and
+    dtype have it, plain elsewhere.
     """
+
+    steps_shards: ClassVar[bool] = True
 
     betas: tuple[Beta, Beta]
     eps: Annotated[float, Gt(0)]
-    fused: bool | None
+    implementation: Literal["auto", "fused", "foreach", "plain"]
 
-    def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    def build(self, model: nn.Module, lr: float) -> torch.optim.AdamW:
         """Raises ConfigError where `fused` is demanded and cannot be had."""
         import torch
 
-        groups = decay_groups(parameters, self.weight_decay)
-        possible = all(fusible(weight) for group in groups for weight in group["params"])
-        if self.fused and not possible:
+        groups = decay_groups(model.parameters(), self.weight_decay)
+        weights = [weight for group in groups for weight in group["params"]]
+        # One kernel for all takes weights that are spread over devices alike (tensor parallelism leaves some whole).
+        alike = len({getattr(weight, "device_mesh", None) for weight in weights}) == 1
+        possible = alike and all(fusible(weight) for weight in weights)
+        if self.implementation == "fused" and not possible:
             raise ConfigError(
-                f"optimizer.fused=true: these weights have no fused kernel, which takes floats on "
-                f"{', '.join(FUSED_DEVICES)}; use optimizer.fused=null"
+                f"optimizer.implementation=fused: these weights have no fused kernel, which takes floats on "
+                f"{', '.join(FUSED_DEVICES)}, all of them split over devices or none; use optimizer.implementation=auto"
             )
-        fused = possible if self.fused is None else self.fused
-        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused, foreach=False)
+        fused = possible if self.implementation == "auto" else self.implementation == "fused"
+        foreach = self.implementation == "foreach"
+        if foreach and not alike:
+            raise ConfigError(
+                "optimizer.implementation=foreach: some weights are split over devices and some are not; "
+                "use optimizer.implementation=auto"
+            )
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=fused, foreach=foreach)
 
 
 def fusible(weight: torch.Tensor) -> bool:

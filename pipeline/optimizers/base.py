@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Optimizer:
     """An `optimizer` choice."""
 
+    steps_shards: ClassVar[bool] = False
+    """Whether it steps weights of which a rank holds a part (DTensor)."""
     name: str
     lr: Annotated[float, Gt(0)]
     weight_decay: Annotated[float, Ge(0)]
@@ -27,11 +29,18 @@ class Optimizer:
     min_lr_ratio: Annotated[float, Ge(0), Le(1)]
 
     @abstractmethod
-    def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """The torch optimizer at peak learning rate `lr`; decay spares vectors (norms, biases)."""
+    def build(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """The torch optimizer of what `model` trains, at peak learning rate `lr`; decay spares vectors (norms, biases).
+
+        Raises ValueError where nothing can be trained.
+        """
 
     def problems(self) -> list[str]:
         """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
+        return []
+
+    def shape_problems(self, model: nn.Module) -> list[str]:
+        """Why it cannot train a model of these shapes (on the meta device)."""
         return []
 
     def factor(self, step: int, steps: int) -> float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Lt
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 class SGD(Optimizer):
     """`momentum` 0 keeps no state at all: the leanest optimizer there is."""
 
+    steps_shards: ClassVar[bool] = True
+
     momentum: Annotated[float, Ge(0), Lt(1)]
     nesterov: bool
 
@@ -31,11 +32,11 @@ class SGD(Optimizer):
             ]
         return []
 
-    def build(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.SGD:
+    def build(self, model: nn.Module, lr: float) -> torch.optim.SGD:
         import torch
 
         return torch.optim.SGD(
-            decay_groups(parameters, self.weight_decay),
+            decay_groups(model.parameters(), self.weight_decay),
             lr=lr,
             momentum=self.momentum,
             nesterov=self.nesterov,

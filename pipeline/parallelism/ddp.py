@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.errors import ConfigError
-from pipeline.parallelism.base import Parallelism
+from pipeline.parallelism.base import Parallelism, backend
 from pipeline.registry import register
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
-
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @register("parallelism", "ddp")
@@ -36,13 +33,8 @@ class DDP(Parallelism):
         """Raises ConfigError for a device between whose copies nothing can be sent."""
         from lightning.pytorch.strategies import DDPStrategy
 
-        if device not in BACKENDS:
-            raise ConfigError(
-                f"parallelism=ddp: device={device} has no communication backend; "
-                "use parallelism=single, or device=cpu or device=cuda"
-            )
         return DDPStrategy(
-            process_group_backend=BACKENDS[device],
+            process_group_backend=backend("ddp", device),
             find_unused_parameters=False,
             gradient_as_bucket_view=self.bucket_view,
             static_graph=self.static_graph,

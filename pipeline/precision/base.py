@@ -22,6 +22,8 @@ class Precision:
 
     name: str
     dtype: Dtype
+    gradient_dtype: Literal["float32", "bfloat16"] | None
+    """dtype in which gradients are held and summed; None: that of the weights."""
 
     def problems(self) -> list[str]:
         """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
@@ -46,6 +48,30 @@ class Precision:
         from pipeline.precision.plugins import convert_floating
 
         return convert_floating(module, self.weight_dtype)
+
+    def prepare_training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """What holds beyond the plugin while `optimizer` trains `model`: the gradients' dtype."""
+        import torch
+
+        from pipeline.optimizers.stepping import step_one_by_one
+
+        if self.gradient_dtype is None and not self.rounds_stochastically:
+            return
+        if self.gradient_dtype is not None:
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.grad_dtype = getattr(torch, self.gradient_dtype)
+        step_one_by_one(optimizer, stochastic=self.rounds_stochastically)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, so that steps which overflow are skipped."""
+        return False
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        """Whether updates of bfloat16 weights are rounded by chance."""
+        return False
 
     @abstractmethod
     def plugin(self, device: str) -> LightningPrecision:

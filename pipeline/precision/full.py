@@ -18,7 +18,24 @@ if TYPE_CHECKING:
 @register("precision", "full")
 @dataclass(frozen=True, kw_only=True)
 class Full(Precision):
-    """One dtype for everything. float16 has no loss scaling here: gradients below 6e-8 vanish."""
+    """One dtype for everything. float16 has no loss scaling here: gradients below 6e-8 vanish.
+
+    `stochastic_rounding`: bfloat16 weights are updated in float32, one at a time, and rounded up or down by chance, so
+    that updates too small for the nearest bfloat16 count on average.
+    """
+
+    stochastic_rounding: bool
+
+    def problems(self) -> list[str]:
+        if self.stochastic_rounding and self.dtype != "bfloat16":
+            return [
+                f"precision.stochastic_rounding=true is for bfloat16 weights, not {self.dtype}; use precision=bf16-true"
+            ]
+        return []
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        return self.stochastic_rounding
 
     @property
     def label(self) -> str:

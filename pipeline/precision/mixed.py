@@ -37,6 +37,10 @@ class Mixed(Precision):
         return f"{BITS[self.dtype]}-mixed"
 
     @property
+    def scales_loss(self) -> bool:
+        return self.dtype == "float16"
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         import torch
 

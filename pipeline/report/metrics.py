@@ -80,6 +80,7 @@ class MetricsCsv(Callback):
         log_every: int,
         unit: str = "tokens/s",
         skip: Callable[[int], bool] = never,
+        data_ranks: int = 1,
     ) -> None:
         if log_every < 1:
             raise ValueError(f"log_every={log_every} must be at least 1")
@@ -87,6 +88,7 @@ class MetricsCsv(Callback):
         self.last: Row | None = None
         """The newest row, which the progress bar shows."""
         self._count, self._log_every, self._skip = count, log_every, skip
+        self._data_ranks = data_ranks
         self._file: TextIO | None = None
         self._loss_sum: torch.Tensor | float = 0.0
         self._micro_batches = 0
@@ -168,10 +170,10 @@ class MetricsCsv(Callback):
         if outputs is not None:
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
             # Lightning has divided it by the number of micro batches in a step.
-            self._loss_sum = self._loss_sum + loss.detach().float() * trainer.accumulate_grad_batches
+            self._loss_sum = self._loss_sum + loss.detach() * trainer.accumulate_grad_batches
             self._micro_batches += 1
-        self._pending[0] += self._count(batch) * trainer.world_size
-        self._pending[1] += _samples(batch) * trainer.world_size
+        self._pending[0] += self._count(batch) * self._data_ranks
+        self._pending[1] += _samples(batch) * self._data_ranks
         step = trainer.global_step
         if step == self._step:
             return

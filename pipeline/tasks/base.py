@@ -45,8 +45,8 @@ class Task(ABC):
     unit: ClassVar[Literal["tokens/s", "samples/s"]]
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Mean loss of a batch in nats, a float32 scalar with a graph."""
+    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1) -> torch.Tensor:
+        """Mean loss of a batch in nats, a float32 scalar with a graph; logits held for one of `chunks` parts only."""
 
     @abstractmethod
     def count(self, batch: Batch) -> int:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
+from pipeline.layers.chunked_loss import before_head, chunked_cross_entropy
 from pipeline.layers.decoding import decode
 from pipeline.models.architecture import positions
 from pipeline.tasks.base import Batch, Quality, Speed, Task
@@ -47,8 +48,11 @@ class CausalLM(Task):
     direction: ClassVar[Literal["lower", "higher"]] = "lower"
     unit: ClassVar[Literal["tokens/s", "samples/s"]] = "tokens/s"
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1) -> torch.Tensor:
         """Mean cross-entropy in nats a predicted token, in float32 (float64 where the model computes in it)."""
+        if chunks > 1:
+            hidden, head = before_head(model, batch["input_ids"])
+            return chunked_cross_entropy(hidden, head, shifted(batch["labels"]), chunks)
         return _nll(_logits(model, batch["input_ids"]), batch["labels"], "mean")
 
     def count(self, batch: Batch) -> int:
@@ -181,12 +185,17 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Te
     The labels are moved, not the logits cut: a view of all but the last position would have to be copied, and logits
     are the largest tensor of a small model.
     """
-    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    targets = shifted(labels)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.flatten(), ignore_index=IGNORED, reduction=reduction
     )
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """What each position of `labels` [B, T] predicts: the next one; the last predicts nothing."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def _exp(nats: float) -> float:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.data.loader import evaluation_loader
+from pipeline.layers.blockwise import in_dtype_of
 from pipeline.tasks.base import Batch, Quality, Speed, Task
 from pipeline.tasks.measuring import inference, wait
 
@@ -36,7 +37,7 @@ class ImageClassification(Task):
     direction: ClassVar[Literal["lower", "higher"]] = "higher"
     unit: ClassVar[Literal["tokens/s", "samples/s"]] = "samples/s"
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1) -> torch.Tensor:
         """Mean cross-entropy in nats an image, in float32 (float64 where the model computes in it)."""
         return functional.cross_entropy(_logits(model, batch["pixel_values"]), batch["labels"])
 
@@ -89,10 +90,8 @@ class ImageClassification(Task):
 
 
 def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Logits [B, classes], in float32 at least. Images are given in the weights' dtype, as the model's first layer
-    takes no other."""
-    weights = (tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
-    logits = cast(torch.Tensor, model(pixel_values=images.to(next(weights, images.dtype))).logits)
+    """Logits [B, classes], in float32 at least."""
+    logits = cast(torch.Tensor, model(pixel_values=in_dtype_of(model, images)).logits)
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

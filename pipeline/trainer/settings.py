@@ -17,6 +17,7 @@ class Trainer:
 
     `micro_batch_size` None: the global batch split over the devices, no accumulation. `evaluate_every`: steps between
     validations while training (best.ckpt follows them); 0 means only after training. `grad_clip` None: no clipping.
+    `rank_timeout`: seconds without any progress after which a rank of a distributed fit is taken to hang.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Trainer:
     log_every: Annotated[int, Ge(1)]
     checkpoint_every: Annotated[int, Ge(1)]
     evaluate_every: Annotated[int, Ge(0)]
+    rank_timeout: Annotated[float, Gt(0)]

@@ -19,6 +19,7 @@ from transformers import (
 from pipeline.artifact import receipt, store
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.errors import ArtifactError
+from pipeline.layers.offload import place_of
 from pipeline.layers.schemes import quantize_layers
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import masked_layers
@@ -282,6 +283,93 @@ def test_an_older_artifact_survives_a_save_that_fails(artifact, monkeypatch):
     assert store.read_manifest(artifact) == before
     store.load(artifact)
     assert [p.name for p in artifact.parent.iterdir()] == ["a"]
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """A dense artifact of several shards, and its model."""
+    monkeypatch.setattr(store, "SHARD_BYTES", 20_000)
+    model = opt(False)
+    return model, store.save(model, tmp_path / "a", chain=[], probe=IDS), tmp_path / "a"
+
+
+def test_above_a_size_weights_are_sharded_as_transformers_does(sharded):
+    model, manifest, directory = sharded
+    shards = sorted(directory.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert all(path.stat().st_size < 40_000 for path in shards)
+    assert not (directory / "model.safetensors").exists()
+    assert store.tensor_bytes(directory) == sum(path.stat().st_size for path in shards)
+    assert {path.name for path in shards} < {entry["name"] for entry in manifest["files"]}
+    want = store.output_of(model, IDS)
+    assert torch.equal(store.output_of(store.load(directory), IDS), want)
+    assert torch.equal(store.output_of(AutoModelForCausalLM.from_pretrained(directory), IDS), want)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in dict(model.state_dict()).values())
+    assert receipt.examine(directory).ok
+
+
+def test_quantized_shards_open_everywhere_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_BYTES", 10_000)
+    model = quantized(opt(), "w4")
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
+    found = receipt.check(tmp_path / "a")
+    assert found.ok, found.problems
+    assert found.transformers_max_rel_diff is not None
+
+
+def test_a_shard_that_is_missing_truncated_or_not_listed_is_named(sharded):
+    _, manifest, directory = sharded
+    path = sorted(directory.glob("model-*.safetensors"))[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ArtifactError, match=rf"{path.name}: truncated"):
+        store.load(directory)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=rf"{path.name}: missing"):
+        store.load(directory)
+    edit(directory, files=[entry for entry in manifest["files"] if entry["name"] != path.name])
+    with pytest.raises(ArtifactError, match="one of its shards is not among its files"):
+        store.load(directory)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "w4"], ids=str)
+@pytest.mark.parametrize("sparsity", [None, 0.75])
+def test_an_artifact_opened_in_files_is_the_same_and_stays_as_it_was(tmp_path, scheme, sparsity):
+    model = pruned(opt(), sparsity) if sparsity else opt()
+    if scheme:
+        quantized(model, scheme)
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    inside, filed = (store.load(tmp_path / "a", trainable=True, offload_to=to) for to in (None, tmp_path))
+    assert torch.equal(store.output_of(inside, IDS), store.output_of(filed, IDS))
+    state = filed.state_dict()
+    assert state.keys() == inside.state_dict().keys()
+    assert {place_of(tensor) for tensor in state.values()} == {tmp_path}
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.zero_()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "w4"], ids=str)
+def test_the_blueprint_of_a_quantized_artifact_has_its_layers_and_no_memory(tmp_path, scheme):
+    model = quantized(opt(), scheme) if scheme else opt()
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    made = store.blueprint(tmp_path / "a", quantized=True)
+    assert {name: type(module) for name, module in made.named_modules()} == {
+        name: type(module) for name, module in model.named_modules()
+    }
+    assert {tensor.device.type for tensor in made.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "w4"], ids=str)
+def test_the_receipt_is_the_same_with_weights_in_files(tmp_path, scheme):
+    model = quantized(opt(), scheme) if scheme else opt()
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    assert receipt.examine(tmp_path / "a", tmp_path) == receipt.examine(tmp_path / "a")
 
 
 def test_other_files_are_never_replaced(tmp_path):

@@ -1,10 +1,16 @@
 """Distillation: who the student is, what it is trained with, what is refused before, and whole runs."""
 
 import copy
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +34,7 @@ from pipeline.report.result import read_result
 from pipeline.tasks.causal_lm import CausalLM
 from pipeline.teacher import FrozenTeacher, frozen, open_directory, vocabulary_problems
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["model=gpt_nano", "trainer=smoke", "trainer.max_steps=8", "data.evaluation_tokens=1024", "device=cpu"]
 
 
@@ -35,7 +42,7 @@ def distill(**changes):
     usual = {
         "teacher": "self", "layers": None, "student": None, "task_weight": 0.5, "logits_weight": 0.5,
         "hidden_weight": 0.0, "attention_weight": 0.0, "sequence_weight": 0.0, "temperature": 2.0, "top_k": None,
-        "prompt_tokens": 4, "decoding": "greedy", "steps": None, "lr": None,
+        "cache_logits": False, "prompt_tokens": 4, "decoding": "greedy", "steps": None, "lr": None,
     }  # fmt: skip
     return Distill(name="distill", **{**usual, **changes})
 
@@ -124,6 +131,19 @@ def test_a_student_may_be_another_model():
     method = distill(student="elsewhere")
     assert method.prepare(model, context(model, student=other)) is other
     assert method.preflight(model, context(model, student=other)) == []
+
+
+@pytest.mark.parametrize("model", [opt(4), llama(3)])
+@pytest.mark.parametrize("method", [distill(), distill(layers=2), distill(layers="all"), distill(student="elsewhere")])
+def test_later_links_are_checked_on_the_shapes_of_the_student(model, method):
+    model = copy.deepcopy(model)
+    around = context(model, first=True, student=opt(1))
+    promised = method.reshaped(model, around)
+    made = method.prepare(model, around)
+    assert (promised is model) == (method.layers == "all")
+    shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (promised, made)]
+    assert shapes[0] == shapes[1]
+    assert describe(promised) == describe(made)
 
 
 def test_layers_are_dropped_without_the_framework_too():
@@ -391,10 +411,10 @@ def test_a_frozen_teacher_is_opened_once_and_gives_no_gradients():
     teacher = FrozenTeacher(build)
     assert not opened
     for _ in range(2):
-        logits, seen = teacher({"input_ids": batch()["input_ids"]}, ["model.decoder.layers.1"])
+        answer = teacher({"input_ids": batch()["input_ids"]}, ["model.decoder.layers.1"])
     assert len(opened) == 1
-    assert not logits.requires_grad
-    assert seen["model.decoder.layers.1"].shape == (2, 12, 32)
+    assert not answer.logits.requires_grad
+    assert answer.seen["model.decoder.layers.1"].shape == (2, 12, 32)
     assert not teacher.model.training
 
 
@@ -472,7 +492,64 @@ def test_a_pruned_classifier_is_distilled(tmp_path, monkeypatch):
     assert main([*images, "compression=distill", f"hydra.run.dir={tmp_path / 'no'}"]) == 2
 
 
+@pytest.mark.slow
+def test_a_run_from_recorded_logits_says_what_they_took_and_leaves_none_and_every_rank_reads_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    chain = ["compression=[magnitude,distill]", "compression.magnitude.steps=0", "compression.distill.top_k=8"]
+    cached = [*chain, "compression.distill.cache_logits=true", "compression.distill.steps=4"]
+    plain = leanfit(tmp_path / "plain", *chain, "compression.distill.steps=4")
+    one = leanfit(tmp_path / "one", *cached)
+    facts = one["stages"][1]["detail"]["cached_logits"]
+    assert facts["samples"] == 32
+    assert facts["bytes"] == pytest.approx(32 * 128 * 8 * 3, rel=0.05)
+    assert not facts["teacher_held"]
+    assert "cached_logits" not in json.dumps(plain["stages"])
+    assert one["quality"]["after"] == pytest.approx(plain["quality"]["after"], rel=1e-4)
+    assert not (tmp_path / "one" / "stages").exists()
+    assert not list((tmp_path / "one").rglob("*logits*"))
+    two = leanfit(tmp_path / "two", *cached, "parallelism=ddp", "parallelism.devices=2", "keep_stages=true")
+    assert two["quality"]["after"] == pytest.approx(one["quality"]["after"], rel=1e-3)
+    kept = tmp_path / "two" / "stages" / "02-distill-logits"
+    assert sum(path.stat().st_size for path in kept.iterdir()) == two["stages"][1]["detail"]["cached_logits"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_reads_recorded_logits_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [*TINY, "trainer.max_steps=4", "trainer.checkpoint_every=3", "compression=distill",
+                "compression.distill.cache_logits=true", "compression.distill.steps=60"]  # fmt: skip
+    leanfit(tmp_path / "whole", *settings)
+    broken = tmp_path / "broken"
+    command = [sys.executable, str(ROOT / "run.py"), *settings, f"hydra.run.dir={broken}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = broken / "checkpoints" / "01-distill" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (broken / "stages" / "01-distill-logits" / "cache.json").is_file()
+    assert not (broken / "artifact").exists(), "the run was over before it could be killed"
+    assert main([f"resume={broken}"]) == 0
+    assert read_result(broken / "result.json")["stages"][0]["detail"]["cached_logits"]["found"]
+    first, second = (load_file(tmp_path / name / "artifact" / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_a_line_that_cannot_cache_logits_ends_with_two_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    key = "compression.distill"
+    lines = [f"{key}.cache_logits=true", f"{key}.hidden_weight=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main([*TINY, "compression=distill", *lines]) == 2
+    assert f"{key}.hidden_weight=1 needs the teacher itself in every step" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_the_shipped_settings_are_those_of_the_interface():
     method = compose(["compression=distill"]).chain["distill"]
     assert (method.teacher, method.layers, method.student, method.steps, method.lr) == ("self", None, None, None, None)
     assert method.task_weight + method.logits_weight == 1
+    assert not method.cache_logits

@@ -11,6 +11,7 @@ from pipeline.artifact import store
 from pipeline.compression.int4 import quantize_int4
 from pipeline.compression.int4_awq import quantize_int4_awq
 from pipeline.errors import LeanfitError
+from pipeline.layers import awq
 from pipeline.layers.awq import awq_scales, search_ranges, squared_errors
 from pipeline.layers.quantize import Grid, quantize_rows
 from pipeline.layers.quantized import quantized_layers
@@ -75,6 +76,24 @@ def test_the_first_blocks_error_is_what_a_plain_forward_gives():
     norm = sum(float(b.square().sum()) for b in want)
     told = detail["blocks"]["model.decoder.layers.0"]["relative_error"]
     assert error / norm == pytest.approx(told, rel=1e-3)
+
+
+def test_trials_run_on_the_first_tokens_alone_but_hessians_take_all(monkeypatch):
+    def found(*data):
+        ran = []
+        model = strong(opt())
+        model.model.decoder.layers[0].register_forward_hook(lambda *_: ran.append(None))
+        detail = quantized(model, data=list(data))[1]
+        return len(ran), detail["blocks"]["model.decoder.layers.0"]
+
+    first = batches()[0]
+    second = {"input_ids": first["input_ids"].flip(1).contiguous()}
+    monkeypatch.setattr(awq, "SEARCH_TOKENS", first["input_ids"].numel())
+    runs_of_one, one = found(first)
+    runs_of_two, two = found(first, second)
+    assert runs_of_two == runs_of_one + 2  # observed once, handed on once
+    assert two["relative_error_nearest"] == one["relative_error_nearest"]
+    assert two["relative_error"] != one["relative_error"]
 
 
 @settings(deadline=None, max_examples=25)

@@ -232,6 +232,34 @@ def test_values_out_of_range_are_refused_before_torch_is_needed(wrong):
         compose(["compression=structured", f"compression.structured.{wrong}"])
 
 
+@pytest.mark.parametrize(
+    ("build", "method"),
+    [
+        (opt, structured(ffn=0.5, depth=0.5, ignore=("*.layers.2",))),
+        (opt, structured(hidden=0.5)),
+        (llama, structured(heads=0.5, hidden=0.25, depth=0.25)),
+        (lambda: llama().bfloat16(), structured(ffn=0.25, importance="magnitude")),
+        (efficientnet, structured(channels=0.5)),
+    ],
+)
+def test_later_links_are_checked_on_the_shapes_that_pruning_leaves(build, method):
+    model = build()
+    promised = method.reshaped(model, context(model))
+    made, _ = run(model, method)
+    assert all(tensor.is_meta for tensor in promised.parameters())
+    assert {n: (t.shape, t.dtype) for n, t in promised.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in made.state_dict().items()
+    }
+    assert describe(promised) == describe(made)
+    assert promised.config.to_dict() == made.config.to_dict()
+
+
+def test_settings_that_lead_to_no_model_promise_none():
+    model = opt()
+    with pytest.raises(ConfigError, match="removes none"):
+        structured(ffn=0.01).reshaped(model, context(model))
+
+
 @pytest.mark.parametrize("importance", ["activation", "magnitude"])
 def test_a_nan_weight_is_an_error_that_names_where(importance):
     model = opt()

@@ -121,3 +121,14 @@ def test_the_model_is_back_in_its_mode_when_a_walk_is_left_early():
     next(walk)
     walk.close()
     assert model.training
+
+
+@pytest.mark.parametrize(("build", "data"), list(MODELS.values())[:2], ids=list(MODELS)[:2])
+def test_arguments_that_all_calls_share_are_held_once(build, data):
+    model, batches = build(), [*data(), *data()]
+    layers = select(model, describe(model)).layers
+    first = next(segments(model, describe(model), layers, batches, "cpu"))
+    for name, value in first.calls[0].kwargs.items():
+        if isinstance(value, torch.Tensor) and name != "hidden_states":
+            assert first.calls[2].kwargs[name] is value
+    assert first.calls[2].hidden is not first.calls[0].hidden

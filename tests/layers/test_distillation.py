@@ -60,6 +60,13 @@ def test_with_top_k_both_distributions_are_those_over_the_teachers_k(sizes, k):
         p, q = softmax([theirs[place] / 2 for place in top]), softmax([ours[place] / 2 for place in top])
         wanted += 4 * divergence(p, q) / rows
     assert float(logits_loss(student, teacher, 2.0, top_k=k)) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    # The same of a teacher that was cut to its k before, in any order, and shifted row by row.
+    values, classes = teacher.topk(min(k, teacher.shape[-1]))
+    values, classes = values.flip(-1) - 5 * values.amax(-1, keepdim=True), classes.flip(-1)
+    for precision in (torch.float64, torch.float32):
+        cut = logits_loss(student, values.to(precision), 2.0, top_k=k, classes=classes)
+        assert float(cut) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert cut.dtype == torch.float64
 
 
 def test_logits_of_images_and_of_tokens_are_both_rows():

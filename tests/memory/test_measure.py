@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import OPTConfig, OPTForCausalLM
 
+from pipeline.layers.pulse import pulse
 from pipeline.memory.measure import MeasureTraining, measure_peak, storage_bytes
 from pipeline.memory.saving import ReleaseGradients
 
@@ -63,6 +64,23 @@ def test_an_address_that_an_earlier_measurement_saw_is_not_released_twice():
         grown = floats(24)
         del grown
     assert peak.bytes == max(size, 24 * MIB)
+
+
+def test_what_is_added_up_meanwhile_changes_nothing(monkeypatch):
+    monkeypatch.setattr("pipeline.memory.measure.RENEWED_AFTER", -1)
+    alive = [floats(3)]
+    with measure_peak("cpu", alive) as peak:
+        first = floats(4)
+        pulse()
+        second = floats(2)
+        pulse()
+        del first, second
+        pulse()
+        alive.clear()
+        pulse()
+        floats(8)
+    assert peak.bytes == 9 * MIB
+    pulse()  # nothing listens any more
 
 
 def test_nothing_allocated_is_zero_and_the_peak_is_unknown_until_the_end():

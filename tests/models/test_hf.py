@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from pipeline.data.base import DataSpec
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LeanfitError
+from pipeline.layers.offload import place_of
 from pipeline.models.gpt import GPT
 from pipeline.models.hf import HuggingFace
 
@@ -156,3 +157,101 @@ def test_checking_the_settings_imports_no_torch(directory: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["[]", "False"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two untied blocks in bfloat16, in several shards."""
+    path = tmp_path_factory.mktemp("shards")
+    settings = GPT(name="gpt", layers=2, heads=2, width=16, dropout=0.0, activation="gelu", tie_embeddings=False)
+    torch.manual_seed(0)
+    model = settings.build(SPEC).bfloat16()
+    model.generation_config.max_length = 77
+    model.save_pretrained(path, max_shard_size="8KB")
+    settings.tokenizer().save_pretrained(path)
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("where", ["directory", "shards"])
+def test_weights_in_files_are_those_in_memory_in_any_precision(
+    request: pytest.FixtureRequest, where: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = request.getfixturevalue(where)
+    built, filed = hf(path).build(SPEC).to(dtype), hf(path).build_offloaded(SPEC, dtype, tmp_path)
+    assert type(filed) is type(built)
+    assert filed.training
+    assert {place_of(parameter) for parameter in filed.parameters()} == {tmp_path}
+    assert {n: p.dtype for n, p in filed.named_parameters()} == {n: p.dtype for n, p in built.named_parameters()}
+    assert all(torch.equal(p, filed.get_parameter(name)) for name, p in built.named_parameters())
+    tied = built.lm_head.weight is built.get_input_embeddings().weight
+    assert (filed.lm_head.weight is filed.get_input_embeddings().weight) == tied
+    assert filed.generation_config.to_dict() == built.generation_config.to_dict()
+    ids = torch.arange(16).view(1, 16)
+    assert torch.equal(filed.eval()(ids).logits, built.eval()(ids).logits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_to_the_model_leaves_the_checkpoint_as_it_was(shards: Path, tmp_path: Path) -> None:
+    before = contents(shards)
+    assert len([name for name in before if name.endswith(".safetensors")]) > 2
+    for model in (hf(shards).build_offloaded(SPEC, torch.bfloat16, tmp_path), hf(shards).build(SPEC)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert contents(shards) == before
+
+
+def test_a_missing_shard_is_one_line_before_anything_is_opened(shards: Path, tmp_path: Path) -> None:
+    path = copy(shards, tmp_path)
+    file = sorted(path.glob("*.safetensors"))[1]
+    file.unlink()
+    assert hf(path).problems() == [
+        f"model.pretrained={path} is incomplete: {file.name} is missing; copy or download it again"
+    ]
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_a_shard_cut_short_is_one_line_before_anything_is_opened(shards: Path, tmp_path: Path, left: int) -> None:
+    path = copy(shards, tmp_path)
+    file = sorted(path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:left])
+    (told,) = hf(path).problems()
+    assert file.name in told
+    assert "truncated" in told or "no safetensors file" in told
+    assert "\n" not in told
+    with pytest.raises(ConfigError, match="cannot be opened") as caught:
+        hf(path).build_offloaded(SPEC, torch.float32, tmp_path)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 3}}', "[" * 100_000]
+)
+def test_an_index_that_names_no_files_beside_it_is_refused(shards: Path, tmp_path: Path, text: str) -> None:
+    path = copy(shards, tmp_path)
+    (path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (told,) = hf(path).problems()
+    assert told.startswith(f"model.pretrained={path} cannot be opened")
+    assert "\n" not in told
+
+
+def test_weights_that_a_shard_lacks_are_not_made_up(shards: Path, tmp_path: Path) -> None:
+    path = copy(shards, tmp_path)
+    file = sorted(path.glob("*.safetensors"))[0]
+    weights = load_file(file)
+    lost = sorted(weights)[0]
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"lacks 1 of the model's weights, such as {lost}"):
+        hf(path).build_offloaded(SPEC, torch.float32, tmp_path)
+
+
+def test_no_room_for_the_weights_is_said(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(LeanfitError, match="nowhere") as caught:
+        hf(shards).build_offloaded(SPEC, torch.float32, tmp_path / "nowhere")
+    assert not isinstance(caught.value, ConfigError)

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from pipeline.errors import ConfigError
+from pipeline.layers.schemes import quantize_layers
+from pipeline.models.architecture import describe
+from pipeline.parallelism.sharding import clip_gradients, tensor_parallel_plan
 from pipeline.registry import conf_root, lookup
+from tests.tiny import efficientnet, llama, opt
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,8 +82,10 @@ class Module(lightning.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-float16 = Mixed(name="mixed", dtype="float16", cache_weights=True, initial_scale=256.0, growth_interval=2)
-for name, precision, static in (("float32", Full(name="full", dtype="float32"), True), ("float16", float16, False)):
+scaling = dict(cache_weights=True, initial_scale=256.0, growth_interval=2)
+float16 = Mixed(name="mixed", dtype="float16", gradient_dtype=None, **scaling)
+float32 = Full(name="full", dtype="float32", gradient_dtype=None, stochastic_rounding=False)
+for name, precision, static in (("float32", float32, True), ("float16", float16, False)):
     parallelism = DDP(name="ddp", devices=2, nodes=1, bucket_view=True, static_graph=static)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy=parallelism.strategy("cpu"), plugins=[precision.plugin("cpu")],
@@ -123,3 +132,54 @@ def test_two_ranks_of_torchrun_train_as_one_process_does(tmp_path):
             assert torch.equal(first[key], second[key])
             assert torch.allclose(first[key], reference, atol=near)
             assert not torch.equal(first[key], start["weights"][key])
+
+
+def shape_problems(model, name="tp", **changes):
+    return choice(name, **changes).shape_problems(model, describe(model))
+
+
+def test_a_model_that_does_not_divide_over_the_devices_is_refused_naming_what_would():
+    assert shape_problems(opt()) == []
+    assert shape_problems(llama(num_key_value_heads=2)) == []
+    (said,) = shape_problems(opt(), devices=4)
+    assert said.startswith("parallelism=tp over 4 devices: 2 heads do not divide over 4 devices; use 2, or ")
+    (said,) = shape_problems(llama(num_attention_heads=4, num_key_value_heads=1))
+    assert "1 key-value heads do not divide over 2 devices; use 1, or use parallelism=fsdp" in said
+    assert any("a feed-forward of 65 does not" in said for said in shape_problems(opt(ffn_dim=65)))
+    assert shape_problems(opt(ffn_dim=65), "fsdp") == []
+
+
+def test_layouts_that_tensor_parallelism_does_not_know_are_refused():
+    (said,) = shape_problems(efficientnet())
+    assert "no blocks of a known layout" in said
+    assert "use parallelism=fsdp" in said
+    fused = GPTNeoXForCausalLM(
+        GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64)
+    )
+    assert any("queries, keys and values are one layer" in said for said in shape_problems(fused))
+    model = quantize_layers(
+        opt(), ("model.decoder.layers.0.fc1",), "weight_only", bits=8, group_size=None, symmetric=True
+    )
+    assert any("'model.decoder.layers.0.fc1' is a" in said for said in shape_problems(model))
+
+
+def test_every_part_of_a_block_has_its_place_in_the_plan():
+    plan = tensor_parallel_plan(describe(llama()))
+    kinds = {name.rpartition(".")[2]: type(style).__name__ for name, style in plan.items()}
+    columns = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "ColwiseParallel")
+    assert kinds == {**columns, "o_proj": "RowwiseParallel", "down_proj": "RowwiseParallel"}
+    assert len(plan) == 2 * 7
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 10))
+@settings(deadline=None, max_examples=20)
+def test_clipping_whole_tensors_is_what_torch_does(seed, limit):
+    torch.manual_seed(seed)
+    ours, torchs = (nn.ParameterList([nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5))]) for _ in "ab")
+    for one, other in zip(ours, torchs, strict=True):
+        one.grad = torch.randn(one.shape)
+        other.grad = one.grad.clone()
+    clip_gradients(ours, limit)
+    nn.utils.clip_grad_norm_(torchs, limit)
+    for one, other in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

@@ -1,0 +1,78 @@
+"""Fully sharded data parallelism: weights, gradients and optimizer state in shards, gathered a block at a time.
+
+Zhao et al., 2023 (arXiv:2304.11277); ZeRO stage 3 of Rajbhandari et al., 2020 (arXiv:1910.02054). torch's FSDP2 through
+Lightning's ModelParallelStrategy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge
+
+from pipeline.parallelism.base import GatherDtype, Parallelism, backend
+from pipeline.registry import register
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from pipeline.models.base import Architecture
+
+
+@register("parallelism", "fsdp")
+@dataclass(frozen=True, kw_only=True)
+class FSDP(Parallelism):
+    """`replicas`: copies of the sharded model, between which gradients are averaged (hybrid sharding).
+
+    `reshard`: a block's gathered weights are let go after its forward pass. `offload`: shards live in the host's
+    memory. `parameter_dtype`, `reduce_dtype`: in which weights are gathered and computed with, and gradients summed.
+    """
+
+    distributed: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
+
+    replicas: Annotated[int, Ge(1)]
+    reshard: bool
+    offload: bool
+    parameter_dtype: GatherDtype | None
+    reduce_dtype: GatherDtype | None
+
+    def problems(self) -> list[str]:
+        if self.ranks % self.replicas:
+            near = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0 and n < self.replicas][-1]
+            said = f"parallelism.replicas={self.replicas}"
+            return [f"{said} does not divide {self.ranks} devices; use parallelism.replicas={near}"]
+        return []
+
+    def strategy(self, device: str) -> Strategy:
+        """Raises ConfigError for a device between whose copies nothing can be sent."""
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        return ModelParallelStrategy(
+            data_parallel_size=self.ranks,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend("fsdp", device),
+        )
+
+    def shard(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from pipeline.parallelism.sharding import dtype_of, shard_weights
+
+        over = mesh["data_parallel"]
+        if self.replicas > 1:
+            sizes = (self.replicas, self.ranks // self.replicas)
+            over = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("replicate", "shard"))
+        shard_weights(
+            model,
+            architecture,
+            over,
+            reshard=self.reshard,
+            offload=self.offload,
+            parameter_dtype=dtype_of(self.parameter_dtype),
+            reduce_dtype=dtype_of(self.reduce_dtype),
+        )

@@ -1,0 +1,156 @@
+"""The same training on one device and on several: losses of every step, and weights at the end."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.app import compose
+from pipeline.chain import Stage
+from pipeline.fitting import checkpoint_directory, fit
+from pipeline.models.byte_tokenizer import byte_tokenizer
+from pipeline.report.metrics import read_metrics
+from pipeline.stage_input import prepared
+from pipeline.tasks import lookup
+from pipeline.walk import stages_of
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+COMMON = [
+    "model=gpt_nano", "model.layers=2", "model.width=32", "model.heads=4", "data.sequence_length=32",
+    "data.evaluation_tokens=1024", "trainer=smoke", f"trainer.max_steps={STEPS}", "trainer.batch_size=8",
+    "trainer.log_every=1", "trainer.evaluate_every=0", "trainer.grad_clip=0.5", "optimizer.lr=0.01", "device=cpu",
+]  # fmt: skip
+DOUBLE = ["precision=64-true"]
+LEVERS = {
+    "plain": [],
+    "checkpointing": ["memory.activation_checkpointing=full"],
+    "selective": ["memory.activation_checkpointing=selective"],
+    "chunked": ["memory.loss_chunks=4"],
+    "accumulation": ["trainer.micro_batch_size=2"],
+    "released": ["memory.release_gradients=true"],
+    "lean": ["memory=lean", "memory.loss_chunks=4", "trainer.micro_batch_size=1"],
+}
+LLAMA = ["model=llama", "model.layers=2", "model.width=32", "model.heads=4", "model.key_value_heads=2"]
+
+
+NAMES = ("ddp", "fsdp", "tp")
+
+
+def two(name):
+    return [f"parallelism={name}", "parallelism.devices=2"]
+
+
+def four(name):
+    return [f"parallelism={name}", "parallelism.devices=4"]
+
+
+CASES = {
+    2: {
+        **{f"{name}-{lever}": [*DOUBLE, *two(name), *LEVERS[lever]] for name in NAMES for lever in LEVERS},
+        **{f"{name}-float32": two(name) for name in ("ddp", "fsdp", "tp")},
+        **{f"{name}-llama": [*LLAMA, *DOUBLE, *two(name)] for name in ("fsdp", "tp")},
+    },
+    4: {
+        "ddp-plain": [*DOUBLE, *four("ddp")],
+        "fsdp-plain": [*DOUBLE, *four("fsdp")],
+        "tp-plain": [*DOUBLE, *four("tp")],
+        "fsdp-hybrid": [*DOUBLE, *four("fsdp"), "parallelism.replicas=2"],
+        "fsdp-held": [*DOUBLE, *four("fsdp"), "parallelism.reshard=false"],
+        "fsdp_tp-plain": [*DOUBLE, *four("fsdp_tp")],
+        "fsdp_tp-lean": [*DOUBLE, *four("fsdp_tp"), *LEVERS["lean"]],
+        "fsdp_tp-llama": [*LLAMA, *DOUBLE, *four("fsdp_tp")],
+        "fsdp_tp-float32": four("fsdp_tp"),
+    },
+}
+
+
+def train(directory, overrides):
+    """Stage 0's fit of this very process (one rank of many, or the only one)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = compose([*COMMON, *overrides])
+    line = stages_of(config)
+    tokenizer = config.model.tokenizer() or byte_tokenizer()
+    data = config.data.open(tokenizer)
+    model, context = prepared(config, directory, data, tokenizer, line, line[0])
+    fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, directory)
+
+
+def outcome(directory):
+    """(loss of each step, weights at the end)."""
+    losses = [row.loss for row in read_metrics(directory / "metrics.csv")]
+    state = torch.load(checkpoint_directory(directory, Stage(0, "train", "train")) / "last.ckpt", weights_only=False)
+    return torch.tensor(losses, dtype=torch.float64), state["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{devices: directory}: every case, trained by real ranks over gloo."""
+    done = {}
+
+    def on(devices):
+        if devices not in done:
+            directory = tmp_path_factory.mktemp(f"ranks{devices}")
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            ranks = subprocess.run(
+                [*command, __file__, str(devices), str(directory)],
+                env=environment, capture_output=True, text=True, timeout=540, check=False,
+            )  # fmt: skip
+            assert ranks.returncode == 0, ranks.stderr[-6000:]
+            done[devices] = directory
+        return done[devices]
+
+    return on
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one device makes of the same settings."""
+    done = {}
+
+    def of(overrides):
+        single = tuple(word for word in overrides if not word.startswith("parallelism") and word not in MEMORY_ONLY)
+        if single not in done:
+            directory = tmp_path_factory.mktemp("single")
+            train(directory, [*single])
+            done[single] = outcome(directory)
+        return done[single]
+
+    return of
+
+
+MEMORY_ONLY = {word for lever in LEVERS.values() for word in lever}
+"""Levers that must not change what is computed: one device goes without them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "case"), [(n, case) for n, cases in CASES.items() for case in cases])
+def test_several_devices_train_as_one_does(devices, case, trained, alone):
+    overrides = CASES[devices][case]
+    losses, weights = outcome(trained(devices) / case)
+    expected, one = alone(overrides)
+    assert len(losses) == STEPS
+    double = "precision=64-true" in overrides
+    torch.testing.assert_close(losses, expected, rtol=1e-10 if double else 1e-5, atol=0)
+    assert weights.keys() == one.keys()
+    # A softmax does not see its keys' bias: that gradient is rounding, which Adam makes as large as any. In float32
+    # it does the same to small gradients of other weights.
+    seen = {name: weight for name, weight in one.items() if not name.endswith("k_proj.bias")}
+    for name, weight in seen.items():
+        margin = (1e-10 if double else 1e-3) * weight.abs().max().item()
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=margin, msg=name)
+
+
+if __name__ == "__main__":
+    from lightning.pytorch.strategies import model_parallel
+
+    # A run has one fit a process. Here many share one, and a second mesh over the same ranks confuses gloo's groups.
+    model_parallel._setup_device_mesh = functools.cache(model_parallel._setup_device_mesh)
+    torch.set_num_threads(1)
+    for case, overrides in CASES[int(sys.argv[1])].items():
+        train(Path(sys.argv[2]) / case, overrides)

@@ -1,0 +1,33 @@
+"""Runs that have ended, or went too far, are not resumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.app import compose
+from pipeline.resuming import finished_run
+
+
+@pytest.mark.parametrize(
+    ("written", "over"),
+    [
+        ('{"status": "ok", "train": {"steps": 40}}', "the run is over"),
+        ('{"status": "ok", "train": {"steps": 41}}', "has trained 41 steps already, so trainer.max_steps=40 cannot"),
+        ('{"status": "ok", "train": {"steps": 39}}', ""),
+        ('{"status": "gate", "train": {"steps": 40}}', ""),
+        ('{"status": "failed", "train": null}', ""),
+        ('{"status": "ok"', ""),
+        ("[]", ""),
+        (None, ""),
+    ],
+)
+def test_a_finished_run_is_not_resumed(written: str | None, over: str, tmp_path: Path) -> None:
+    plain = compose(["device=cpu"])
+    if written is not None:
+        (tmp_path / "result.json").write_text(written)
+    told = finished_run(replace(plain, trainer=replace(plain.trainer, max_steps=40)), tmp_path)
+    assert len(told) == bool(over)
+    assert all(over in line and line.startswith(f"resume={tmp_path}: ") for line in told)
