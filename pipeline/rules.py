@@ -179,6 +179,15 @@ def step_in_backward(config: RunConfig) -> list[str]:
     return found
 
 
+def gradient_dtype(config: RunConfig) -> list[str]:
+    """Between devices gradients are summed in the weights' dtype."""
+    given = config.precision.gradient_dtype
+    if given is None or not config.parallelism.distributed or not _trains(config):
+        return []
+    said = f"precision.gradient_dtype={given}: parallelism={_choice(config, 'parallelism')}"
+    return [f"{said} sums gradients in the weights' dtype; use precision.gradient_dtype=null, or parallelism=single"]
+
+
 def sharded(config: RunConfig) -> list[str]:
     """What does not go with a rank that holds a part of the model only."""
     if not config.parallelism.sharded or not _trains(config):
@@ -186,9 +195,8 @@ def sharded(config: RunConfig) -> list[str]:
     said, found = f"parallelism={_choice(config, 'parallelism')}", []
     if config.precision.scales_loss:
         found.append(f"{said} cannot scale the loss as {_choice(config, 'precision')} must; use precision=bf16-mixed")
-    if config.precision.gradient_dtype is not None or config.precision.rounds_stochastically:
-        key = "gradient_dtype=null" if config.precision.gradient_dtype else "stochastic_rounding=false"
-        found.append(f"{said} steps shards as they are; use precision.{key}, or parallelism=ddp")
+    if config.precision.rounds_stochastically:
+        found.append(f"{said} steps shards as they are; use precision.stochastic_rounding=false, or parallelism=ddp")
     if not config.optimizer.steps_shards:
         fitting = [name for name in registry.names("optimizer") if registry.lookup("optimizer", name).steps_shards]
         unfit = _choice(config, "optimizer")
@@ -224,6 +232,8 @@ def adapter(config: RunConfig) -> list[str]:
     said = f"adapter={_choice(config, 'adapter')}"
     if not config.adapter.trains:
         return []
+    if config.optimizer.name == "muon":
+        return [f"{said}: muon makes updates of full rank, which its factors have not; use optimizer=adamw"]
     if config.job == "run" and config.trainer.max_steps == 0:
         return [f"{said}: trainer.max_steps=0 leaves nothing to train it; give steps, or adapter=none"]
     if config.job == "compress" and config.artifact is not None and os.path.isdir(config.artifact):
@@ -294,6 +304,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     precision_on_device,
     float16_epsilon,
     step_in_backward,
+    gradient_dtype,
     sharded,
     loss_chunks,
     adapter,

@@ -363,7 +363,6 @@ def test_stepping_in_the_backward_pass_goes_without_what_needs_all_gradients(ove
     ("overrides", "said"),
     [
         (["precision=16-mixed"], "cannot scale the loss as 16-mixed must; use precision=bf16-mixed"),
-        (["precision.gradient_dtype=bfloat16"], "use precision.gradient_dtype=null, or parallelism=ddp"),
         (["precision=bf16-true", "precision.stochastic_rounding=true"], "use precision.stochastic_rounding=false"),
         (["optimizer=muon"], "muon steps whole weights; use optimizer=adamw or sgd"),
         (["optimizer=adamw8bit"], "adamw8bit steps whole weights; use optimizer=adamw or sgd"),
@@ -377,6 +376,22 @@ def test_sharded_models_go_without_what_takes_them_whole(overrides: list[str], s
     told = rules.sharded(config("device=cpu", "parallelism=fsdp", *overrides))
     assert len(told) == bool(said)
     assert all(said in line and line.startswith("parallelism=fsdp") for line in told)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp", "fsdp_tp"])
+def test_gradients_between_devices_are_in_the_weights_dtype(name: str) -> None:
+    (told,) = rules.gradient_dtype(config("device=cpu", f"parallelism={name}", "precision.gradient_dtype=bfloat16"))
+    assert told.startswith(
+        f"precision.gradient_dtype=bfloat16: parallelism={name} sums gradients in the weights' dtype"
+    )
+    assert told.endswith("use precision.gradient_dtype=null, or parallelism=single")
+    assert rules.gradient_dtype(config("device=cpu", "precision.gradient_dtype=bfloat16")) == []
+
+
+def test_muon_has_no_adapters() -> None:
+    (told,) = rules.adapter(config("device=cpu", "adapter=lora", "optimizer=muon"))
+    assert told.startswith("adapter=lora: muon makes updates of full rank")
+    assert told.endswith("use optimizer=adamw")
 
 
 def test_shards_move_to_the_host_from_a_gpu_only() -> None:

@@ -2,17 +2,19 @@
 
 What can go: feed-forward units, attention heads (with grouped queries: a key/value head and the queries it serves),
 hidden dimensions, blocks; of an EfficientNet the channels inside its blocks. The same number goes from each block, as
-configs state one number for all, but which ones is each block's own. By importance, either
+configs state one number for all, but which ones is each block's own. By importance, one of
 
 - `activation`, on the calibration set: how much a unit adds to the residual stream, how much norms give out in a
   hidden dimension (Minitron: Muralidharan et al., 2024, arXiv:2407.14679); how much a block turns its input (block
-  influence of ShortGPT: Men et al., 2024, arXiv:2403.03853); or
+  influence of ShortGPT: Men et al., 2024, arXiv:2403.03853);
+- `taylor`, on the calibration set too: how much the loss would change, to first order, without the weights that would
+  go (Molchanov et al., 2019, arXiv:1906.10771). It takes a backward pass, and the memory for one of a batch; or
 - `magnitude`: the norm of all weights that would go (DepGraph: Fang et al., 2023, arXiv:2301.12900; filters: Li et al.,
   2017, arXiv:1608.08710).
 
-Where the hidden size shrinks and there are activations, the scale of each norm is corrected for the mean power of the
-dimensions that are left. All scores are of the model as it came: one shot, then recovery, as LLM-Pruner does it (Ma et
-al., 2023, arXiv:2305.11627). The result's config.json says its sizes, so plain transformers opens it.
+Where the hidden size shrinks and there is calibration data, the scale of each norm is corrected for the mean power of
+the dimensions that are left. All scores are of the model as it came: one shot, then recovery, as LLM-Pruner does it (Ma
+et al., 2023, arXiv:2305.11627). The result's config.json says its sizes, so plain transformers opens it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def prune_structured(
     shares: Mapping[str, float | None],
     batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
     *,
+    importance: Literal["activation", "taylor", "magnitude"] | None = None,
     round_to: int = 1,
     ignore: Sequence[str] = (),
     device: str = "cpu",
@@ -47,18 +50,25 @@ def prune_structured(
     """(a smaller model of the same class, what was removed). Do not use `model` afterwards: it may have lost blocks.
 
     `shares`: how much to remove of `ffn`, `heads`, `hidden`, `depth`, `channels`, each from 0 up to but not 1. No more
-    goes than that. `batches`: model inputs to measure importance by activations; None for the norms of weights.
+    goes than that. `batches`: model inputs to measure importance with; classifiers' may have `labels`, which `taylor`
+    then goes by. `importance`: by what units are chosen; None is `activation` with batches, `magnitude` without.
     `round_to`: the feed-forward and hidden sizes that are left are multiples of it. `ignore`: names or patterns of
     blocks that are not dropped and keep their channels. Weights keep their data types, ties, masks and `requires_grad`.
 
     Raises:
         ConfigError: nothing would be removed, or the model's config cannot say what would be left.
-        LeanfitError: no batches, NaN or infinity (the block is named).
+        LeanfitError: no batches where importance needs them, NaN or infinity (the block is named).
     """
-    from pipeline.errors import ConfigError
+    from pipeline.errors import ConfigError, LeanfitError
     from pipeline.layers.depth import keep_blocks
     from pipeline.layers.structure import changed_config, parameter_count, rebuild
-    from pipeline.layers.structure_importance import activation_importance, norm_gains, top, weight_importance
+    from pipeline.layers.structure_importance import (
+        activation_importance,
+        norm_gains,
+        taylor_importance,
+        top,
+        weight_importance,
+    )
     from pipeline.layers.structure_plan import plan
 
     protected = protected_blocks(architecture, ignore)
@@ -67,14 +77,19 @@ def prune_structured(
         raise ConfigError(problems)
     before = parameter_count(model)
     batches = None if batches is None else list(batches)
-    if batches is None:
-        importance = weight_importance(model, architecture, made.cuts)
+    importance = importance or ("magnitude" if batches is None else "activation")
+    if importance == "magnitude":
+        scored = weight_importance(model, architecture, made.cuts)
+    elif batches is None:
+        raise LeanfitError(f"structured: importance={importance} needs batches")
+    elif importance == "taylor":
+        scored = taylor_importance(model, architecture, batches, made.cuts, device)
     else:
-        importance = activation_importance(model, architecture, batches, device)
-    kept = importance.keep(made.heads, made.ffn, made.hidden, made.channels)
+        scored = activation_importance(model, architecture, batches, device)
+    kept = scored.keep(made.heads, made.ffn, made.hidden, made.channels)
     record: dict[str, Any] = {"kept": {}}
     if made.blocks is not None:
-        scores = importance.blocks.clone()
+        scores = scored.blocks.clone()
         scores[list(protected)] = float("inf")
         blocks = top(scores, made.blocks).tolist()
         model = keep_blocks(model, architecture, blocks)
@@ -84,7 +99,7 @@ def prune_structured(
             heads=[kept.heads[block] for block in blocks] if kept.heads else (),
             ffn=[kept.ffn[block] for block in blocks] if kept.ffn else (),
         )
-        record["block_scores"] = importance.blocks.tolist()
+        record["block_scores"] = scored.blocks.tolist()
         record["kept"]["blocks"] = blocks
     gains: dict[str, float] = {}
     if kept.hidden is not None and batches is not None:
@@ -104,7 +119,7 @@ def prune_structured(
         }
     sizes = {kind: {"before": old, "after": new} for kind, (old, new) in made.sizes.items()}
     return model, {
-        "importance": "magnitude" if batches is None else "activation",
+        "importance": importance,
         "parameters_before": before,
         "parameters_after": parameter_count(model),
         "sizes": sizes,
@@ -157,7 +172,7 @@ class Structured(Method):
     hidden: Annotated[float, Ge(0), Lt(1)] | None
     depth: Annotated[float, Ge(0), Lt(1)] | None
     channels: Annotated[float, Ge(0), Lt(1)] | None
-    importance: Literal["activation", "magnitude"]
+    importance: Literal["activation", "taylor", "magnitude"]
     round_to: Annotated[int, Ge(1)]
     steps: Annotated[int, Ge(0)] | None
     lr: Annotated[float, Gt(0)] | None
@@ -196,7 +211,7 @@ class Structured(Method):
         if not problems and self.hidden and self.importance == "activation" and not _has_norms(context.architecture):
             problems.append(
                 f"{key}.importance=activation goes by norms, of which {type(model).__name__} has none of a known "
-                "layout; choose magnitude"
+                "layout; choose magnitude or taylor"
             )
         return problems
 
@@ -216,15 +231,16 @@ class Structured(Method):
         from pipeline.errors import LeanfitError
 
         batches = None
-        if self.importance == "activation":
+        if self.importance != "magnitude":
             if context.calibration is None:
-                raise LeanfitError(f"{context.stage}: importance by activations needs a calibration set")
+                raise LeanfitError(f"{context.stage}: importance={self.importance} needs a calibration set")
             batches = context.calibration()
         made, record = prune_structured(
             model,
             context.architecture,
             self.shares(),
             batches,
+            importance=self.importance,
             round_to=self.round_to,
             ignore=self.ignore,
             device=context.device,

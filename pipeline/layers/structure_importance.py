@@ -1,4 +1,4 @@
-"""How much heads, feed-forward units, hidden dimensions, channels and blocks matter, by activations or by weights.
+"""How much heads, feed-forward units, hidden dimensions, channels, blocks matter: by activations, weights, gradients.
 
 Activations, over the calibration set, after Minitron (Muralidharan et al., 2024, arXiv:2407.14679), which averages a
 head's or unit's activation. Here what counts is what it adds to the residual stream: the root mean square norm over
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import hidden_of, model_inputs
-from pipeline.layers.structure import Cuts, Kept, head_units
+from pipeline.layers.chunked_loss import IGNORED
+from pipeline.layers.structure import Axis, Cuts, Kept, head_units
 from pipeline.models.base import Architecture, Block
 
 Batch = Mapping[str, Tensor]
+Key = tuple[str, int | None]
+"""(kind, place of the block): whose scores these are."""
 
 
 @dataclass(frozen=True)
@@ -252,20 +255,10 @@ def weight_importance(model: nn.Module, architecture: Architecture, cuts: Cuts) 
     Raises:
         LeanfitError: NaN or infinity in the weights of a block (it is named).
     """
-    squares: dict[tuple[str, int | None], Tensor] = {}
+    squares: dict[Key, Tensor] = {}
     for name, parameter in model.named_parameters():
-        for dim, axis in cuts.get(name, {}).items():
-            kind = "heads" if axis.kind in ("query", "key_value") else axis.kind
-            others = [d for d in range(parameter.ndim) if d != dim]
-            found = parameter.detach().double().square()
-            found = found.sum(others) if others else found
-            if kind == "heads":
-                assert axis.block is not None
-                attention = architecture.blocks[axis.block].attention
-                assert attention is not None
-                found = found.reshape(head_units(attention), -1).sum(1)
-            key = (kind, axis.block)
-            squares[key] = squares[key] + found if key in squares else found
+        if name in cuts:
+            _add_along(squares, architecture, cuts[name], parameter.detach().double().square())
 
     def per_block(kind: str) -> list[Tensor]:
         return [squares.get((kind, index), torch.empty(0)).sqrt() for index in range(len(architecture.blocks))]
@@ -279,6 +272,125 @@ def weight_importance(model: nn.Module, architecture: Architecture, cuts: Cuts) 
         architecture, torch.stack(blocks).sqrt(), per_block("heads"), per_block("ffn"), per_block("channels"),
         None if hidden is None else hidden.sqrt(),
     )  # fmt: skip
+
+
+def _add_along(sums: dict[Key, Tensor], architecture: Architecture, axes: Mapping[int, Axis], values: Tensor) -> None:
+    """To each unit's sum what of `values`, shaped as the tensor whose cut dimensions are `axes`, belongs to it."""
+    for dim, axis in axes.items():
+        others = [d for d in range(values.ndim) if d != dim]
+        found = values.sum(others) if others else values
+        kind = axis.kind
+        if kind in ("query", "key_value"):
+            assert axis.block is not None
+            attention = architecture.blocks[axis.block].attention
+            assert attention is not None
+            kind, found = "heads", found.reshape(head_units(attention), -1).sum(1)
+        key = (kind, axis.block)
+        sums[key] = sums[key] + found if key in sums else found
+
+
+def taylor_importance(
+    model: nn.Module, architecture: Architecture, batches: Iterable[Batch], cuts: Cuts, device: str
+) -> Importance:
+    """Scores by gradients of `taylor_loss` on `batches`, in eval mode, on `device`; kinds that `cuts` lacks are empty.
+
+    A batch's score is of that batch's gradient, so the size of batches has a (small) say. Memory: the activations of
+    one batch, and a gradient at a time, which goes as soon as its weight has been scored. `requires_grad`, gradients
+    and the mode are as they were afterwards.
+
+    Raises:
+        LeanfitError: no batches; NaN or infinity in a weight or in a block's scores (it is named); no gradients at all.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise LeanfitError(f"structured: NaN or infinity in {name}: the training diverged")
+    sums: dict[Key, Tensor] = {}
+    owners = {
+        f"{block.name}.{name}": index
+        for index, block in enumerate(architecture.blocks)
+        for name, _ in model.get_submodule(block.name).named_parameters()
+    }
+    within = _within_units(model)
+    scored = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name not in within and (name in cuts or name in owners)
+    }
+
+    def score(name: str) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            change = (parameter.double() * parameter.grad.double()).abs()
+            parameter.grad = None
+            _add_along(sums, architecture, cuts.get(name, {}), change)
+            if name in owners:
+                key = ("blocks", owners[name])
+                sums[key] = sums[key] + change.sum() if key in sums else change.sum()
+
+        return hook
+
+    training, seen = model.training, False
+    model.eval().to(device)
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    handles = [
+        parameter.requires_grad_().register_post_accumulate_grad_hook(score(name))  # type: ignore[no-untyped-call]
+        for name, parameter in scored.items()
+    ]
+    try:
+        for batch in batches:
+            seen = True
+            with torch.enable_grad():
+                taylor_loss(model, batch, device).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        model.train(training)
+    if not seen:
+        raise LeanfitError("structured: the calibration set is empty, so nothing can be said about importance")
+    if not any(found.any() for found in sums.values()):
+        raise LeanfitError("structured: all gradients on the calibration set are zero; choose importance=activation")
+
+    def per_block(kind: str) -> list[Tensor]:
+        return [sums.get((kind, index), torch.empty(0)) for index in range(len(architecture.blocks))]
+
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    blocks = [sums.get(("blocks", index), zero) for index in range(len(architecture.blocks))]
+    return _checked(
+        architecture, torch.stack(blocks), per_block("heads"), per_block("ffn"), per_block("channels"),
+        sums.get(("hidden", None)),
+    )  # fmt: skip
+
+
+def taylor_loss(model: nn.Module, batch: Batch, device: str) -> Tensor:
+    """Cross-entropy in nats, summed over the batch, so that each prediction counts alike whatever the batch's size.
+
+    Language models (logits [B, T, V]) predict their input's next tokens. Classifiers (logits [B, C]) predict `labels`
+    of the batch, or where there are none, as in a calibration set, the class that they find likeliest themselves.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = hidden_of(model(**model_inputs(model, inputs, device)))
+    labels = batch.get("labels")
+    if logits.ndim == 3 and "input_ids" in batch:
+        labels = (batch["input_ids"] if labels is None else labels)[:, 1:].flatten()
+        logits = logits[:, :-1].flatten(0, 1)
+    elif labels is None:
+        labels = logits.argmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="sum")
+
+
+def _within_units(model: nn.Module) -> set[str]:
+    """Names of parameters that connect no unit with another: vectors, kernels of grouped (depthwise) convolutions."""
+    found = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+    grouped = (name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1)
+    return found | {f"{name}.weight" for name in grouped}
 
 
 def _checked(

@@ -220,8 +220,9 @@ def test_without_norms_of_a_known_layout_hidden_dimensions_go_by_magnitude():
     (told,) = structured(hidden=0.5).preflight(model, context(model))
     assert "compression.link.importance=activation goes by norms" in told
     assert "choose magnitude" in told
-    made, _ = run(model, structured(hidden=0.5, importance="magnitude"))
-    assert made.config.hidden_size == 16
+    for importance in ("magnitude", "taylor"):
+        made, _ = run(copy.deepcopy(model), structured(hidden=0.5, importance=importance))
+        assert made.config.hidden_size == 16
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_settings_that_lead_to_no_model_promise_none():
         structured(ffn=0.01).reshaped(model, context(model))
 
 
-@pytest.mark.parametrize("importance", ["activation", "magnitude"])
+@pytest.mark.parametrize("importance", ["activation", "taylor", "magnitude"])
 def test_a_nan_weight_is_an_error_that_names_where(importance):
     model = opt()
     model.model.decoder.layers[2].fc2.weight.data[3, 4] = float("nan")
@@ -270,6 +271,44 @@ def test_a_nan_weight_is_an_error_that_names_where(importance):
     trained.model.decoder.layers[1].fc1.weight.data[0, 0] = float("inf")
     with pytest.raises(LeanfitError, match=r"model\.decoder\.layers\.1\.fc1"):
         structured(ffn=0.5).finalize(trained, context(trained))
+
+
+@pytest.mark.parametrize("build", [opt, llama])
+def test_by_taylor_units_without_weights_go_and_outputs_stay(build):
+    model = build()
+    for index, layer in enumerate(model.get_decoder().layers):
+        mlp = layer if build is opt else layer.mlp
+        down, ups = (mlp.fc2, [mlp.fc1]) if build is opt else (mlp.down_proj, [mlp.up_proj, mlp.gate_proj])
+        silent = [unit for unit in range(48) if unit % 4 == index]
+        down.weight.data[:, silent] = 0
+        for up in ups:
+            up.weight.data[silent] = 0
+    want = model(input_ids=IDS).logits
+    made, facts = run(model, structured(ffn=0.25, importance="taylor"))
+    assert facts["importance"] == "taylor"
+    assert facts["kept"]["ffn"] == [
+        spans([unit for unit in range(48) if unit % 4 != index]) for index in range(len(facts["kept"]["ffn"]))
+    ]
+    torch.testing.assert_close(made(input_ids=IDS).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("build", "shares"),
+    [(llama, {"heads": 0.5, "ffn": 0.5, "hidden": 0.25, "depth": 0.25}), (efficientnet, {"channels": 0.5})],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_taylor_every_kind_is_cut_in_any_precision_and_leaves_no_gradients(build, shares, dtype):
+    model = build().to(dtype)
+    told = context(model)
+    batch = {name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in told.calibration()[0].items()}
+    made, facts = prune_structured(model, told.architecture, shares, [batch], importance="taylor")
+    assert set(facts["sizes"]) == set(shares)
+    assert all(p.grad is None and p.requires_grad and p.dtype == dtype for p in made.parameters())
+
+
+def test_importance_on_data_without_data_is_an_error():
+    with pytest.raises(LeanfitError, match="importance=taylor needs batches"):
+        prune_structured(opt(), describe(opt()), {"ffn": 0.5}, importance="taylor")
 
 
 def test_a_quantized_model_is_refused():
@@ -310,6 +349,7 @@ def whole(directory: Path, *overrides: str):
     [
         ("structured", ["structured.depth=0.5", "structured.importance=magnitude"]),
         ("structured", ["structured.hidden=0.5", "structured.steps=0"]),
+        ("structured", ["structured.depth=0.5", "structured.importance=taylor"]),
         ("[structured,int8]", []),
         ("[magnitude,structured]", []),
     ],

@@ -69,10 +69,9 @@ CASES = {
 }
 
 
-def train(directory, overrides):
+def train(directory, config):
     """Stage 0's fit of this very process (one rank of many, or the only one)."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = compose([*COMMON, *overrides])
     line = stages_of(config)
     tokenizer = config.model.tokenizer() or byte_tokenizer()
     data = config.data.open(tokenizer)
@@ -117,7 +116,7 @@ def alone(tmp_path_factory):
         single = tuple(word for word in overrides if not word.startswith("parallelism") and word not in MEMORY_ONLY)
         if single not in done:
             directory = tmp_path_factory.mktemp("single")
-            train(directory, [*single])
+            train(directory, compose([*COMMON, *single]))
             done[single] = outcome(directory)
         return done[single]
 
@@ -153,4 +152,4 @@ if __name__ == "__main__":
     model_parallel._setup_device_mesh = functools.cache(model_parallel._setup_device_mesh)
     torch.set_num_threads(1)
     for case, overrides in CASES[int(sys.argv[1])].items():
-        train(Path(sys.argv[2]) / case, overrides)
+        train(Path(sys.argv[2]) / case, compose([*COMMON, *overrides]))
