@@ -6,8 +6,6 @@
 import functools
 import itertools
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from pipeline import rules
 from pipeline.app import compose
 from pipeline.report.metrics import read_metrics
 from tests.parallelism.test_parity import COMMON, LLAMA, train
+from tests.ranks import made_by_ranks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "combinations.md"
@@ -105,29 +104,10 @@ def test_on_one_device(pair, tmp_path):
     check(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory):
-    done = {}
-
-    def of(count):
-        if count not in done:
-            done[count] = tmp_path_factory.mktemp(f"ranks{count}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            ranks = subprocess.run(
-                [*command, __file__, str(count), str(done[count])],
-                env=environment, capture_output=True, text=True, timeout=540, check=False,
-            )  # fmt: skip
-            assert ranks.returncode == 0, ranks.stderr[-6000:]
-        return done[count]
-
-    return of
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [p for p in PAIRS if devices(p) > 1 and not refusal(p)], ids=label)
-def test_on_several_devices(pair, on_ranks):
-    check(on_ranks(devices(pair)) / label(pair))
+def test_on_several_devices(pair, tmp_path_factory):
+    check(made_by_ranks(__file__, devices(pair), tmp_path_factory) / label(pair))
 
 
 @pytest.mark.parametrize("pair", [p for p in PAIRS if refusal(p)], ids=label)

@@ -1,8 +1,6 @@
 """The same training on one device and on several: losses of every step, and weights at the end."""
 
 import functools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from pipeline.report.metrics import read_metrics
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
+from tests.ranks import made_by_ranks
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 COMMON = [
     "model=gpt_nano", "model.layers=2", "model.width=32", "model.heads=4", "data.sequence_length=32",
@@ -87,27 +85,6 @@ def outcome(directory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """{devices: directory}: every case, trained by real ranks over gloo."""
-    done = {}
-
-    def on(devices):
-        if devices not in done:
-            directory = tmp_path_factory.mktemp(f"ranks{devices}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            ranks = subprocess.run(
-                [*command, __file__, str(devices), str(directory)],
-                env=environment, capture_output=True, text=True, timeout=540, check=False,
-            )  # fmt: skip
-            assert ranks.returncode == 0, ranks.stderr[-6000:]
-            done[devices] = directory
-        return done[devices]
-
-    return on
-
-
-@pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one device makes of the same settings."""
     done = {}
@@ -129,9 +106,9 @@ MEMORY_ONLY = {word for lever in LEVERS.values() for word in lever}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "case"), [(n, case) for n, cases in CASES.items() for case in cases])
-def test_several_devices_train_as_one_does(devices, case, trained, alone):
+def test_several_devices_train_as_one_does(devices, case, alone, tmp_path_factory):
     overrides = CASES[devices][case]
-    losses, weights = outcome(trained(devices) / case)
+    losses, weights = outcome(made_by_ranks(__file__, devices, tmp_path_factory) / case)
     expected, one = alone(overrides)
     assert len(losses) == STEPS
     double = "precision=64-true" in overrides
