@@ -296,7 +296,7 @@ def test_ranks_log_one_mean_and_count_together(tmp_path: Path) -> None:
                 json.dump(metrics.totals(), open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w"))
 
         path = f"{sys.argv[1]}/metrics.csv"
-        metrics = MetricsCsv(path, stage="train", count=lambda batch: batch["x"].numel(), log_every=2)
+        metrics = MetricsCsv(path, stage="train", count=lambda batch: batch["x"].numel(), log_every=2, data_ranks=2)
         Trainer(
             max_steps=4, accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[metrics, Save()], logger=False,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
