@@ -143,6 +143,11 @@ class TaskModule(lightning.LightningModule):
             assert self.device_mesh is not None
             parallelism.shard(self.model, self.architecture, self.device_mesh)
 
+    def on_train_start(self) -> None:
+        wrapped = self.trainer.strategy.model
+        if self.config.parallelism.distributed and wrapped is not None:
+            self.config.parallelism.begin(wrapped)
+
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:

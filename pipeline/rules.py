@@ -188,6 +188,14 @@ def gradient_dtype(config: RunConfig) -> list[str]:
     return [f"{said} sums gradients in the weights' dtype; use precision.gradient_dtype=null, or parallelism=single"]
 
 
+def gradient_compression(config: RunConfig) -> list[str]:
+    """gloo sums no bfloat16."""
+    bfloat16 = getattr(config.parallelism, "gradient_compression", None) == "bfloat16"
+    if not bfloat16 or config.device.problems(1) or config.device.kind() == "cuda":
+        return []
+    return ["parallelism.gradient_compression=bfloat16 needs device=cuda; use parallelism.gradient_compression=float16"]
+
+
 def sharded(config: RunConfig) -> list[str]:
     """What does not go with a rank that holds a part of the model only."""
     if not config.parallelism.sharded or not _trains(config):
@@ -305,6 +313,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     float16_epsilon,
     step_in_backward,
     gradient_dtype,
+    gradient_compression,
     sharded,
     loss_chunks,
     adapter,

@@ -388,6 +388,14 @@ def test_gradients_between_devices_are_in_the_weights_dtype(name: str) -> None:
     assert rules.gradient_dtype(config("device=cpu", "precision.gradient_dtype=bfloat16")) == []
 
 
+def test_gradients_are_sent_in_bfloat16_between_gpus_only() -> None:
+    asked = config("device=cpu", "parallelism=ddp", "parallelism.gradient_compression=bfloat16")
+    (told,) = rules.gradient_compression(asked)
+    assert told.endswith("needs device=cuda; use parallelism.gradient_compression=float16")
+    assert rules.gradient_compression(with_device(asked, "cuda")) == []
+    assert rules.gradient_compression(config("device=cpu", "parallelism=ddp")) == []
+
+
 def test_muon_has_no_adapters() -> None:
     (told,) = rules.adapter(config("device=cpu", "adapter=lora", "optimizer=muon"))
     assert told.startswith("adapter=lora: muon makes updates of full rank")

@@ -56,6 +56,9 @@ class Parallelism:
     def strategy(self, device: str) -> Strategy:
         """The Lightning strategy, built on the rank that uses it."""
 
+    def begin(self, wrapped: nn.Module) -> None:
+        """Called on each rank before the first step, with the model as the strategy has wrapped it."""
+
     def shape_problems(self, model: nn.Module, architecture: Architecture) -> list[str]:
         """Why a model of these shapes (on the meta device) cannot be spread so."""
         return []

@@ -6,13 +6,20 @@ Li et al., 2020 (arXiv:2006.15704). Ranks are started by torchrun, whose environ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge
 
 from pipeline.parallelism.base import Parallelism, backend
 from pipeline.registry import register
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
+    from torch import nn
+
+
+POWERSGD_AFTER = 10
+"""Steps with whole gradients first: early ones have no low rank."""
 
 
 @register("parallelism", "ddp")
@@ -22,12 +29,32 @@ class DDP(Parallelism):
 
     `static_graph`: the same parameters take part in each step, in the same order; torch then plans ahead. Every
     parameter must receive a gradient in every step.
+
+    `gradient_compression`: what is sent between devices. `float16`, `bfloat16`: half the bytes, rounded. `powersgd`:
+    factors of rank `powersgd_rank` of each matrix, after 10 steps with whole ones; what they miss is added to the next
+    step's (Vogels et al., 2019, arXiv:1905.13727), and is not in a checkpoint.
     """
 
     distributed: ClassVar[bool] = True
 
     bucket_view: bool
     static_graph: bool
+    gradient_compression: Literal["none", "float16", "bfloat16", "powersgd"]
+    powersgd_rank: Annotated[int, Ge(1)]
+
+    def begin(self, wrapped: nn.Module) -> None:
+        # Lightning registers hooks on GPUs only, and says nothing elsewhere.
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+        from torch.nn.parallel import DistributedDataParallel
+
+        assert isinstance(wrapped, DistributedDataParallel)
+        if self.gradient_compression == "powersgd":
+            state = powersgd.PowerSGDState(None, self.powersgd_rank, start_powerSGD_iter=POWERSGD_AFTER)
+            wrapped.register_comm_hook(state, powersgd.powerSGD_hook)
+        elif self.gradient_compression != "none":
+            hooks = {"float16": default_hooks.fp16_compress_hook, "bfloat16": default_hooks.bf16_compress_hook}
+            wrapped.register_comm_hook(None, hooks[self.gradient_compression])
 
     def strategy(self, device: str) -> Strategy:
         """Raises ConfigError for a device between whose copies nothing can be sent."""

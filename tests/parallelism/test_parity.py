@@ -84,6 +84,10 @@ def outcome(directory):
     return torch.tensor(losses, dtype=torch.float64), state["state_dict"]
 
 
+COMPRESSED = {kind: [*two("ddp"), f"parallelism.gradient_compression={kind}"] for kind in ("float16", "powersgd")}
+"""Cases of two ranks whose gradients lose something on the way."""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one device makes of the same settings."""
@@ -122,11 +126,24 @@ def test_several_devices_train_as_one_does(devices, case, alone, tmp_path_factor
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=margin, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_gradients_train_nearly_as_whole_ones(kind, alone, tmp_path_factory):
+    losses, _ = outcome(made_by_ranks(__file__, 2, tmp_path_factory) / kind)
+    expected, _ = alone([])
+    assert not torch.equal(losses[-5:], expected[-5:])
+    torch.testing.assert_close(losses, expected, rtol=0.02 if kind == "powersgd" else 1e-3, atol=0)
+    if kind == "powersgd":  # the first steps send whole gradients
+        torch.testing.assert_close(losses[:10], expected[:10], rtol=1e-5, atol=0)
+        assert losses[-1] < losses[9]
+
+
 if __name__ == "__main__":
     from lightning.pytorch.strategies import model_parallel
 
     # A run has one fit a process. Here many share one, and a second mesh over the same ranks confuses gloo's groups.
     model_parallel._setup_device_mesh = functools.cache(model_parallel._setup_device_mesh)
     torch.set_num_threads(1)
-    for case, overrides in CASES[int(sys.argv[1])].items():
+    count = int(sys.argv[1])
+    for case, overrides in {**CASES[count], **(COMPRESSED if count == 2 else {})}.items():
         train(Path(sys.argv[2]) / case, compose([*COMMON, *overrides]))

@@ -86,7 +86,10 @@ scaling = dict(cache_weights=True, initial_scale=256.0, growth_interval=2)
 float16 = Mixed(name="mixed", dtype="float16", gradient_dtype=None, **scaling)
 float32 = Full(name="full", dtype="float32", gradient_dtype=None, stochastic_rounding=False)
 for name, precision, static in (("float32", float32, True), ("float16", float16, False)):
-    parallelism = DDP(name="ddp", devices=2, nodes=1, bucket_view=True, static_graph=static)
+    parallelism = DDP(
+        name="ddp", devices=2, nodes=1, bucket_view=True, static_graph=static, gradient_compression="none",
+        powersgd_rank=1,
+    )
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy=parallelism.strategy("cpu"), plugins=[precision.plugin("cpu")],
         max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
