@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SLICE = 1 << 20
+SLICE = 1 << 17
 """Elements of a tensor that are decoded at a time, so that float32 copies stay small beside the state."""
 CODES = ("exp_avg", "exp_avg_sq")
 

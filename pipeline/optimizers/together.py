@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from pipeline.precision.plugins import kernels
+
 
 class Together(torch.optim.Optimizer):
     """Steps each of `optimizers` on its own parameter groups. Their groups and state live here."""
@@ -19,8 +21,10 @@ class Together(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, optimizer in enumerate(self.optimizers):
-            optimizer.state = self.state
-            optimizer.param_groups = [group for group in self.param_groups if group["of"] == i]
-            optimizer.step()
+        device = self.param_groups[0]["params"][0].device.type
+        with kernels(device):  # Muon multiplies in bfloat16, on a CPU that may have no such instructions as well
+            for i, optimizer in enumerate(self.optimizers):
+                optimizer.state = self.state
+                optimizer.param_groups = [group for group in self.param_groups if group["of"] == i]
+                optimizer.step()
         return loss
