@@ -109,6 +109,11 @@ def measured(work: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, float]
     return made, {**spent, "peak_bytes": resident("VmHWM") - before}
 
 
+def save_state(model: nn.Module, directory: Path) -> None:
+    """As the documentation of torchao and torch-pruning does."""
+    torch.save(model.state_dict(), directory / "model.pt")
+
+
 def run(prepare: Callable[[str, dict[str, Any], nn.Module], Compress], save: Save | None = None) -> None:
     """`prepare(method, settings, model)`, which imports and reads configs, then what it gives, measured, by draw.
 

@@ -8,11 +8,9 @@ residual stream is left alone on both sides.
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import protocol
-import torch
 import torch_pruning as tp
 from torch import nn
 
@@ -73,9 +71,5 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol
     return compress
 
 
-def save(model: nn.Module, directory: Path) -> None:
-    torch.save(model.state_dict(), directory / "model.pt")
-
-
 if __name__ == "__main__":
-    protocol.run(prepare, save)
+    protocol.run(prepare, protocol.save_state)

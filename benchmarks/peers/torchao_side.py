@@ -7,7 +7,6 @@ state dict.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import protocol
@@ -70,9 +69,5 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol
     return compress
 
 
-def save(model: nn.Module, directory: Path) -> None:
-    torch.save(model.state_dict(), directory / "model.pt")
-
-
 if __name__ == "__main__":
-    protocol.run(prepare, save)
+    protocol.run(prepare, protocol.save_state)

@@ -38,7 +38,7 @@ def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targ
 
 def before_head(model: nn.Module, ids: Tensor) -> tuple[Tensor, nn.Module]:
     """What the head of `model` is given for the tokens `ids` [B, T]: hidden states [B, T, H]; and the head."""
-    head = _head(model)
+    head = cast(nn.Module, cast(Any, model).get_output_embeddings())
     taken: list[Tensor] = []
 
     def take(hidden: Tensor) -> Tensor:
@@ -72,7 +72,3 @@ def require_plain_head(model: nn.Module, key: str) -> None:
     model.train(mode)
     if not same:
         raise ConfigError(fix)
-
-
-def _head(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, cast(Any, model).get_output_embeddings())

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
-from pipeline.layers.chunked_loss import before_head, chunked_cross_entropy
+from pipeline.layers.chunked_loss import IGNORED, before_head, chunked_cross_entropy
 from pipeline.layers.decoding import decode
 from pipeline.models.architecture import positions
 from pipeline.tasks.base import Batch, Quality, Speed, Task
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from pipeline.data.base import DataBundle
 
-IGNORED = -100
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32
 SPEED_SECONDS = 2.0

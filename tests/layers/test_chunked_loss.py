@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.layers.chunked_loss import before_head, chunked_cross_entropy, require_plain_head
+from pipeline.layers.chunked_loss import IGNORED, before_head, chunked_cross_entropy, require_plain_head
 from pipeline.memory.measure import measure_peak
-from pipeline.tasks.causal_lm import IGNORED, CausalLM
+from pipeline.tasks.causal_lm import CausalLM
 from tests.tiny import llama, opt
 
 IDS = torch.randint(64, (3, 11), generator=torch.Generator().manual_seed(0))

@@ -4,20 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetForImageClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.structure_importance import taylor_importance, taylor_loss
 from pipeline.layers.structure_plan import plan
 from pipeline.models.architecture import describe
+from tests import tiny
 
 IDS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 TEXT = [{"input_ids": IDS}, {"input_ids": IDS.flip(1)[:2, :7]}]
@@ -25,37 +17,16 @@ IMAGES = [{"pixel_values": x} for x in torch.randn(3, 4, 1, 16, 16, generator=to
 
 
 def opt(**changes):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
-        "max_position_embeddings": 32, "word_embed_proj_dim": 32, "dropout": 0.5, "init_std": 0.3,
-    }  # fmt: skip
-    return OPTForCausalLM(OPTConfig(**{**sizes, **changes})).train()
+    return tiny.opt(**{"num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.5, "init_std": 0.3, **changes}).train()
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.3, attention_bias=True,
-        )
-    ).train()  # fmt: skip
+    changes = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "attention_bias": True}
+    return tiny.llama(**changes).train()
 
 
 def efficientnet():
-    torch.manual_seed(0)
-    model = EfficientNetForImageClassification(
-        EfficientNetConfig(
-            image_size=16, num_channels=1, width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2],
-            num_block_repeats=[1, 2], expand_ratios=[1, 6], depthwise_padding=[], num_labels=4,
-        )
-    ).eval()  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight)
-    return model
+    return tiny.efficientnet(depth_coefficient=1.0, num_block_repeats=[1, 2])
 
 
 def scored(model, batches, **shares):
