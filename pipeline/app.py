@@ -40,8 +40,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import arguments, environment, provenance, recipes, rules
+from pipeline import arguments, checkpoints, environment, provenance, recipes, rules
 from pipeline.errors import ConfigError, LeanfitError
+from pipeline.parallelism.launched import started_in_copies
 from pipeline.registry import conf_root
 from pipeline.resuming import finished_run
 from pipeline.schema import RunConfig, decode_run
@@ -90,10 +91,15 @@ def _main(argv: list[str]) -> int:
     args = arguments.parse(argv)
     source = _loader(args)
     sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    config = None
     if not (args.hydra_help or args.shell_completion or args.info or args.experimental_rerun):
-        _check_all(args, source, sweep)
+        config = _check_all(args, source, sweep)
     if args.resolve and not args.cfg:
         raise ConfigError("--resolve goes with --cfg: write --cfg job --resolve (command line)")
+    if config is not None and not args.cfg:
+        _started_once(config)
+        if config.parallelism.own_node > 0:
+            return _follow(config)
     with _hydra_arguments(arguments.rebuilt(args)), _run_directory("hydra.sweep.dir" if sweep else "hydra.run.dir"):
         launch()
     if _outcome.error is not None:
@@ -201,21 +207,44 @@ def _placed(told: str, composed: provenance.Composition) -> str:
     return f"{told} ({place})" if place and not told.endswith(f"({place})") else told
 
 
-def _check_all(args: Namespace, source: provenance.Loader, sweep: bool) -> None:
-    """Raise where the command line cannot run: a single config with problems, or a sweep none of whose jobs can."""
+def _started_once(config: RunConfig) -> None:
+    """Raises ConfigError where each of several ranks would do the whole run."""
+    copies = started_in_copies(os.environ)
+    if copies > 1 and not config.parallelism.needs_followers:
+        raise ConfigError(
+            f"a launcher has started this program {copies} times, which starts its ranks itself; start it once, with "
+            f"parallelism=ddp parallelism.devices={copies} and parallelism.launcher=torchrun, srun or mpirun"
+        )
+
+
+def _follow(config: RunConfig) -> int:
+    """On another node than the first: serve its fits, and end as it does."""
+    from pipeline.launch import follow
+    from pipeline.nodes import joined
+    from pipeline.walk import stages_of
+
+    code, told = follow(config, stages_of(config), joined(config))
+    if code:
+        print(f"node 0: {told}", file=sys.stderr)
+    return code
+
+
+def _check_all(args: Namespace, source: provenance.Loader, sweep: bool) -> RunConfig | None:
+    """The config of a single run. Raises where the command line cannot run: a config with problems, or a sweep none of
+    whose jobs can."""
     name = args.config_name or "config"
     if not sweep:
-        check(args.overrides, source, config_name=name)
-        return
+        return check(args.overrides, source, config_name=name)
     found: dict[str, None] = {}
     for overrides in _jobs(args.overrides, source):
         try:
             check(overrides, source, sweep=True, config_name=name)
-            return
+            return None
         except ConfigError as error:
             found.update(dict.fromkeys(error.problems))
     if found:
         raise ConfigError(list(found))
+    return None
 
 
 def _jobs(overrides: Sequence[str], source: provenance.Loader) -> Iterator[list[str]]:
@@ -441,7 +470,7 @@ def _can_resume(outcome: Outcome) -> bool:
     directory = outcome.run_dir
     if directory is None or not outcome.resumable or not (directory / recipes.LOCK).is_file():
         return False
-    return (directory / "checkpoints" / "last.ckpt").is_file() or any(directory.glob("stages/*/manifest.json"))
+    return checkpoints.exists(directory / "checkpoints" / "last.ckpt") or any(directory.glob("stages/*/manifest.json"))
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,6 +28,8 @@ RESUMABLE = (
     "keep_stages",
 )
 """What may change when a run is resumed: what lengthens or observes it. `gate.*` too."""
+ELSEWHERE = ("parallelism", "device", "memory", "trainer.micro_batch_size")
+"""And what says where it goes on, and with how much memory, but not what it computes; with all keys below."""
 
 _RAW = re.compile(rf"(\+{{0,2}}(?:{'|'.join(RAW)})=)(.*)", re.DOTALL)
 _RECIPE = re.compile(rf"(\+{{0,2}}{GROUP}=)(.*)", re.DOTALL)
@@ -138,6 +140,10 @@ def _is_path(value: str) -> bool:
     return "/" in value and find(value) is not None
 
 
+def _elsewhere(key: str) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in ELSEWHERE)
+
+
 def resumed(overrides: list[str], args: Namespace) -> list[str]:
     """`resume=DIR` as the overrides that continue DIR in place, from its lock. Without `resume`: as they are.
 
@@ -157,11 +163,11 @@ def resumed(overrides: list[str], args: Namespace) -> list[str]:
         problems.append("resume cannot be swept with -m; resume one run at a time (command line)")
     for override in [override for override in overrides if not override.startswith("resume=")]:
         key = override.partition("=")[0].lstrip("+")
-        if key not in RESUMABLE and not key.startswith("gate."):
-            allowed = f"{', '.join(RESUMABLE)}, gate.*"
+        if key not in RESUMABLE and not key.startswith("gate.") and not _elsewhere(key):
+            allowed = f"{', '.join(RESUMABLE)}, gate.*, {', '.join(ELSEWHERE)}"
             problems.append(
-                f"{override}: a resumed run takes only what lengthens or observes it: {allowed}"
-                f"{did_you_mean(key, RESUMABLE)} (command line)"
+                f"{override}: a resumed run takes only what lengthens or observes it, or says where it goes on: "
+                f"{allowed}{did_you_mean(key, [*RESUMABLE, *ELSEWHERE])} (command line)"
             )
     if problems:
         raise ConfigError(problems)

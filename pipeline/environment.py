@@ -10,6 +10,7 @@ The other two keep transformers' notices and bars out of what a run prints; what
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,10 +22,16 @@ DEFAULTS = {
 }
 
 
+CHATTY = ("torch.utils._pytree", "torchao")
+"""Loggers that say, whenever transformers finds torchao, which of its GPU kernels do not load here."""
+
+
 def prepare() -> None:
-    """Set what is not set. Child processes inherit it."""
+    """Set what is not set. Child processes inherit it, but for loggers' levels."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def child() -> dict[str, str]:

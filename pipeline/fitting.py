@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import nn
 
+from pipeline import checkpoints
 from pipeline.chain import Fit, Stage
 from pipeline.compression.base import StageLoss
 from pipeline.data.base import DataBundle
@@ -34,23 +34,28 @@ from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.memory.measure import MeasureTraining
+from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import clip_gradients, is_sharded
-from pipeline.report.metrics import MetricsCsv, never
+from pipeline.preemption import StopAfterStep
+from pipeline.report.metrics import MetricsCsv
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
+from pipeline.trainer.compiling import FirstStepCompiles, compiled_blocks
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit did: `train` of result.json, and the peak of allocated bytes (None where it was not measured)."""
+    """What a fit did: `train` of result.json, and the peak of allocated bytes (None where it was not measured), with
+    what CUDA's pool had reserved for them."""
 
     train: dict[str, Any]
     peak_bytes: int | None
     earlier_seconds: float = 0.0
     """What this fit took, up to its last checkpoint, before it was interrupted and resumed."""
+    reserved_bytes: int | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -61,17 +66,13 @@ class Fitted:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that a run killed while saving keeps its former checkpoint."""
+    """Keeps the former checkpoint until the new one is whole; reads what several ranks saved in parts, too."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        with partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
+        checkpoints.save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return checkpoints.read(Path(path), "cpu")
 
 
 class SaveLast(Checkpoint):
@@ -91,8 +92,13 @@ class SaveLast(Checkpoint):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        if step != self.saved and step > 0 and (step % self.every == 0 or step == self.last):
-            self.saved = step
+        if step > 0 and (step % self.every == 0 or step == self.last):
+            self.save(trainer)
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Now, unless this step is saved already."""
+        if trainer.global_step != self.saved:
+            self.saved = trainer.global_step
             trainer.save_checkpoint(self.path)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -131,17 +137,18 @@ class TaskModule(lightning.LightningModule):
         fit: Fit,
         loss: StageLoss | None,
         architecture: Architecture,
+        run_dir: Path,
     ) -> None:
         super().__init__()
         self.model, self.task, self.config, self.fit, self.stage_loss = model, task, config, fit, loss
-        self.architecture = architecture
+        self.architecture, self.run_dir = architecture, run_dir
+        where = config.memory.activation_offload
+        self.offload = None if where == "none" else ActivationOffload(model, store(where, run_dir))
 
     def configure_model(self) -> None:
         # Lightning calls it again for each entry point; a model is spread over devices once.
-        parallelism = self.config.parallelism
-        if parallelism.sharded and not is_sharded(self.model.parameters()):
-            assert self.device_mesh is not None
-            parallelism.shard(self.model, self.architecture, self.device_mesh)
+        if self.device_mesh is not None and not is_sharded(self.model.parameters()):
+            self.config.parallelism.shard(self.model, self.architecture, self.device_mesh)
 
     def on_train_start(self) -> None:
         wrapped = self.trainer.strategy.model
@@ -162,9 +169,10 @@ class TaskModule(lightning.LightningModule):
         torch.manual_seed(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        if self.stage_loss is None:
-            return self.task_loss(batch)
-        return self.stage_loss(self.model, batch, self.task_loss)
+        with nullcontext() if self.offload is None else self.offload.saving(batch):
+            if self.stage_loss is None:
+                return self.task_loss(batch)
+            return self.stage_loss(self.model, batch, self.task_loss)
 
     def task_loss(self, batch: Batch) -> torch.Tensor:
         return self.task.loss(self.model, batch, self.config.memory.loss_chunks)
@@ -175,7 +183,8 @@ class TaskModule(lightning.LightningModule):
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"].update(held_tensors(self))
+        if held := held_tensors(self):  # a sharded strategy has loaded its weights by now, and leaves no state_dict
+            checkpoint["state_dict"].update(held)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.task_loss(batch)
@@ -184,6 +193,8 @@ class TaskModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.config.optimizer.build(self.model, lr=self.fit.lr)
         self.config.precision.prepare_training(self.model, optimizer)
+        if self.config.memory.optimizer_offload != "none":
+            offload_optimizer(optimizer, store(self.config.memory.optimizer_offload, self.run_dir))
         factor, steps = self.config.optimizer.factor, self.fit.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -234,6 +245,32 @@ def quiet_lightning() -> Iterator[None]:
         yield
 
 
+def trainer_of(
+    config: RunConfig,
+    device: str,
+    steps: int,
+    callbacks: Sequence[lightning.Callback],
+    plugins: Sequence[Any],
+    **settings: Any,
+) -> lightning.Trainer:
+    """Lightning's Trainer as a fit has it; `settings` are those that a trace of it does without."""
+    return lightning.Trainer(
+        accelerator=device,
+        plugins=[*plugins, config.parallelism.environment()],
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=micro_batch_size(config)[1],
+        gradient_clip_val=config.trainer.grad_clip,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **settings,
+    )
+
+
 def fit(
     config: RunConfig,
     stage: Stage,
@@ -253,14 +290,16 @@ def fit(
     steps = stage.fit.steps
     device = config.device.kind()
     micro, accumulation = micro_batch_size(config)
-    checkpoints = checkpoint_directory(run_dir, stage)
-    last = checkpoints / "last.ckpt"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    directory = checkpoint_directory(run_dir, stage)
+    last = directory / "last.ckpt"
 
     if config.memory.loss_chunks > 1:
         require_plain_head(model, f"memory.loss_chunks={config.memory.loss_chunks}")
-    removal = apply_activation_checkpointing(
-        model, [block.name for block in architecture.blocks], config.memory.activation_checkpointing
-    )
+    blocks = [block.name for block in architecture.blocks]
+    compiling = None
+    if config.trainer.compile:
+        compiling = FirstStepCompiles(stage.name, len(blocks), progress.say if progress else None)
     meter = MeasureTraining() if stage.index == 0 else None
     metrics = MetricsCsv(
         run_dir / "metrics.csv",
@@ -269,12 +308,17 @@ def fit(
         data_ranks=config.parallelism.data_ranks,
         log_every=config.trainer.log_every,
         unit=task.unit,
-        skip=(lambda step: step - 1 in meter.skipped_steps) if meter else never,
+        skip=lambda step: (
+            (meter is not None and step - 1 in meter.skipped_steps)
+            or (compiling is not None and step == compiling.step)
+        ),
     )
     diverged = StopWhereItDiverged(stage.name, stage.fit.lr, config.trainer.log_every)
     parts: list[lightning.Callback] = [*callbacks, diverged, metrics, *([progress] if progress else [])]
     if has_masks(model) and not any(isinstance(part, HoldMasks) for part in parts):
         parts.append(HoldMasks())
+    if compiling is not None:
+        parts.append(compiling)
     if config.memory.step_in_backward:
         parts.append(StepInBackward())
     elif config.memory.release_gradients:
@@ -282,37 +326,32 @@ def fit(
     if meter is not None:
         parts.append(meter)
     saver = SaveLast(last, config.trainer.checkpoint_every, steps)
-    parts.append(saver)
+    parts += [saver, StopAfterStep(saver.save)]
     every = config.trainer.evaluate_every
     if every:
         parts.append(
             ModelCheckpoint(
-                dirpath=checkpoints, filename="best", monitor="val_loss", save_top_k=1, enable_version_counter=False
+                dirpath=directory, filename="best", monitor="val_loss", save_top_k=1, enable_version_counter=False
             )
         )
-    with quiet_lightning():
-        trainer = lightning.Trainer(
-            accelerator=device,
+    with quiet_lightning(), ExitStack() as undo:
+        undo.callback(config.precision.convert_layers(model, architecture))
+        if compiling is not None:
+            undo.enter_context(compiled_blocks(model, blocks))
+        undo.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
+        trainer = trainer_of(
+            config, device, steps, parts, [config.precision.plugin(device), AtomicCheckpointIO()],
             devices=config.parallelism.devices,
             num_nodes=config.parallelism.nodes,
             strategy=config.parallelism.strategy(device),
-            plugins=[config.precision.plugin(device), AtomicCheckpointIO()],
-            max_steps=steps,
-            max_epochs=-1,
-            accumulate_grad_batches=accumulation,
-            gradient_clip_val=config.trainer.grad_clip,
             val_check_interval=every * accumulation if every else None,
             check_val_every_n_epoch=None if every else 1,
             limit_val_batches=None if every else 0,
-            num_sanity_val_steps=0,
-            callbacks=parts,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
             default_root_dir=run_dir,
-        )
-        module = TaskModule(model, task, config, stage.fit, loss, architecture)
+        )  # fmt: skip
+        module = TaskModule(model, task, config, stage.fit, loss, architecture, run_dir)
+        if module.offload is not None:
+            undo.callback(module.offload.close)
         model.train()
         trainer.fit(
             module,
@@ -324,13 +363,12 @@ def fit(
                 world=config.parallelism.data_ranks,
             ),
             evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size) if every else None,
-            ckpt_path=last if resume and last.is_file() else None,
+            ckpt_path=last if resume and checkpoints.exists(last) else None,
             weights_only=False,
         )
-    removal()
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Fitted(
         {**metrics.totals(), "trainable_parameters": trained},
         meter.peak_bytes if meter else None,
         saver.earlier_seconds,
+        meter.reserved_bytes if meter else None,
     )

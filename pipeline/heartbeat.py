@@ -11,17 +11,43 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback
 
-_FORMAT = "qqq"  # process, count, whether a step is under way
-GRACE = 20.0
-"""Seconds that a rank may be behind in the middle of a step, at least: so that all is over within 30."""
+_FORMAT = "qqq"
+STEP = 4
+"""Beats of a step."""
+STOPPED = 10.0
+"""Seconds that the system may say of a rank that a signal has stopped it."""
 PATIENCE = 20
-"""How many times the longest pause within a step so far that may be."""
+"""How many times the longest pause of its kind so far a rank may be behind, and at least as many seconds as `GRACE`."""
+
+
+class Phase(IntEnum):
+    """What a rank does until it counts on."""
+
+    IDLE = 0  # not yet, or no more, in the training loop
+    STEP = 1
+    BETWEEN = 2  # the next batch is loaded
+    SAVE = 3
+    VALIDATE = 4
+
+
+GRACE = {Phase.STEP: 20.0, Phase.BETWEEN: 60.0, Phase.SAVE: 60.0, Phase.VALIDATE: 60.0}
+"""Seconds. A step is over within 30; what reads and writes files may stall for a while on a busy network."""
+
+
+class Beat(NamedTuple):
+    """`process`: its id on this machine, 0 for one elsewhere. `done`: how many parts of steps it has behind it."""
+
+    process: int
+    done: int
+    phase: Phase
 
 
 class Beats(Callback):
@@ -29,92 +55,138 @@ class Beats(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
-        self._file: int | None = None
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._beat(Phase.IDLE)
 
-    def _beat(self, *, stepping: bool) -> None:
+    def _beat(self, phase: Phase) -> None:
         self.count += 1
         if self._file is not None:
-            os.pwrite(self._file, struct.pack(_FORMAT, os.getpid(), self.count, stepping), 0)
+            os.pwrite(self._file, pack(Beat(os.getpid(), self.count, phase)), 0)
 
     def on_train_start(self, *_: Any) -> None:
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._beat(stepping=False)
+        self._beat(Phase.BETWEEN)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._beat(stepping=True)
+        self._beat(Phase.STEP)
 
     def on_before_backward(self, *_: Any) -> None:
-        self._beat(stepping=True)
+        self._beat(Phase.STEP)
 
     def on_after_backward(self, *_: Any) -> None:
-        self._beat(stepping=True)
+        self._beat(Phase.STEP)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        # Checkpoints, validation and the next batch come now, which may take much longer than a step.
-        self._beat(stepping=False)
+        self._beat(Phase.BETWEEN)
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self._beat(Phase.SAVE)
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._beat(Phase.VALIDATE)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._beat(Phase.VALIDATE)
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._beat(Phase.BETWEEN)
 
     def on_train_end(self, *_: Any) -> None:
-        self._close()
+        self._beat(Phase.IDLE)
 
     def on_exception(self, *_: Any) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-            self.path.unlink(missing_ok=True)
+        self._beat(Phase.IDLE)
 
 
 class Watch:
-    """In the process that started the ranks: whether one of those whose counts are in `files` hangs.
+    """In the process that started the ranks: whether one of them hangs. `read` gives what each has written, if it has.
 
-    `timeout`: seconds without a count of any rank. A rank that is behind in the middle of a step is given less: 20
-    times the longest pause within a step that was seen, 20 seconds at least. A rank that has not begun to train, or is
-    done, is not looked at.
+    `timeout`: seconds without a count of any rank. A rank that is behind the others is given less: 20 times the longest
+    pause of that kind that was seen, 20 seconds at least in a step and 60 elsewhere. A rank that is not in its training
+    loop is not looked at, but for one that a signal has stopped.
     """
 
-    def __init__(self, files: list[Path], timeout: float) -> None:
-        self.files, self.timeout = files, timeout
-        self.longest = 0.0
-        self._seen: dict[int, tuple[int, int, bool]] = {}
+    def __init__(self, read: Callable[[], Sequence[bytes | None]], timeout: float) -> None:
+        self.read, self.timeout = read, timeout
+        self.longest: dict[Phase, float] = {}
+        self._beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}
+        self._stopped: dict[int, float] = {}
 
     def hung(self, now: float | None = None) -> str | None:
         """Which rank hangs, in words; None where none does. To be asked again and again, at times `now` (seconds)."""
         now = time.monotonic() if now is None else now
-        for rank, file in enumerate(self.files):
-            found = _read(file)
-            if found is None:
-                self._seen.pop(rank, None)
-            elif found != self._seen.get(rank):
-                if rank in self._seen and self._seen[rank][2]:
-                    self.longest = max(self.longest, now - self._changed[rank])
-                self._seen[rank], self._changed[rank] = found, now
-        if not self._seen:
+        for rank, written in enumerate(self.read()):
+            if (beat := unpack(written)) is None:
+                self._beats.pop(rank, None)
+            elif beat != (before := self._beats.get(rank)):
+                if before is not None:
+                    self._learn(before, beat, now - self._changed[rank])
+                self._beats[rank], self._changed[rank] = beat, now
+        return self._stopped_rank(now) or self._silent_rank(now)
+
+    def _learn(self, before: Beat, after: Beat, pause: float) -> None:
+        """Take note of a pause; where a whole step passed in it, of what belongs to one, too."""
+        whole = after.done - before.done >= STEP
+        for phase in {before.phase, *((Phase.STEP, Phase.BETWEEN) if whole else ())}:
+            self.longest[phase] = max(self.longest.get(phase, 0.0), pause)
+
+    def _silent_rank(self, now: float) -> str | None:
+        beats = {rank: beat for rank, beat in self._beats.items() if beat.phase is not Phase.IDLE}
+        if not beats:
             return None
-        least = min(count for _, count, _ in self._seen.values())
-        behind = [rank for rank, (_, count, _) in self._seen.items() if count == least]
-        apart = len(behind) < len(self._seen)
+        least = min(beat.done for beat in beats.values())
+        behind = [rank for rank, beat in beats.items() if beat.done == least]
+        phases = {beats[rank].phase for rank in behind}
         limit = self.timeout
-        if apart and all(self._seen[rank][2] for rank in behind):
-            limit = min(limit, max(GRACE, PATIENCE * self.longest))
-        silent = now - max(self._changed[rank] for rank in self._seen)
+        if (apart := len(behind) < len(beats)) and phases <= self.longest.keys():
+            limit = min(limit, *(max(GRACE[phase], PATIENCE * self.longest[phase]) for phase in phases))
+        silent = now - max(self._changed[rank] for rank in beats)
         if silent < limit:
             return None
         who = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind))}" if apart else "a rank"
         return f"{who} hung: no step for {silent:.0f} s (trainer.rank_timeout={self.timeout:g})"
 
+    def _stopped_rank(self, now: float) -> str | None:
+        for rank, beat in self._beats.items():
+            if not is_stopped(beat.process):
+                self._stopped.pop(rank, None)
+            elif now - self._stopped.setdefault(rank, now) >= STOPPED:
+                return f"rank {rank} hung: a signal has stopped it, {now - self._stopped[rank]:.0f} s ago"
+        return None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the ranks of this machine."""
+        for beat in self._beats.values():
+            if beat.process:
+                with suppress(ProcessLookupError):
+                    os.kill(beat.process, number)
+
     def kill(self) -> None:
         """End the ranks at once: one that hangs, or waits for it, answers no other signal."""
-        for process, _, _ in self._seen.values():
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
 
 
-def _read(file: Path) -> tuple[int, int, bool] | None:
-    try:
-        process, count, stepping = struct.unpack(_FORMAT, file.read_bytes())
-    except (OSError, struct.error):  # not there, or not written yet
+def pack(beat: Beat) -> bytes:
+    return struct.pack(_FORMAT, *beat)
+
+
+def unpack(written: bytes | None) -> Beat | None:
+    """What a rank wrote; None where that is nothing, or not all of it yet."""
+    if written is None or len(written) != struct.calcsize(_FORMAT):
         return None
-    return process, count, bool(stepping)
+    process, count, phase = struct.unpack(_FORMAT, written)
+    return Beat(process, count, Phase(phase))
+
+
+def read_files(paths: Sequence[Path]) -> list[bytes | None]:
+    """What the ranks of this machine wrote."""
+    return [path.read_bytes() if path.exists() else None for path in paths]
+
+
+def is_stopped(process: int) -> bool:
+    """Whether the system holds a process because of SIGSTOP or the like. False where it does not tell (no /proc)."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace") if process else ""
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] == ["T"]

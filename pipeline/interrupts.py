@@ -1,17 +1,23 @@
-"""Ctrl-C and SIGTERM while the program's imports go on: one line and 128 + the signal, no traceback.
+"""What ends a process from outside: signals while the program's imports go on, and in a rank the end of its parents.
 
-`app.main` puts handlers of its own in place of these. To be imported, and used, before anything heavy.
+Ctrl-C and SIGTERM while imports go on: one line and 128 + the signal, no traceback. `app.main` puts handlers of its own
+in place of these. To be imported, and used, before anything heavy.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from types import FrameType
 
 PROGRAM = "leanfit"
 """The console script, whose first import of ours is `pipeline.app`; `run.py` calls `install` itself."""
+PARENT = "LEANFIT_PARENT"
+"""Environment variable: host and process id of the program whose ranks these are."""
 
 
 def install() -> None:
@@ -23,6 +29,34 @@ def install() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
+
+
+def parent() -> str:
+    """This process, as ranks that it starts are to know it."""
+    return f"{socket.gethostname()} {os.getpid()}"
+
+
+def watch_parent() -> None:
+    """In a rank: end when the program that started the fit, or the launcher between, is gone, however it ended."""
+    host, _, program = os.environ[PARENT].rpartition(" ")
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher and (host != socket.gethostname() or _lives(int(program))):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 if os.path.basename(sys.argv[0] if sys.argv else "") == PROGRAM:

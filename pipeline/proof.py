@@ -47,6 +47,7 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
         speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
     fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)
     run.result["memory"]["measured"]["evaluate"] = peak.bytes
+    run.result["memory"]["reserved"]["evaluate"] = peak.reserved
     run.result["memory"]["kind"] = "allocated"
     store.annotate(artifact, {key: run.result[key] for key in ("quality", "size", "speed")})
     run.result["artifact"]["files"] = store.files(artifact)

@@ -55,6 +55,14 @@ class Loader(ConfigLoaderImpl):
                 override._value = _as_choices(override._value)
             elif override.type in (OverrideType.CHANGE, OverrideType.ADD) and not override.is_hydra_override():
                 override.type = OverrideType.FORCE_ADD
+        chosen = {
+            override.key_or_group: str(_unquoted(override._value))
+            for override in parsed
+            if repository.group_exists(override.key_or_group) and not override.is_sweep_override()
+        }
+        for source in repository.get_sources():
+            if isinstance(source, RecipeSource):
+                source.chosen = chosen
         self.parsed, self.used = parsed, repository
         return parsed, repository
 

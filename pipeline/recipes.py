@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -99,6 +100,8 @@ class RecipeSource(ConfigSource):
 
     repository: Any = None
     """Hydra's repository of this composition: which groups and choices exist."""
+    chosen: Mapping[str, str] = MappingProxyType({})
+    """group -> the command line's choice of it."""
 
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider, path)
@@ -153,6 +156,8 @@ class RecipeSource(ConfigSource):
         file = self.file(config_path)
         assert file is not None, config_path
         body, found = read(file)
+        if file.name == LOCK:
+            _without_replaced(body, self.chosen)
         defaults, more = self._defaults(file, body.pop("defaults", None))
         self.problems += [f"{problem} ({label(file)})" for problem in [*found, *more]]
         config = OmegaConf.create({"defaults": defaults, **body} if defaults else body)
@@ -312,6 +317,16 @@ def forbidden(values: Any, prefix: str = "") -> Iterator[str]:
     elif isinstance(values, list):
         for number, value in enumerate(values):
             yield from forbidden(value, f"{prefix}[{number}]")
+
+
+def _without_replaced(lock: dict[str, Any], chosen: Mapping[str, str]) -> None:
+    """Takes out of a lock, which says every value, those of a group for which `chosen` has another choice: they are no
+    settings of that one."""
+    for entry in lock.get("defaults", ()):
+        for key, choice in entry.items() if isinstance(entry, Mapping) else ():
+            group = str(key).rpartition("/")[2]
+            if group != "compression" and chosen.get(group, str(choice)) != str(choice):
+                lock.pop(group, None)
 
 
 def _is_forbidden(key: str, at_root: bool) -> bool:

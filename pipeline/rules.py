@@ -8,20 +8,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline import registry
+from pipeline import checkpoints, registry
 from pipeline.chain import link_fit, order_problems
 from pipeline.compression.base import Method
 from pipeline.compression.pruning import Pruner
+from pipeline.device.cuda import capability
 from pipeline.schema import GROUPS, RunConfig
+from pipeline.trainer.settings import missing_compiler
 
+FLOAT8_FROM = (8, 9)
+"""Compute capability of the first GPUs that multiply float8."""
 FLOAT16_SMALLEST = 6.1e-5
 """Smallest normal float16: an epsilon below it is lost, and 0 / 0 is NaN."""
 
 
 def problems(config: RunConfig) -> list[str]:
-    """Every problem of a decoded config."""
+    """Every problem of a decoded config. What could not run cannot be planned."""
+    config = replace(config, job="run") if config.job == "plan" else config
     return [told for rule in RULES for told in rule(config)]
 
 
@@ -53,11 +59,15 @@ def device(config: RunConfig) -> list[str]:
 
 
 def nodes(config: RunConfig) -> list[str]:
-    """One machine's devices, for now."""
-    given = config.parallelism.nodes
-    if given == 1 or not config.parallelism.distributed:
+    """Several machines share fits, one run after the other."""
+    parallelism, said = config.parallelism, f"parallelism.nodes={config.parallelism.nodes}"
+    if parallelism.nodes == 1 or not parallelism.distributed:
         return []
-    return [f"parallelism.nodes={given}: several nodes are not supported yet; use nodes=1"]
+    if config.job not in ("run", "compress"):
+        return [f"{said}: job={config.job} works on one machine; use parallelism=single"]
+    if config.sweep and parallelism.needs_followers:
+        return [f"{said}: a sweep cannot lead other machines; use parallelism.launcher=srun or mpirun, or leave -m out"]
+    return []
 
 
 def batch_divides(config: RunConfig) -> list[str]:
@@ -148,6 +158,30 @@ def precision_on_device(config: RunConfig) -> list[str]:
     return [f"precision={_choice(config, 'precision')}: mps has no float64; choose precision=32-true, or device=cpu"]
 
 
+def float8(config: RunConfig) -> list[str]:
+    """Float8 products need kernels, and plain linear layers that are whole."""
+    said, fix = "precision=fp8-mixed", "use precision=bf16-mixed"
+    if config.precision.name != "fp8" or not _trains(config):
+        return []
+    found = []
+    if not getattr(config.precision, "emulate", False) and not config.device.problems(1):
+        kind, (major, minor) = config.device.kind(), capability()
+        lacks = f"device={kind}" if kind != "cuda" else f"a GPU of compute capability {major}.{minor}"
+        if kind != "cuda" or (major, minor) < FLOAT8_FROM:
+            near = f"{fix}, or precision.emulate=true to see what it would give, slowly"
+            found.append(f"{said}: {lacks} has no float8 kernels (8.9 and later have); {near}")
+    if config.adapter.trains:
+        found.append(f"{said}: adapter={_choice(config, 'adapter')} freezes the layers that it speeds up; {fix}")
+    if config.parallelism.tensor_ranks > 1:
+        found.append(f"{said}: parallelism={_choice(config, 'parallelism')} splits layers; {fix}, or parallelism=fsdp")
+    found += [
+        f"{said}: compression.{stage} trains with rounding of its own; {fix}"
+        for stage, method in config.chain.items()
+        if method.kind == "quantization" and link_fit(method, config.trainer.max_steps, config.optimizer.lr)
+    ]
+    return found
+
+
 def float16_epsilon(config: RunConfig) -> list[str]:
     """With float16 weights, an optimizer's epsilon below float16's range becomes 0 and the first update NaN."""
     epsilon = getattr(config.optimizer, "eps", None)
@@ -176,6 +210,41 @@ def step_in_backward(config: RunConfig) -> list[str]:
         found.append(f"{said} cannot skip a step that overflowed, as 16-mixed must; use precision=bf16-mixed")
     if config.parallelism.distributed:
         found.append(f"{said}: gradients must be averaged over devices first; use parallelism=single")
+    return found
+
+
+def offload(config: RunConfig) -> list[str]:
+    """A GPU's tensors move to its host; where they are there already, a disk is what is left."""
+    found = []
+    for key in ("activation_offload", "optimizer_offload"):
+        where = getattr(config.memory, key)
+        if where == "none" or config.device.problems(1) or not _trains(config):
+            continue
+        kind = config.device.kind()
+        if where == "host" and kind != "cuda":
+            found.append(f"memory.{key}=host: tensors of device={kind} are in the host's memory; use memory.{key}=disk")
+        elif key == "optimizer_offload" and config.parallelism.sharded and kind == "cuda":
+            said = f"memory.{key}={where}: parallelism={_choice(config, 'parallelism')} puts its shards away itself"
+            own = "optimizer" if config.parallelism.name == "deepspeed" else "true"
+            found.append(f"{said}; use memory.{key}=none, parallelism.offload={own}")
+    return found
+
+
+def compiles(config: RunConfig) -> list[str]:
+    """Kernels are made for CPUs and NVIDIA GPUs, by the system's compiler."""
+    if not config.trainer.compile or config.device.problems(1) or not _trains(config):
+        return []
+    said, fix, found = "trainer.compile=true", "use trainer.compile=false", []
+    kind = config.device.kind()
+    if kind not in ("cpu", "cuda"):
+        found.append(f"{said} makes kernels for device=cpu and cuda, not {kind}; {fix}")
+    elif lacking := missing_compiler(kind):
+        found.append(f"{said}: {lacking}, which kernels for device={kind} are made with; install it, or {fix}")
+    if config.memory.activation_checkpointing == "selective":
+        found.append(
+            f"{said}: results within a compiled block cannot be kept one by one, as "
+            "memory.activation_checkpointing=selective does; use memory.activation_checkpointing=full, or none"
+        )
     return found
 
 
@@ -212,13 +281,47 @@ def sharded(config: RunConfig) -> list[str]:
     if config.adapter.trains:
         found.append(f"{said}: adapter={_choice(config, 'adapter')} trains in whole models; use parallelism=ddp")
     if getattr(config.parallelism, "offload", False) and config.device.kind() != "cuda":
-        found.append("parallelism.offload=true moves shards from a GPU to the host; use device=cuda, or offload=false")
+        given = getattr(config.parallelism, "offload", None)
+        found.append(
+            f"{registry.shown('parallelism.offload', given)} moves shards from a GPU to the host; "
+            f"use device=cuda, or offload={'false' if given is True else 'null'}"
+        )
     found += [
         f"{said}: compression.{stage} trains a whole model; use parallelism=ddp"
         for stage, method in config.chain.items()
         if link_fit(method, config.trainer.max_steps, config.optimizer.lr)
     ]
     return found
+
+
+def deepspeed(config: RunConfig) -> list[str]:
+    """What its engine has another way of its own for, or none."""
+    if config.parallelism.name != "deepspeed" or not _trains(config):
+        return []
+    said, found, precision = "parallelism=deepspeed", [], _choice(config, "precision")
+    if config.precision.label not in ("32-true", "bf16-mixed", "bf16-true") and not config.precision.scales_loss:
+        found.append(f"{said} trains in float32 or bfloat16, not precision={precision}; use precision=bf16-mixed")
+    if config.precision.label == "bf16-true" and getattr(config.parallelism, "offload", None):
+        found.append(f"{said}: offloaded state is float32, precision={precision} has none; use precision=bf16-mixed")
+    for key in ("activation_offload", "optimizer_offload"):
+        if (where := getattr(config.memory, key)) != "none":
+            found.append(f"{said}: memory.{key}={where} is for whole weights or those of fsdp; use parallelism=fsdp")
+    if config.trainer.compile:
+        found.append(f"{said}: trainer.compile=true does not see its hooks; use trainer.compile=false")
+    if getattr(config.parallelism, "stage", 0) == 3 and config.memory.activation_checkpointing == "selective":
+        found.append(
+            f"{said} with stage 3: memory.activation_checkpointing=selective does not see its linear layers, and "
+            "trains wrongly; use parallelism.stage=2, or memory.activation_checkpointing=full"
+        )
+    return found
+
+
+def horovod(config: RunConfig) -> list[str]:
+    """It sums no bfloat16."""
+    if config.parallelism.name != "horovod" or config.precision.label != "bf16-true" or not _trains(config):
+        return []
+    said = f"parallelism=horovod sums no bfloat16 gradients, as precision={_choice(config, 'precision')} makes them"
+    return [f"{said}; use precision=bf16-mixed, or parallelism=ddp"]
 
 
 def loss_chunks(config: RunConfig) -> list[str]:
@@ -244,7 +347,7 @@ def adapter(config: RunConfig) -> list[str]:
         return [f"{said}: muon makes updates of full rank, which its factors have not; use optimizer=adamw"]
     if config.job == "run" and config.trainer.max_steps == 0:
         return [f"{said}: trainer.max_steps=0 leaves nothing to train it; give steps, or adapter=none"]
-    if config.job == "compress" and config.artifact is not None and os.path.isdir(config.artifact):
+    if config.job == "compress" and config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
         return [f"{said} trains with job=run and is merged into the artifact already; use adapter=none"]
     return []
 
@@ -257,7 +360,7 @@ def artifact(config: RunConfig) -> list[str]:
     if not given:
         return [f"job={job} needs artifact=DIR, the artifact directory of an earlier run (outputs/.../artifact)"]
     path = Path(given)
-    if job == "compress" and os.path.isfile(path):
+    if job == "compress" and checkpoints.exists(path):
         return [] if path.suffix == ".ckpt" else [f"artifact={given}: a file must be a checkpoint of a run (.ckpt)"]
     if not os.path.isdir(path):
         return [f"artifact={given}: {'is a file, not a directory' if os.path.exists(path) else 'no such directory'}"]
@@ -310,11 +413,16 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     pruning_grows,
     samples_of_calibration,
     precision_on_device,
+    float8,
     float16_epsilon,
     step_in_backward,
+    offload,
+    compiles,
     gradient_dtype,
     gradient_compression,
     sharded,
+    deepspeed,
+    horovod,
     loss_chunks,
     adapter,
     artifact,

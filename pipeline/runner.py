@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -12,14 +13,18 @@ from typing import Any
 import torch
 import yaml
 
+from pipeline import checkpoints
 from pipeline.artifact import receipt, store
 from pipeline.errors import ConfigError, LeanfitError, ReceiptError
 from pipeline.memory.measure import measure_peak
+from pipeline.nodes import Leader, leading
+from pipeline.planner.plan import plan
 from pipeline.proof import prove
 from pipeline.recipes import lock_text
 from pipeline.registry import decode_choice
 from pipeline.report.console import console, mode
 from pipeline.report.markdown import write_report
+from pipeline.report.plan_table import plan_table
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, write_result, write_text
 from pipeline.report.table import closing_lines, closing_table
@@ -28,6 +33,7 @@ from pipeline.tasks import lookup
 from pipeline.versions import versions
 from pipeline.walk import Run, begin, evaluate, stages_of, walk
 
+log = logging.getLogger(__name__)
 Job = Callable[[RunConfig, Path, dict[str, Any]], None]
 
 
@@ -40,6 +46,7 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     """
     jobs: dict[str, Job] = {
         "run": train_and_compress,
+        "plan": plan_run,
         "compress": train_and_compress,
         "evaluate": evaluate_artifact,
         "verify": verify_artifact,
@@ -51,8 +58,13 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         "devices": config.parallelism.devices,
         "nodes": config.parallelism.nodes,
     }
-    result["device"] = {"kind": config.device.kind(), "name": config.device.description()}
+    reason = config.device.reason()
+    result["device"] = {"kind": config.device.kind(), "name": config.device.description(), "reason": reason}
     result["precision"] = {"requested": str(config.choices["precision"]), "used": config.precision.label}
+    if reason is not None:
+        log.info(reason)
+        if not config.sweep and config.job != "generate":  # whose output is the text alone
+            console().print(reason)
     started = time.perf_counter()
     try:
         jobs[config.job](config, run_dir, result)
@@ -85,11 +97,26 @@ def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
             console().print(line, soft_wrap=True, markup=False)
 
 
+def plan_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """`job=plan`: predicted peaks of `job=run` with this config, in plan.json and as a table."""
+    found = plan(config, config.data.open(config.model.tokenizer()))
+    found.write(run_dir / "plan.json")
+    result["memory"]["predicted"].update({phase: found.peak(phase) for phase in found.phases})
+    if not config.sweep:
+        console().print(plan_table(found.phases, found.open))
+
+
 def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
-    """`job=run` and `job=compress`: every stage of the run."""
+    """`job=run` and `job=compress`: every stage of the run, with the other machines if there are any."""
+    with leading(config, run_dir) as nodes:
+        do_stages(config, run_dir, result, nodes)
+
+
+def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: Leader | None) -> None:
+    """Every stage of the run, its artifact and the proof of it."""
     earlier: list[dict[str, Any]] = []
     tokenizer = None
-    if config.job == "compress" and config.artifact is not None and Path(config.artifact).is_dir():
+    if config.job == "compress" and config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
         earlier = store.read_manifest(Path(config.artifact))["chain"]
         tokenizer = store.load_tokenizer(Path(config.artifact))
         config = with_data_of(config, Path(config.artifact), run_dir)
@@ -98,7 +125,7 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     task = lookup.get(config.data.task)
     lock: dict[str, Any] = {
         "versions": versions(),
-        "device": result["device"],
+        "device": {key: result["device"][key] for key in ("kind", "name")},
         "data": data.fingerprint,
         "result": None,
     }
@@ -106,7 +133,7 @@ def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any])
     line = stages_of(config)
     steps = {stage.name: stage.fit.steps for stage in line if stage.fit}
     progress = Progress(steps, mode(console(), config.sweep), task.unit)
-    run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result)
+    run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result, nodes=nodes)
     done = begin(run, line)
     locked = run_dir / "recipe.lock.yaml"
     write_text(locked, lock_text(values_of(config), config.choices, lock))
@@ -202,6 +229,7 @@ def evaluate_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) 
         unit=speed.unit, after=speed.per_second, latency_after=speed.latency, batch_size=speed.batch_size
     )
     result["memory"]["measured"]["evaluate"] = peak.bytes
+    result["memory"]["reserved"]["evaluate"] = peak.reserved
     describe_artifact(result, artifact)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.provenance import Composition
 
 PathText = TypeVar("PathText", str, str | None)
-Job = Literal["run", "compress", "evaluate", "verify", "generate"]
+Job = Literal["run", "plan", "compress", "evaluate", "verify", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)

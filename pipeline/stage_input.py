@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import checkpoints
 from pipeline.artifact import store
 from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
@@ -43,7 +44,7 @@ def base_model(config: RunConfig, data: DataBundle, offload_to: Path | None = No
 
     With `offload_to`, pretrained weights and an artifact's lie in files in that directory instead of in memory.
     """
-    if config.artifact is not None and Path(config.artifact).is_dir():
+    if config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
         return store.load(Path(config.artifact), trainable=True, offload_to=offload_to)
     torch.manual_seed(config.trainer.seed)
     if offload_to is None or config.artifact is not None:
@@ -66,7 +67,7 @@ def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = 
     """
     said = said or f"artifact={path}"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)["state_dict"]
+        state = checkpoints.weights(path, device)
     except Exception as error:  # whatever an altered file makes torch and pickle raise
         first = (str(error).strip().splitlines() or [""])[0][:100]
         raise ConfigError(f"{said} cannot be read as a checkpoint: {type(error).__name__}: {first}") from error
@@ -181,7 +182,7 @@ def teacher_of(
     if other is None:
         first = directory / "stages" / FIRST
         return FrozenTeacher(lambda: frozen(store.load(first)), lambda: store.blueprint(first))
-    filled = model if Path(other).is_dir() else base_model(config, data)  # earlier links may have changed the model
+    filled = base_model(config, data) if checkpoints.exists(Path(other)) else model  # earlier links may have changed it
     return FrozenTeacher(
         lambda: frozen(open_guest(config, stage, filled, False, "teacher")),
         lambda: open_guest(config, stage, filled, True, "teacher"),
@@ -202,7 +203,7 @@ def open_guest(config: RunConfig, stage: Stage, model: nn.Module, meta: bool, ke
     """
     value = str(getattr(stage.method, key))
     path, said = Path(value), f"compression.{stage.name}.{key}={value}"
-    if path.is_dir():
+    if not checkpoints.exists(path):
         guest = open_directory(path, said, meta=meta, trainable=key != "teacher")
         return guest if meta or key == "teacher" else config.precision.convert(guest)
     guest = copy.deepcopy(model)
@@ -219,7 +220,7 @@ def guest_problems(stage: Stage, context: Context, data: DataBundle, tokenizer: 
         directory, said = Path(value), f"compression.{stage.name}.{key}={value}"
         problems += vocabulary_problems(directory, said, tokenizer)
         length = data.spec.sequence_length
-        if directory.is_dir() and length is not None and context.open_model is not None:
+        if not checkpoints.exists(directory) and length is not None and context.open_model is not None:
             with contextlib.suppress(ConfigError):  # told by the method's own preflight
                 limit = positions(context.open_model(key))
                 if limit is not None and limit < length:

@@ -17,6 +17,7 @@ from pipeline.registry import PACKAGES, available, conf_root
 WIDTH = 100
 JOBS = {
     "run": "plan, train, compress, evaluate, save, report (default)",
+    "plan": "predicted memory of this very config, phase by phase; nothing is trained",
     "compress": "compress an artifact made earlier: artifact=DIR compression=...",
     "evaluate": "quality of an artifact: artifact=DIR",
     "verify": "does an artifact keep what its manifest says: artifact=DIR",

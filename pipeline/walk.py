@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline import checkpoints
 from pipeline.artifact import store
 from pipeline.chain import Stage, stages
 from pipeline.compression.base import Context, Method
@@ -28,6 +29,7 @@ from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe, positions
+from pipeline.nodes import Leader
 from pipeline.recording import forget, recorded, records, space_problems
 from pipeline.report.progress import Progress
 from pipeline.resuming import beyond, finished_run
@@ -60,6 +62,8 @@ class Run:
     progress: Progress
     result: dict[str, Any]
     links: list[dict[str, Any]] = field(default_factory=list)
+    nodes: Leader | None = None
+    """The other machines, where this one leads."""
     begun: bool = False
     """Whether a stage is done: from then on nothing that goes wrong is a config that never ran."""
 
@@ -73,7 +77,7 @@ class Run:
 
 def stages_of(config: RunConfig) -> list[Stage]:
     """The stages of a run; of all jobs only `run` trains the base model."""
-    return stages(config.chain, config.trainer.max_steps if config.job == "run" else 0, config.optimizer.lr)
+    return stages(config.chain, config.trainer.max_steps if config.job in ("run", "plan") else 0, config.optimizer.lr)
 
 
 def begin(run: Run, line: Sequence[Stage]) -> int:
@@ -124,7 +128,7 @@ def preflight(run: Run, changing: list[Stage]) -> None:
     if run.config.artifact is None:
         with torch.device("meta"):
             model = run.config.model.build(run.data.spec)
-    elif Path(run.config.artifact).is_dir():
+    elif not checkpoints.exists(Path(run.config.artifact)):
         store.check(Path(run.config.artifact))
         model = store.blueprint(Path(run.config.artifact), quantized=True)
     else:
@@ -134,6 +138,7 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         architecture = describe(model)
         problems += run.config.adapter.preflight(model, architecture)
         problems += run.config.optimizer.shape_problems(model)
+        problems += run.config.precision.shape_problems(model, architecture)
         problems += run.config.parallelism.shape_problems(model, architecture)
     base, drawn_for = model, dict[int | None, nn.Module]()
     for stage in changing[1:]:
@@ -190,11 +195,11 @@ def require_something(run: Run, changing: list[Stage], done: int) -> None:
     asked = changing[0].fit.steps if changing[0].fit else 0
     checkpoint = checkpoint_directory(run.directory, changing[0]) / "last.ckpt"
     where = f"resume={run.directory}"
-    if not done and not checkpoint.is_file():
+    if not done and not checkpoints.exists(checkpoint):
         raise ConfigError(f"{where}: nothing to resume, it holds neither checkpoints/last.ckpt nor a finished stage")
     if told := finished_run(run.config, run.directory):
         raise ConfigError(told)
-    taken = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"] if checkpoint.is_file() else 0
+    taken = checkpoints.step(checkpoint) if checkpoints.exists(checkpoint) else 0
     if taken > asked:
         raise ConfigError(beyond(run.directory, taken, asked))
 
@@ -204,7 +209,7 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
     if stage.fit is None:
         return None
     if run.config.parallelism.distributed:
-        fitted = launch(run.config, stage, run.directory, resume=run.config.resume)
+        fitted = launch(run.config, stage, run.directory, resume=run.config.resume, nodes=run.nodes)
         load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
         return fitted
     method = stage.method
@@ -254,6 +259,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
         "quality": None,
         "seconds": time.perf_counter() - started + (fitted.earlier_seconds if fitted else 0.0),
         "peak_bytes": peak.bytes,
+        "reserved_bytes": peak.reserved,
     }
 
 
@@ -326,6 +332,7 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
         if fitted:
             run.result["train"] = fitted["train"]
             run.result["memory"]["measured"]["train"] = fitted["peak_bytes"]
+            run.result["memory"]["reserved"]["train"] = fitted.get("reserved_bytes")
         return
     assert stage.method is not None
     run.result["stages"].append(
@@ -340,5 +347,6 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             "detail": record["detail"],
         }
     )
-    measured = run.result["memory"]["measured"]
-    measured["compress"] = max(measured["compress"] or 0, record["peak_bytes"] or 0) or None
+    for kind, key in (("measured", "peak_bytes"), ("reserved", "reserved_bytes")):
+        peaks = run.result["memory"][kind]
+        peaks["compress"] = max(peaks["compress"] or 0, record.get(key) or 0) or None

@@ -420,7 +420,7 @@ class TestProgram:
             (["compresion=int8"], ["error: compresion=int8: no such key; "]),
             (["compression=int9"], ["error: compression=int9: no such choice; choose one of distill, fp8, int4"]),
             (["optimizer.lrr=1"], ["error: optimizer.lrr=1: no such key; "]),
-            (["precision=fp8-mixed", "device=cpu"], ["error: precision=fp8-mixed: no such choice; "]),
+            (["precision=fp8-mixed", "device=cpu"], ["error: precision=fp8-mixed: device=cpu has no float8 kernels"]),
             (["data=digits"], ["error: data=digits is for image classification"]),
             (["-m", "compression=int9,int7"], ["error: compression=int9", "error: compression=int7"]),
             (["resume=/nowhere"], ["error: resume=/nowhere: nothing to resume"]),

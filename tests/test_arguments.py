@@ -222,6 +222,19 @@ class TestResume:
         assert len(caught.value.problems) == 1
         assert caught.value.problems[0].startswith(f"{override}: a resumed run takes only")
 
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "parallelism=single",
+            "parallelism.devices=4",
+            "device=cpu",
+            "memory.loss_chunks=2",
+            "trainer.micro_batch_size=1",
+        ],
+    )
+    def test_takes_what_says_where_it_goes_on(self, run_dir: Path, override: str) -> None:
+        assert override in arguments.parse([override, f"resume={run_dir}"]).overrides
+
     @pytest.mark.parametrize("where", ["nowhere", ""])
     def test_nothing_to_resume(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.util
 import itertools
 import math
 import sys
@@ -16,6 +17,7 @@ import torch
 from pipeline import rules
 from pipeline.app import compose
 from pipeline.report.metrics import read_metrics
+from pipeline.trainer import compiling
 from tests.parallelism.test_parity import COMMON, LLAMA, train
 from tests.ranks import made_by_ranks
 
@@ -28,6 +30,7 @@ GROUPS = {
     | {
         "stochastic rounding": ["precision=bf16-true", "precision.stochastic_rounding=true"],
         "bfloat16 gradients": ["precision.gradient_dtype=bfloat16"],
+        "float8": ["precision=fp8-mixed", "precision.emulate=true"],
     },
     "optimizer": {name: [f"optimizer={name}"] for name in ("adamw", "adamw8bit", "adafactor", "sgd", "muon")},
     "memory": {
@@ -36,7 +39,10 @@ GROUPS = {
         "gradients released": ["memory.release_gradients=true"],
         "step in backward": ["memory.step_in_backward=true", "trainer.grad_clip=null"],
         "loss in chunks": ["memory.loss_chunks=4"],
+        "activations on disk": ["memory.activation_offload=disk"],
+        "state on disk": ["memory.optimizer_offload=disk"],
         "accumulation": ["trainer.micro_batch_size=2"],
+        "compiled": ["trainer.compile=true"],
     },
     "adapter": {name: [f"adapter={name}"] for name in ("lora", "dora")},
     "parallelism": {
@@ -44,8 +50,18 @@ GROUPS = {
         "fsdp": ["parallelism=fsdp", "parallelism.devices=2"],
         "tp": ["parallelism=tp", "parallelism.devices=2"],
         "fsdp_tp": ["parallelism=fsdp_tp", "parallelism.devices=4"],
+        "deepspeed": [
+            "parallelism=deepspeed",
+            "parallelism.devices=2",
+            "parallelism.stage=3",
+            "parallelism.persistence_threshold=0",
+        ],
     },
 }
+LIKE = {"ray": "ddp", "ray_fsdp": "fsdp", "horovod": "ddp"}
+"""Choices that start ranks, or send gradients, in another way than one above, and do what it does otherwise."""
+TRACED = "aot_eager"
+"""Compiling but for the kernels themselves, which take a minute: tests/trainer/test_compiling.py makes them."""
 SMALL = [*COMMON, *LLAMA, "model.layers=1", "trainer.max_steps=2"]
 FIELDS = {"memory": ("memory", "trainer")}
 """Groups of a config that a choice here sets; the one of its own name, if not said."""
@@ -99,7 +115,8 @@ def check(directory):
 
 
 @pytest.mark.parametrize("pair", [p for p in PAIRS if devices(p) == 1 and not refusal(p)], ids=label)
-def test_on_one_device(pair, tmp_path):
+def test_on_one_device(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", TRACED)
     train(tmp_path, config_of(pair))
     check(tmp_path)
 
@@ -117,6 +134,26 @@ def test_a_refusal_names_the_choice_and_another(pair):
     assert any(f"{group}" in told for group, _ in pair), told
 
 
+@pytest.mark.parametrize("name", LIKE)
+def test_what_does_as_another_choice_does_goes_with_the_same(name, monkeypatch):
+    spec, like = importlib.util.find_spec, LIKE[name]
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda word: spec(word) or (word in ("ray", "pyarrow", "horovod")) or None
+    )
+    own = compose([*SMALL, f"parallelism={name}", "parallelism.devices=2"])
+    pairs = [(part, one) for part, choices in GROUPS.items() if part != "parallelism" for one in choices]
+    for group, choice in pairs:
+        config = config_of(((group, choice), ("parallelism", like)))
+        expected = [told.replace(f"parallelism={like}", f"parallelism={name}") for told in rules.problems(config)]
+        choices = {**config.choices, "parallelism": name}
+        told = rules.problems(replace(config, parallelism=own.parallelism, choices=choices))
+        if name == "horovod" and config.precision.label == "bf16-true":
+            (said,) = told
+            assert "sums no bfloat16 gradients" in said
+        else:
+            assert told == expected, (group, choice)
+
+
 def page():
     """The table of docs/combinations.md."""
     lines = [
@@ -126,6 +163,10 @@ def page():
         "Llama on a CPU), a number is refused before anything starts, with the line below. How near losses on several",
         "devices come to those on one: `tests/parallelism/test_parity.py`. What may follow what in a chain:",
         "`tests/compression/test_conformance.py`.",
+        "",
+        "`ray` goes with what `ddp` goes with, `ray_fsdp` with what `fsdp` does, `horovod` with what `ddp` does, but",
+        "for weights in bfloat16, whose gradients it does not sum. Their rules are compared by that file, and how near",
+        "they come to one device by `tests/parallelism/test_ray.py` and `test_horovod.py`; pairs are not run again.",
     ]
     notes: list[str] = []
     for one, two in itertools.combinations(GROUPS, 2):
@@ -155,10 +196,11 @@ def test_a_choice_that_is_not_tried_here_is_new():
     from pipeline import registry
 
     tried = {word for choices in GROUPS.values() for words in choices.values() for word in words}
+    tried |= {f"parallelism={name}" for name in LIKE}
     for group in ("precision", "optimizer", "adapter", "parallelism"):
         for name in registry.available(group):
             assert f"{group}={name}" in tried or f"{group}={name}" in {
-                "precision=32", "adapter=none", "parallelism=single"
+                "precision=32", "adapter=none", "parallelism=single", "parallelism=xla"
             }, f"{group}={name}"  # fmt: skip
 
 
@@ -170,6 +212,7 @@ if __name__ == "__main__":
 
         model_parallel._setup_device_mesh = functools.cache(model_parallel._setup_device_mesh)  # see test_parity
         torch.set_num_threads(1)
+        compiling.BACKEND = TRACED
         for pair in PAIRS:
             if devices(pair) == int(sys.argv[1]) and not refusal(pair):
                 train(Path(sys.argv[2]) / label(pair), config_of(pair))

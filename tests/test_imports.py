@@ -15,14 +15,16 @@ GROUPS = {
     "trainer", "adapters",
 }  # fmt: skip
 RANK = {
-    "errors": 0, "sizes": 0, "environment": 0, "interrupts": 0, "heartbeat": 0, "versions": 0, "registry": 1,
+    "errors": 0, "sizes": 0, "environment": 0, "interrupts": 0, "heartbeat": 0, "preemption": 0,
+    "versions": 0, "registry": 1, "checkpoints": 1,
     "groups": 2, "tasks": 2, "layers": 2,
     "artifact": 2, "report": 2, "recipes": 3, "explain": 4, "arguments": 4, "provenance": 5, "schema": 6, "chain": 3,
-    "usage": 6, "rules": 7, "resuming": 7, "fitting": 8, "teacher": 8, "launch": 9, "stage_input": 9, "recording": 10,
-    "walk": 11, "proof": 12, "runner": 13, "app": 14, "worker": 15,
+    "usage": 6, "rules": 7, "resuming": 7, "fitting": 8, "teacher": 8, "nodes": 8, "launch": 9,
+    "stage_input": 9, "recording": 10,
+    "walk": 11, "proof": 12, "planner": 12, "runner": 13, "app": 14, "worker": 15, "ray_driver": 16,
 }  # fmt: skip
 """A module imports only what has a lower rank, or stands beside it in the same part."""
-GROUP_PARTS = {"groups", "tasks", "layers", "artifact", "report"}
+GROUP_PARTS = {"groups", "tasks", "layers", "artifact", "report", "planner"}
 HYDRA = {"pipeline.app", "pipeline.recipes", "pipeline.provenance", "pipeline.explain", "pipeline.arguments"}
 """What composes a config; all else sees frozen dataclasses."""
 SHARED = {"base", "quantization", "pruning"}

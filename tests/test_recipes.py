@@ -349,6 +349,15 @@ def test_a_lock_of_a_lock_is_the_same(tmp_path: Path) -> None:
     assert recipes.lock_text(values_of(second), second.choices, {"a": 1}) == text
 
 
+def test_another_choice_than_the_locks_brings_its_own_values(tmp_path: Path) -> None:
+    first = decoded(["parallelism=fsdp", "parallelism.devices=4", "optimizer=sgd", "optimizer.lr=0.5"])
+    file = tmp_path / recipes.LOCK
+    file.write_text(recipes.lock_text(values_of(first), first.choices, {}), encoding="utf-8")
+    other = decoded([f"recipe={file}", "parallelism=ddp"])
+    assert (other.parallelism.name, other.parallelism.devices, other.optimizer.lr) == ("ddp", 2, 0.5)
+    assert decoded([f"recipe={file}", "parallelism=fsdp"]).parallelism == first.parallelism
+
+
 def test_a_lock_is_plain_yaml_with_overrides_last() -> None:
     config = app.compose(["compression=[magnitude,int8]"])
     before = copy.deepcopy(values_of(config))

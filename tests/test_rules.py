@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ def plain() -> RunConfig:
 
 def with_device(plain: RunConfig, kind: str, **changes: Any) -> RunConfig:
     """The config on a machine that has this device."""
-    from dataclasses import replace
 
     class Here(CPU):
         def kind(self) -> Any:
@@ -79,8 +79,6 @@ def test_each_choice_says_what_is_wrong_with_its_own_settings(tmp_path: Path, pl
 
 
 def test_a_link_of_the_chain_says_what_is_wrong_with_its_settings() -> None:
-    from dataclasses import replace
-
     class Picky:
         def problems(self) -> list[str]:
             return ["compression.int8.ignore=[]: no"]
@@ -135,10 +133,15 @@ def test_the_batch_divides_over_devices_and_micro_batches(overrides: list[str], 
     assert [text[: len(line)] for text in told] == ([line] if line else [])
 
 
-def test_several_nodes_are_refused() -> None:
-    (line,) = rules.nodes(config("parallelism=ddp", "parallelism.nodes=2"))
-    assert line == "parallelism.nodes=2: several nodes are not supported yet; use nodes=1"
-    assert rules.nodes(config("parallelism=ddp")) == []
+def test_several_nodes_share_fits_of_one_run_at_a_time() -> None:
+    two = config("parallelism=ddp", "parallelism.nodes=2")
+    assert rules.nodes(two) == []
+    (line,) = rules.nodes(replace(two, job="evaluate"))
+    assert line == "parallelism.nodes=2: job=evaluate works on one machine; use parallelism=single"
+    (line,) = rules.nodes(replace(two, sweep=True))
+    assert line.startswith("parallelism.nodes=2: a sweep cannot lead other machines; use parallelism.launcher=srun")
+    started_by_srun = replace(two.parallelism, launcher="srun")  # type: ignore[call-arg]
+    assert rules.nodes(replace(two, sweep=True, parallelism=started_by_srun)) == []
 
 
 def test_apple_gpus_have_no_collectives(plain: RunConfig) -> None:
@@ -181,7 +184,6 @@ def test_the_order_of_the_chain_is_checked() -> None:
 
 def chained(first: list[str], second: list[str], *rest: str) -> list[str]:
     """What the rule says of two links of pruning, [method, key=value, ...] each, with `rest` between."""
-    from dataclasses import replace
 
     def link(method: str, *changes: str) -> Any:
         (made,) = config(f"compression={method}", *(f"compression.{method}.{one}" for one in changes)).chain.values()
@@ -437,3 +439,70 @@ def test_sizes_of_groups_divide_the_devices(overrides: list[str], said: str) -> 
     told = rules.problems(config("device=cpu", *overrides))
     assert len(told) == bool(said)
     assert all(said in line for line in told)
+
+
+@pytest.mark.parametrize("key", ["activation_offload", "optimizer_offload"])
+def test_what_is_on_the_host_already_goes_to_disk_or_stays(plain: RunConfig, key: str) -> None:
+    asked = config("device=cpu", f"memory.{key}=host")
+    (line,) = rules.offload(asked)
+    assert line == f"memory.{key}=host: tensors of device=cpu are in the host's memory; use memory.{key}=disk"
+    assert rules.offload(with_device(asked, "cuda")) == []
+    assert rules.offload(config("device=cpu", f"memory.{key}=disk")) == []
+    assert rules.offload(config("device=cpu", f"memory.{key}=host", "trainer.max_steps=0")) == []
+
+
+def test_shards_of_a_gpus_optimizer_state_are_put_away_by_fsdp() -> None:
+    asked = config("device=cpu", "memory.optimizer_offload=disk", "parallelism=fsdp")
+    assert rules.offload(asked) == []
+    (line,) = rules.offload(with_device(asked, "cuda"))
+    assert line.endswith("use memory.optimizer_offload=none, parallelism.offload=true")
+
+
+def test_selective_checkpointing_holds_what_it_keeps() -> None:
+    words = ("device=cpu", "memory.activation_checkpointing=selective")
+    (line,) = rules.own_problems(config(*words, "memory.activation_offload=disk"))
+    assert line.endswith("use memory.activation_checkpointing=full, or none")
+    (line,) = rules.compiles(config(*words, "trainer.compile=true"))
+    assert line.endswith("use memory.activation_checkpointing=full, or none")
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config("device=cpu", "trainer.compile=true")
+    assert rules.compiles(asked) == []
+    (line,) = rules.compiles(with_device(asked, "mps"))
+    assert line == "trainer.compile=true makes kernels for device=cpu and cuda, not mps; use trainer.compile=false"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (line,) = rules.compiles(asked)
+    assert "there is no C++ compiler (no-such-compiler)" in line
+    assert rules.compiles(config("device=cpu", "trainer.compile=true", "trainer.max_steps=0")) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["precision.emulate=false"],
+            "device=cpu has no float8 kernels (8.9 and later have); use precision=bf16-mixed",
+        ),
+        ([], ""),
+        (["adapter=lora"], "adapter=lora freezes the layers that it speeds up; use precision=bf16-mixed"),
+        (["parallelism=tp"], "parallelism=tp splits layers; use precision=bf16-mixed, or parallelism=fsdp"),
+        (["parallelism=fsdp"], ""),
+        (["compression=int8_qat"], "compression.int8_qat trains with rounding of its own"),
+        (["compression=[distill,int8]"], ""),
+    ],
+)
+def test_float8_wants_kernels_and_plain_whole_layers(overrides: list[str], said: str) -> None:
+    words = ["device=cpu", "precision=fp8-mixed", "precision.emulate=true", *overrides]
+    told = rules.float8(config(*words))
+    assert len(told) == bool(said)
+    assert all(said in line and line.startswith("precision=fp8-mixed") for line in told)
+
+
+def test_a_gpu_is_asked_whether_it_multiplies_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = with_device(config("device=cpu", "precision=fp8-mixed"), "cuda")
+    monkeypatch.setattr(rules, "capability", lambda: (8, 0))
+    (line,) = rules.float8(asked)
+    assert line.startswith("precision=fp8-mixed: a GPU of compute capability 8.0 has no float8 kernels")
+    monkeypatch.setattr(rules, "capability", lambda: (9, 0))
+    assert rules.float8(asked) == []

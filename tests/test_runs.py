@@ -358,29 +358,6 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
-def test_stopping_a_distributed_run_stops_its_ranks(tmp_path: Path) -> None:
-    directory = tmp_path / "stopped"
-    settings = [*TINY, "parallelism=ddp", "trainer.max_steps=100000", "trainer.checkpoint_every=2"]
-    command = [sys.executable, str(ROOT / "run.py"), *settings, f"hydra.run.dir={directory}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (directory / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    deadline = time.monotonic() + 30
-    while (left := ranks_of(directory)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert left == []
-
-
-def ranks_of(directory: Path) -> list[str]:
-    """Command lines of living ranks of a run."""
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if "pipeline.worker" in line and str(directory) in line]
-
-
-@pytest.mark.slow
 def test_a_sweep_runs_every_job_and_ends_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = Path.cwd() / "sweep"
     code = main(

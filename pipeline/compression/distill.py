@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
+from pipeline.checkpoints import exists
 from pipeline.compression.base import Context, Kind, Method, StageLoss, TaskLoss
 from pipeline.registry import register, shown
 
@@ -314,7 +316,7 @@ def _place_problems(key: str, value: str, *, checkpoint: bool) -> list[str]:
     kinds = "an artifact" + (", a checkpoint (.ckpt)" if checkpoint else "") + " or a Hugging Face directory"
     if not os.path.exists(value):
         return [f"{shown(key, value)}: no such file or directory; give {kinds}"]
-    if os.path.isfile(value):
+    if exists(Path(value)):
         return [] if checkpoint and value.endswith(".ckpt") else [f"{shown(key, value)}: is a file; give {kinds}"]
     if any(os.path.isfile(os.path.join(value, name)) for name in ("manifest.json", "config.json")):
         return []

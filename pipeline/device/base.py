@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["cpu", "cuda", "mps"]
+Kind = Literal["cpu", "cuda", "mps", "tpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,10 @@ class Device:
     @abstractmethod
     def problems(self, devices: int) -> list[str]:
         """Why this machine cannot give `devices` of them. Must not import torch."""
+
+    def reason(self) -> str | None:
+        """Why this device, in one line, where it was not named but chosen. Must not import torch."""
+        return None
 
     @abstractmethod
     def description(self) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.device.base import Device, Kind
 from pipeline.registry import register
@@ -37,21 +38,39 @@ class CUDA(Device):
         return torch.cuda.get_device_name(0)
 
 
+CAPABILITY = (75, 76)
+"""The driver's numbers for the two parts of a GPU's compute capability."""
+
+
 def gpus(library: str | None = None) -> int:
     """NVIDIA GPUs that this process may use; 0 where there is no driver. The driver itself reads CUDA_VISIBLE_DEVICES.
 
     Args:
         library: name or path of the driver's library; the system's where None.
     """
+    driver, count = _driver(library), ctypes.c_int()
+    return 0 if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 else count.value
+
+
+def capability(library: str | None = None) -> tuple[int, int]:
+    """Compute capability of the first GPU, (9, 0) of an H100; (0, 0) where there is none."""
+    driver, parts = _driver(library), (ctypes.c_int(), ctypes.c_int())
+    if driver is None:
+        return 0, 0
+    for part, number in zip(parts, CAPABILITY, strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(part), number, 0) != 0:
+            return 0, 0
+    return parts[0].value, parts[1].value
+
+
+def _driver(library: str | None) -> Any:
+    """The driver's library, ready; None where there is none."""
     name = library or ("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
     try:
         driver = ctypes.CDLL(name)
     except OSError:
-        return 0
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+        return None
+    return driver if driver.cuInit(0) == 0 else None
 
 
 def torch_without_cuda() -> str | None:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ PIECE = 1 << 20
 """Elements that are converted at once."""
 RELEASED_AFTER = 1 << 20
 """Bytes of a tensor after which freed memory is given back."""
+IN_FILES: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+"""Storages that lie in files and that training made: no part of the memory that it takes."""
 
 
 class OffloadError(LeanfitError):

@@ -2,9 +2,10 @@
 
 CPU: the C++ allocator reports each allocation and release to torch's profiler; the running sum over them, on top of
 the tensors that were alive at the start, gives the exact peak of tensors (resident memory is no oracle: it counts the
-interpreter and pages that were freed long ago). Scratch space that oneDNN allocates by itself is not among the events.
-CUDA: the caching allocator's own high-water mark. MPS: what the driver holds at the end; its pool only grows between
-clearings.
+interpreter and pages that were freed long ago). Scratch space that oneDNN allocates by itself is not among the events,
+nor is what training put into mapped files.
+CUDA: the caching allocator's own high-water marks: bytes of tensors, and of the pool that it has taken from the device
+for them, which other programs cannot use. MPS: what the driver holds at the end; its pool only grows between clearings.
 """
 
 from __future__ import annotations
@@ -24,25 +25,27 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pipeline.layers import pulse
+from pipeline.layers.offload import IN_FILES
 
 autograd: Any = torch.autograd  # its profiler has no types
 
 
 @dataclass
 class Peak:
-    """`bytes`: the peak of the measured phase; None until it has ended."""
+    """`bytes`: the peak of the measured phase; None until it has ended. `reserved`: what CUDA's pool held at most."""
 
     bytes: int | None = None
+    reserved: int | None = None
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`; one that several share (tied weights, views) counts once."""
-    return sum(storage.nbytes() for storage in _storages(tensors))
+    return sum(storage.nbytes() for storage in storages(tensors))
 
 
-def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Each storage once: wrapper subclasses are taken apart, sparse and meta tensors have none that counts."""
-    storages = {}
+    found = {}
     waiting = list(tensors)
     while waiting:
         tensor = waiting.pop()
@@ -51,8 +54,8 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
             waiting.extend(part for part in parts if isinstance(part, Tensor))  # a DTensor also names its mesh
         elif tensor.layout == torch.strided and tensor.device.type != "meta":
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage
-    return list(storages.values())
+            found[storage._cdata] = storage
+    return list(found.values())
 
 
 class Trace:
@@ -73,10 +76,10 @@ class Trace:
         self._sum = Sum()
 
     def start(self, alive: Iterable[Tensor]) -> None:
-        storages = _storages(alive)
-        self._base = sum(storage.nbytes() for storage in storages)
-        self._watched = [weakref.finalize(storage, _mark_release, storage.nbytes()) for storage in storages]
-        del storages
+        held = [storage for storage in storages(alive) if storage not in IN_FILES]
+        self._base = sum(storage.nbytes() for storage in held)
+        self._watched = [weakref.finalize(storage, _mark_release, storage.nbytes()) for storage in held]
+        del held
         self._sum, self._thread = Sum(), threading.get_ident()
         self._record()
         pulse.listeners.append(self._renew)
@@ -177,6 +180,8 @@ class Meter:
     def __init__(self, device: str) -> None:
         self.device = device
         self.trace = Trace()
+        self.reserved: int | None = None
+        """After `stop`: the most that CUDA's pool has taken from the device."""
 
     def start(self, alive: Iterable[Tensor]) -> None:
         if self.device == "cuda":
@@ -190,6 +195,7 @@ class Meter:
     def stop(self) -> int:
         if self.device == "cuda":
             torch.cuda.synchronize()
+            self.reserved = torch.cuda.max_memory_reserved()
             return torch.cuda.max_memory_allocated()
         if self.device == "mps":
             return torch.mps.driver_allocated_memory()
@@ -213,7 +219,7 @@ def measure_peak(device: str, alive: Iterable[Tensor] = ()) -> Iterator[Peak]:
     try:
         yield peak
     finally:
-        peak.bytes = meter.stop()
+        peak.bytes, peak.reserved = meter.stop(), meter.reserved
 
 
 class MeasureTraining(lightning.Callback):
@@ -232,6 +238,8 @@ class MeasureTraining(lightning.Callback):
         self.steps = steps
         self.peak_bytes: int | None = None
         """Peak in bytes; None until it has been measured."""
+        self.reserved_bytes: int | None = None
+        """The most that CUDA's pool has taken from the device over those steps."""
         self.skipped_steps: frozenset[int] = frozenset()
         """Optimizer steps (`trainer.global_step` at their start) that were slowed down: to leave out of rates."""
         self._meter: Meter | None = None
@@ -275,14 +283,19 @@ class MeasureTraining(lightning.Callback):
 
     def _stop(self) -> None:
         if self._meter is not None:
-            self.peak_bytes = self._meter.stop()
+            self.peak_bytes, self.reserved_bytes = self._meter.stop(), self._meter.reserved
             self._meter = None
             self._finished = True
 
 
 def _training_tensors(trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any) -> list[Tensor]:
     """What training holds between steps: weights, gradients, buffers, optimizer states, and the batch at hand."""
-    parameters = list(module.parameters())
+    # ZeRO steps flat shards, and keeps another of each weight with stage 3, in which the weight itself is empty.
+    stepped = [
+        weight for optimizer in trainer.optimizers for group in optimizer.param_groups for weight in group["params"]
+    ]
+    shards = [weight.ds_tensor for weight in module.parameters() if hasattr(weight, "ds_tensor")]
+    parameters = [*module.parameters(), *stepped, *shards]
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     states = [leaf for optimizer in trainer.optimizers for leaf in tree_leaves(list(optimizer.state.values()))]
     leaves = [*parameters, *gradients, *module.buffers(), *states, *tree_leaves(batch)]

@@ -20,6 +20,10 @@ class Memory:
 
     `step_in_backward` steps each weight as soon as its gradient is there and frees the gradient. `loss_chunks`: a
     language model's logits are computed, and computed again in the backward pass, for so many parts of a batch in turn.
+
+    `activation_offload`, `optimizer_offload`: where activations wait for the backward pass, and the optimizer's state
+    for the step. `host`: a GPU's host, where weights are then stepped as well. `disk`: mapped files in the run's
+    directory.
     """
 
     name: str
@@ -27,3 +31,13 @@ class Memory:
     activation_checkpointing: Literal["none", "full", "selective"]
     step_in_backward: bool
     loss_chunks: Annotated[int, Ge(1)]
+    activation_offload: Literal["none", "host", "disk"]
+    optimizer_offload: Literal["none", "host", "disk"]
+
+    def problems(self) -> list[str]:
+        if self.activation_offload == "none" or self.activation_checkpointing != "selective":
+            return []
+        return [
+            f"memory.activation_offload={self.activation_offload}: activation_checkpointing=selective holds what it "
+            "keeps by itself; use memory.activation_checkpointing=full, or none"
+        ]

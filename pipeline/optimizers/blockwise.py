@@ -12,13 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 SLICE = 1 << 17
 """Elements of a tensor that are decoded at a time, so that float32 copies stay small beside the state."""
 CODES = ("exp_avg", "exp_avg_sq")
 
 
-@functools.cache
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, called once for each of its arguments; with real tensors also where it is first called in a trace."""
+
+    def real(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return make(*arguments)
+
+    return functools.cache(functools.wraps(make)(real))
+
+
+@kept
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values of dynamic tree quantization in [-1, 1] or [0, 1], rising.
 
@@ -36,7 +47,7 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-@functools.cache
+@kept
 def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """(the map; for each of the 65536 bfloat16 numbers, as a signed integer + 32768, the nearest value's index).
 
@@ -110,7 +121,7 @@ class AdamWBlockwise(torch.optim.Optimizer):
         for start in range(0, len(flat), self.stride):
             part = slice(start, start + self.stride)
             self._update(flat[part], gradients[part].float(), state, part, group)
-        if whole.data_ptr() != weight.data_ptr():
+        if not weight.is_contiguous():  # then `whole` is a copy
             weight.copy_(whole)
 
     def _fresh(self, weight: Tensor) -> dict[str, Any]:

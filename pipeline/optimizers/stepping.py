@@ -4,7 +4,7 @@ from gradients of another dtype."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -62,7 +62,20 @@ def step_one_by_one(optimizer: torch.optim.Optimizer, *, stochastic: bool) -> No
             most are; rounded by chance it moves as far on average (Gupta et al., 2015, arXiv:1502.02551; Zamirai et
             al., 2020, arXiv:2010.06192). State is kept in bfloat16, rounded to nearest.
     """
-    plain = type(optimizer).step
+
+    def around(weight: nn.Parameter) -> AbstractContextManager[None]:
+        wide = torch.float32 if stochastic and weight.dtype == torch.bfloat16 else weight.dtype
+        return _updated_in(optimizer, weight, wide)
+
+    step_each(optimizer, around)
+
+
+def step_each(optimizer: torch.optim.Optimizer, around: Callable[[nn.Parameter], AbstractContextManager[None]]) -> None:
+    """From now on `optimizer.step` takes one weight at a time, each within `around(weight)`; may be laid around again.
+
+    Most optimizers step each weight by itself, so that this changes nothing else.
+    """
+    plain = optimizer.step
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -71,9 +84,8 @@ def step_one_by_one(optimizer: torch.optim.Optimizer, *, stochastic: bool) -> No
                 loss = closure()
         for weight in [weight for group in self.param_groups for weight in group["params"]]:
             if weight.grad is not None:
-                wide = torch.float32 if stochastic and weight.dtype == torch.bfloat16 else weight.dtype
-                with only(self, weight), _updated_in(self, weight, wide):
-                    plain(self)
+                with only(self, weight), around(weight):
+                    plain()
         return loss
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]

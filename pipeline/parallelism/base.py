@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge
@@ -11,6 +12,7 @@ from annotated_types import Ge
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from lightning.pytorch.strategies import Strategy
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -21,12 +23,24 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 GatherDtype = Literal["bfloat16", "float16", "float32"]
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of one fit find each other: a host that all of them reach, and a port on it.
+
+    `variables`: what they must find in their environment besides, where it is not that of the launcher.
+    """
+
+    host: str
+    port: int
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
     """A `parallelism` choice."""
 
     distributed: ClassVar[bool]
-    """Whether a fit runs in workers of its own, started by torchrun."""
+    """Whether a fit runs in ranks of its own, processes that `command` starts."""
     sharded: ClassVar[bool] = False
     """Whether a rank holds a part of the model."""
     name: str
@@ -51,6 +65,42 @@ class Parallelism:
     def data_ranks(self) -> int:
         """Ranks, or groups of them, that work on samples of their own."""
         return max(1, self.ranks // self.tensor_ranks)
+
+    @property
+    def joins_store(self) -> bool:
+        """Whether the ranks expect torch's TCPStore to be there already where they meet."""
+        return False
+
+    @property
+    def needs_followers(self) -> bool:
+        """Whether the program itself is started on each of several nodes, not only its ranks (`pipeline.nodes`)."""
+        return False
+
+    @property
+    def own_node(self) -> int:
+        """Which node this is; 0 does all that is not a fit."""
+        return 0
+
+    def command(self, worker: Sequence[str], meeting: Meeting) -> list[str]:
+        """A command line that starts the ranks of a fit and ends, with 0 where all went well, when all of them have.
+
+        `worker` is the command of one rank, which finds its place by `place`. Where this command is stopped by SIGTERM
+        it takes its ranks along within 20 seconds; where the process `LEANFIT_PARENT` is gone they end by themselves.
+        """
+        raise NotImplementedError
+
+    def place(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """In a rank: what its environment lacks of torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+        MASTER_PORT ...), which everything after this reads."""
+        return {}
+
+    def environment(self) -> ClusterEnvironment:
+        """Where Lightning reads a process's place among the ranks. Left to itself it would take that of a SLURM job or
+        an MPI program in which one process, or a launcher of ranks, was started."""
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+        return TorchElasticEnvironment() if self.distributed else LightningEnvironment()
 
     @abstractmethod
     def strategy(self, device: str) -> Strategy:

@@ -1,16 +1,17 @@
 """Data parallelism: a copy of the model on each device, gradients averaged while the backward pass runs.
 
-Li et al., 2020 (arXiv:2006.15704). Ranks are started by torchrun, whose environment Lightning reads.
+Li et al., 2020 (arXiv:2006.15704).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
 from pipeline.parallelism.base import Parallelism, backend
+from pipeline.parallelism.launched import Launched
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ POWERSGD_AFTER = 10
 """Steps with whole gradients first: early ones have no low rank."""
 
 
-@register("parallelism", "ddp")
 @dataclass(frozen=True, kw_only=True)
-class DDP(Parallelism):
+class DataParallel(Parallelism):
     """`bucket_view`: gradients live in the communication buckets, which saves a copy of them (4 bytes a parameter).
 
     `static_graph`: the same parameters take part in each step, in the same order; torch then plans ahead. Every
@@ -34,8 +34,6 @@ class DDP(Parallelism):
     factors of rank `powersgd_rank` of each matrix, after 10 steps with whole ones; what they miss is added to the next
     step's (Vogels et al., 2019, arXiv:1905.13727), and is not in a checkpoint.
     """
-
-    distributed: ClassVar[bool] = True
 
     bucket_view: bool
     static_graph: bool
@@ -61,8 +59,14 @@ class DDP(Parallelism):
         from lightning.pytorch.strategies import DDPStrategy
 
         return DDPStrategy(
-            process_group_backend=backend("ddp", device),
+            process_group_backend=backend(self.name, device),
             find_unused_parameters=False,
             gradient_as_bucket_view=self.bucket_view,
             static_graph=self.static_graph,
         )
+
+
+@register("parallelism", "ddp")
+@dataclass(frozen=True, kw_only=True)
+class DDP(DataParallel, Launched):
+    """Ranks of torchrun, srun or mpirun."""

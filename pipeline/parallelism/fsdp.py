@@ -7,32 +7,29 @@ Lightning's ModelParallelStrategy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from pipeline.parallelism.base import GatherDtype, Parallelism, backend
+from pipeline.parallelism.base import GatherDtype
+from pipeline.parallelism.launched import Launched
+from pipeline.parallelism.mesh import OnMesh
 from pipeline.registry import register
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
     from pipeline.models.base import Architecture
 
 
-@register("parallelism", "fsdp")
 @dataclass(frozen=True, kw_only=True)
-class FSDP(Parallelism):
+class FullySharded(OnMesh):
     """`replicas`: copies of the sharded model, between which gradients are averaged (hybrid sharding).
 
     `reshard`: a block's gathered weights are let go after its forward pass. `offload`: shards live in the host's
     memory. `parameter_dtype`, `reduce_dtype`: in which weights are gathered and computed with, and gradients summed.
     """
-
-    distributed: ClassVar[bool] = True
-    sharded: ClassVar[bool] = True
 
     replicas: Annotated[int, Ge(1)]
     reshard: bool
@@ -44,19 +41,11 @@ class FSDP(Parallelism):
         if self.ranks % self.replicas:
             near = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0 and n < self.replicas][-1]
             said = f"parallelism.replicas={self.replicas}"
-            return [f"{said} does not divide {self.ranks} devices; use parallelism.replicas={near}"]
-        return []
-
-    def strategy(self, device: str) -> Strategy:
-        """Raises ConfigError for a device between whose copies nothing can be sent."""
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        return ModelParallelStrategy(
-            data_parallel_size=self.ranks,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=backend("fsdp", device),
-        )
+            return [
+                *super().problems(),
+                f"{said} does not divide {self.ranks} devices; use parallelism.replicas={near}",
+            ]
+        return super().problems()
 
     def shard(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -76,3 +65,9 @@ class FSDP(Parallelism):
             parameter_dtype=dtype_of(self.parameter_dtype),
             reduce_dtype=dtype_of(self.reduce_dtype),
         )
+
+
+@register("parallelism", "fsdp")
+@dataclass(frozen=True, kw_only=True)
+class FSDP(FullySharded, Launched):
+    """Ranks of torchrun, srun or mpirun."""

@@ -35,11 +35,12 @@ class ShardedTensorParallel(TensorParallel):
 
     def problems(self) -> list[str]:
         if self.ranks % self.tensor_parallel == 0:
-            return []
+            return super().problems()
         near = [n for n in range(1, self.ranks + 1) if self.ranks % n == 0 and n < self.tensor_parallel][-1]
         return [
+            *super().problems(),
             f"parallelism.tensor_parallel={self.tensor_parallel} does not divide {self.ranks} devices; "
-            f"use parallelism.tensor_parallel={near}"
+            f"use parallelism.tensor_parallel={near}",
         ]
 
     def shard(self, model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:

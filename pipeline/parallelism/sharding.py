@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -25,6 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from pipeline import checkpoints
 from pipeline.models.base import Architecture, Attention
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads")
@@ -157,3 +160,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.mul_(factor.to(local.dtype))
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Keeps the former checkpoint until the new one is whole, in one file or in a directory of shards."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if not self._save_distributed_checkpoint:
+            ParallelStrategy.save_checkpoint(self, checkpoint, filepath)
+            return
+        path = Path(self.broadcast(filepath))
+        place = self.broadcast(checkpoints.fresh_directory(path) if self.global_rank == 0 else path)
+        super().save_checkpoint(checkpoint, place)
+        self.barrier()
+        if self.global_rank == 0:
+            checkpoints.publish(place, path)
+        self.barrier()

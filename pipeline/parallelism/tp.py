@@ -7,13 +7,13 @@ each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from pipeline.parallelism.base import Parallelism, backend
+from pipeline.parallelism.launched import Launched
+from pipeline.parallelism.mesh import OnMesh
 from pipeline.registry import register
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -22,26 +22,12 @@ if TYPE_CHECKING:
 
 @register("parallelism", "tp")
 @dataclass(frozen=True, kw_only=True)
-class TensorParallel(Parallelism):
+class TensorParallel(OnMesh, Launched):
     """All devices form one group; heads and feed-forward widths must divide over it."""
-
-    distributed: ClassVar[bool] = True
-    sharded: ClassVar[bool] = True
 
     @property
     def tensor_ranks(self) -> int:
         return self.ranks
-
-    def strategy(self, device: str) -> Strategy:
-        """Raises ConfigError for a device between whose copies nothing can be sent."""
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        return ModelParallelStrategy(
-            data_parallel_size=self.data_ranks,
-            tensor_parallel_size=self.tensor_ranks,
-            save_distributed_checkpoint=False,
-            process_group_backend=backend(self.name, device),
-        )
 
     def shape_problems(self, model: nn.Module, architecture: Architecture) -> list[str]:
         from pipeline.parallelism.sharding import tensor_parallel_problems

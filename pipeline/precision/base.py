@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from lightning.pytorch.plugins.precision import Precision as LightningPrecision
     from torch import nn
+
+    from pipeline.models.base import Architecture
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 BITS: dict[Dtype, str] = {"float16": "16", "bfloat16": "bf16", "float32": "32", "float64": "64"}
@@ -48,6 +51,15 @@ class Precision:
         from pipeline.precision.plugins import convert_floating
 
         return convert_floating(module, self.weight_dtype)
+
+    def shape_problems(self, model: nn.Module, architecture: Architecture) -> list[str]:
+        """Why a model of these shapes (on the meta device) cannot be trained so."""
+        return []
+
+    def convert_layers(self, model: nn.Module, architecture: Architecture) -> Callable[[], None]:
+        """Layers that compute otherwise while a fit goes on, in place; names and weights stay. What is returned takes
+        them off again."""
+        return lambda: None
 
     def prepare_training(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """What holds beyond the plugin while `optimizer` trains `model`: the gradients' dtype."""

@@ -48,8 +48,11 @@ class ParallelismUsed(Section):
 
 
 class DeviceUsed(Section):
+    """`reason`: why this one, where it was not named but chosen (`device=auto`)."""
+
     kind: Text
     name: Text
+    reason: Text
 
 
 class Train(Section):
@@ -82,8 +85,11 @@ class Errors(Section):
 
 
 class Memory(Section):
+    """`measured`: what `kind` says. `reserved`: what torch's pool on a CUDA device held of it at most."""
+
     predicted: Peaks
     measured: Peaks
+    reserved: Peaks
     error: Errors
     kind: Text
 

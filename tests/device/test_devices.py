@@ -6,21 +6,28 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from pipeline.app import compose
 from pipeline.device import auto, cpu, cuda, mps
 from pipeline.device.auto import Auto
 from pipeline.device.cpu import CPU
 from pipeline.device.cuda import CUDA
 from pipeline.device.mps import MPS
+from pipeline.errors import ConfigError
+from pipeline.registry import lookup
+from pipeline.report.result import read_result
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_no_device_imports_torch_to_find_out_what_is_here():
     code = """
 import sys
 from pipeline.registry import lookup
-for name in ("auto", "cpu", "cuda", "mps"):
+for name in ("auto", "cpu", "cuda", "mps", "tpu"):
     device = lookup("device", name)(name=name)
     device.kind(), device.problems(1)
 assert not {"torch", "lightning"} & set(sys.modules), sorted(sys.modules)
@@ -151,6 +158,33 @@ def test_auto_takes_the_best_and_says_why(monkeypatch, gpus, build, apple, kind,
     assert device.reason() == why
     assert device.problems(1) == []
     assert len(device.problems(1000)) == 1
+
+
+def test_only_a_device_that_was_chosen_for_the_user_gives_a_reason():
+    for name in ("cpu", "cuda", "mps", "tpu"):
+        assert lookup("device", name)(name=name).reason() is None
+
+
+def test_a_tpu_is_refused_in_one_line_that_says_which_torch_is_in_the_way():
+    for words in (["device=tpu"], ["parallelism=xla"]):
+        with pytest.raises(ConfigError) as refused:
+            compose(words)
+        (line,) = refused.value.problems
+        assert line.startswith(words[0])
+        assert "torch_xla ends at 2.9.0, which needs torch 2.9.0, and this program needs torch 2.11" in line
+        assert "; use " in line
+
+
+@pytest.mark.slow
+def test_a_run_says_once_which_device_was_chosen_and_records_it(tmp_path):
+    for words, lines in ((["device=auto"], 1), (["device=cpu"], 0)):
+        directory = tmp_path / words[0]
+        run = [sys.executable, "run.py", *words, "model=gpt_nano", "trainer=smoke", "trainer.max_steps=1"]
+        run += ["data.evaluation_tokens=1024", f"hydra.run.dir={directory}"]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert [line.startswith("device=auto: ") for line in done.stdout.splitlines()].count(True) == lines
+        reason = read_result(directory / "result.json")["device"]["reason"]
+        assert (reason is not None and reason in done.stdout) if lines else reason is None
 
 
 @pytest.mark.gpu

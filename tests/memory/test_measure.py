@@ -108,6 +108,26 @@ def test_measuring_writes_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_cuda_counts_what_tensors_and_what_its_pool_held_since_the_start(monkeypatch):
+    called = []
+    for name, value in {"synchronize": None, "reset_peak_memory_stats": None, "max_memory_allocated": 5 * MIB,
+                        "max_memory_reserved": 8 * MIB}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: (called.append(name), value)[1])
+    with measure_peak("cuda") as peak:
+        assert called == ["synchronize", "reset_peak_memory_stats"]
+    assert (peak.bytes, peak.reserved) == (5 * MIB, 8 * MIB)
+    assert called[2] == "synchronize"
+
+
+def test_apples_driver_is_asked_after_its_pool_was_cleared(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: called.append("cleared"))
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: called.append("asked") or 7 * MIB)
+    with measure_peak("mps") as peak:
+        pass
+    assert (peak.bytes, peak.reserved, called) == (7 * MIB, None, ["cleared", "asked"])
+
+
 def test_tied_weights_and_sparse_and_meta_tensors_in_a_sum_of_storages():
     weight = floats(1)
     others = [torch.zeros(5, device="meta"), torch.eye(3).to_sparse()]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import checkpoints
 from pipeline.app import compose
 from pipeline.chain import Stage
 from pipeline.fitting import checkpoint_directory, fit
@@ -31,6 +32,8 @@ LEVERS = {
     "chunked": ["memory.loss_chunks=4"],
     "accumulation": ["trainer.micro_batch_size=2"],
     "released": ["memory.release_gradients=true"],
+    "activations on disk": ["memory.activation_offload=disk"],
+    "state on disk": ["memory.optimizer_offload=disk"],
     "lean": ["memory=lean", "memory.loss_chunks=4", "trainer.micro_batch_size=1"],
 }
 LLAMA = ["model=llama", "model.layers=2", "model.width=32", "model.heads=4", "model.key_value_heads=2"]
@@ -67,21 +70,21 @@ CASES = {
 }
 
 
-def train(directory, config):
+def train(directory, config, resume=False):
     """Stage 0's fit of this very process (one rank of many, or the only one)."""
     directory.mkdir(parents=True, exist_ok=True)
     line = stages_of(config)
     tokenizer = config.model.tokenizer() or byte_tokenizer()
     data = config.data.open(tokenizer)
     model, context = prepared(config, directory, data, tokenizer, line, line[0])
-    fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, directory)
+    fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, directory, resume=resume)
 
 
 def outcome(directory):
     """(loss of each step, weights at the end)."""
     losses = [row.loss for row in read_metrics(directory / "metrics.csv")]
-    state = torch.load(checkpoint_directory(directory, Stage(0, "train", "train")) / "last.ckpt", weights_only=False)
-    return torch.tensor(losses, dtype=torch.float64), state["state_dict"]
+    weights = checkpoints.weights(checkpoint_directory(directory, Stage(0, "train", "train")) / "last.ckpt")
+    return torch.tensor(losses, dtype=torch.float64), weights
 
 
 COMPRESSED = {kind: [*two("ddp"), f"parallelism.gradient_compression={kind}"] for kind in ("float16", "powersgd")}

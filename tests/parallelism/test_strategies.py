@@ -88,7 +88,7 @@ float32 = Full(name="full", dtype="float32", gradient_dtype=None, stochastic_rou
 for name, precision, static in (("float32", float32, True), ("float16", float16, False)):
     parallelism = DDP(
         name="ddp", devices=2, nodes=1, bucket_view=True, static_graph=static, gradient_compression="none",
-        powersgd_rank=1,
+        powersgd_rank=1, launcher="torchrun", rendezvous=None, node_rank=None,
     )
     trainer = lightning.Trainer(
         accelerator="cpu", devices=2, strategy=parallelism.strategy("cpu"), plugins=[precision.plugin("cpu")],

@@ -1,0 +1,32 @@
+"""What the strategies have in common that spread a model over a mesh of devices: Lightning's ModelParallelStrategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pipeline.parallelism.base import Parallelism, backend
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnMesh(Parallelism):
+    """`checkpoint`: `full` gathers weights and optimizer state on rank 0 and writes one file; with `sharded` each rank
+    writes its own part into a directory, which any other number of devices, or one, can read."""
+
+    sharded: ClassVar[bool] = True
+
+    checkpoint: Literal["full", "sharded"]
+
+    def strategy(self, device: str) -> Strategy:
+        """Raises ConfigError for a device between whose copies nothing can be sent."""
+        from pipeline.parallelism.sharding import MeshStrategy
+
+        return MeshStrategy(
+            data_parallel_size=self.data_ranks,
+            tensor_parallel_size=self.tensor_ranks,
+            save_distributed_checkpoint=self.checkpoint == "sharded",
+            process_group_backend=backend(self.name, device),
+        )

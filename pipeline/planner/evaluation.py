@@ -1,0 +1,37 @@
+"""The evaluation of a run on fake tensors: the task's own metric over two batches, without memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+from torch.utils.data import Subset
+
+from pipeline.data.base import DataBundle
+from pipeline.planner.fakes import faked, sixteen_bit, tracing
+from pipeline.planner.live import Live, Peak
+from pipeline.schema import RunConfig
+from pipeline.tasks.base import Task
+
+BATCHES = 2
+"""The second is computed while the first one's results are still there."""
+
+
+def trace_evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
+    """The peak while `model` (on the meta device, filled with fake tensors in place) is evaluated.
+
+    Where there is less held-out data than two batches, as much as there is.
+    """
+    size = config.trainer.evaluation_batch_size
+    held_out = min(len(data.evaluation), BATCHES * size)  # type: ignore[arg-type]
+    few = replace(data, evaluation=Subset(data.evaluation, range(held_out)))
+    live = Live(sixteen_bit)
+    with tracing():
+        faked(model, config.precision.weight_dtype)
+        live.hold(model.parameters(), "weights")
+        live.hold(model.buffers(), "buffers")
+        live.phase = "activations"
+        live.mark("evaluation")
+        with live, config.precision.evaluation_context("cpu"):
+            task.evaluate(model, few, size, "cpu")
+        return live.timeline.peak()

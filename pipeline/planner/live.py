@@ -1,0 +1,133 @@
+"""Live bytes over time, counted as operators run, on tensors that hold nothing.
+
+Under torch's FakeTensorMode each operator gives tensors of the right shape, dtype and aliasing without memory. `Live`
+sees each operator after autograd and autocast, notes every new storage, and when it is freed: the sum over time is
+what the allocator of a real run would hold. Kernels that take scratch space of their own inside one operator are not
+seen, but for those in `inner`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+Inner = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+"""(operator's name, operator, arguments, named arguments) -> its result; NotImplemented where torch's own will do."""
+
+
+@dataclass
+class Block:
+    """A storage: its bytes, and what it holds."""
+
+    bytes: int
+    kind: str
+
+
+@dataclass
+class Timeline:
+    """Allocations and releases in order. `events`: (block, +1 or -1, what ran then)."""
+
+    events: list[tuple[Block, int, str]] = field(default_factory=list)
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    """(number of events before it, name) of moments that were marked."""
+
+    def between(self, first: str, last: str | None = None) -> range:
+        """Events from the first mark of that name up to the mark `last` that follows (None: the end)."""
+        start = next(at for at, name in self.marks if name == first)
+        ends = [at for at, name in self.marks if name == last and at >= start]
+        return range(start, ends[0] if ends else len(self.events))
+
+    def peak(self, span: range | None = None) -> Peak:
+        """The largest sum of live bytes within `span` (all events if None), and what it is made of."""
+        span = range(len(self.events)) if span is None else span
+        held, highest, at = 0, -1, -1
+        for number, (block, sign, _) in enumerate(self.events[: span.stop]):
+            held += sign * block.bytes
+            if number >= span.start and held > highest:
+                highest, at = held, number
+        before = sum(sign * block.bytes for block, sign, _ in self.events[: span.start])
+        if before >= highest:
+            highest, at = before, span.start - 1
+        kinds: dict[str, int] = {}
+        for block, sign, _ in self.events[: at + 1]:
+            kinds[block.kind] = kinds.get(block.kind, 0) + sign * block.bytes
+        return Peak(
+            highest, {kind: held for kind, held in kinds.items() if held}, self.events[at][2] if at >= 0 else ""
+        )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """`bytes` live at once, of which kinds, and the operator that was running."""
+
+    bytes: int
+    kinds: Mapping[str, int]
+    operator: str
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Enter it inside a FakeTensorMode; `timeline` grows while operators run.
+
+    Args:
+        inner: what an operator does inside where its kernel is another than torch's.
+    """
+
+    def __init__(self, inner: Inner | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.timeline = Timeline()
+        self.phase = "other"
+        """What storages that appear now are for, unless somebody says."""
+        self._inner = inner
+        self._blocks: dict[int, Block] = {}
+
+    def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say what storages hold, also of those that are known already."""
+        for tensor in tensors:
+            block = self._note(tensor, "", kind)
+            if block is not None:
+                block.kind = kind
+
+    def mark(self, name: str) -> None:
+        self.timeline.marks.append((len(self.timeline.events), name))
+
+    def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        block = self._blocks.get(key)
+        if block is None:
+            block = self._blocks[key] = Block(storage.nbytes(), kind)
+            self.timeline.events.append((block, 1, operator))
+            weakref.finalize(storage, self._release, key).atexit = False
+        return block
+
+    def _release(self, key: int) -> None:
+        block = self._blocks.pop(key)
+        self.timeline.events.append((block, -1, ""))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # Fake tensors have no values. With these no mask hides anything, and no count of steps or tokens is 0.
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+        name = func.name().partition(".")[0]
+        out = NotImplemented
+        if self._inner is not None:
+            with self:  # what it calls is counted too
+                out = self._inner(name, func, args, kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        for leaf in tree_iter(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf, name, self.phase)
+        return out

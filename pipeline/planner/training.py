@@ -1,0 +1,132 @@
+"""The training of a run on fake tensors: the composed model, loss, optimizer and Lightning's own loop, without memory.
+
+What is traced is what runs: the same LightningModule, precision plugin, checkpointing, callbacks of the methods and
+gradient clipping. Three optimizer steps are taken, since only the second finds all of the optimizer's state there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor, nn
+
+from pipeline.chain import Stage
+from pipeline.compression.base import StageLoss
+from pipeline.fitting import TaskModule, micro_batch_size, quiet_lightning, trainer_of
+from pipeline.layers.masks import HoldMasks, has_masks
+from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
+from pipeline.models.base import Architecture
+from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
+from pipeline.planner.live import Live, Peak
+from pipeline.schema import RunConfig
+from pipeline.tasks.base import Batch, Task
+
+STEPS = 3
+
+
+class TracedModule(TaskModule):
+    """Marks what storages are for. Nothing is moved or converted: fake tensors cannot be."""
+
+    live: Live
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TracedModule:
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.live.phase = "activations"
+        return super().training_step(batch, batch_idx)
+
+
+class Phases(lightning.Callback):
+    """Says to `live` which part of a step runs, and what gradients and optimizer state are when they are there."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Batch, *_: Any) -> None:
+        self.live.mark(f"step {trainer.global_step}")
+        self.live.hold(batch.values(), "batch")
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.live.phase = "backward"
+
+    def on_after_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.live.hold((p.grad for p in module.parameters() if p.grad is not None), "gradients")
+        self.live.phase = "optimizer step"
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():
+                self.live.hold((v for v in state.values() if isinstance(v, Tensor)), "optimizer state")
+        self.live.phase = "other"
+
+
+def trace_training(
+    config: RunConfig,
+    stage: Stage,
+    model: nn.Module,
+    task: Task,
+    architecture: Architecture,
+    batch: Batch,
+    *,
+    callbacks: Sequence[lightning.Callback] = (),
+    loss: StageLoss | None = None,
+) -> Peak:
+    """The peak over warm steps of the fit of `stage`.
+
+    Args:
+        model: on the meta device; it is filled with fake tensors in place.
+        batch: one micro batch, whose shapes and dtypes count.
+    """
+    assert stage.fit is not None
+    _, accumulation = micro_batch_size(config)
+    blocks = [block.name for block in architecture.blocks]
+    live = Live(sixteen_bit)
+    parts: list[lightning.Callback] = [*callbacks, Phases(live)]
+    if has_masks(model):
+        parts.append(HoldMasks())
+    if config.memory.step_in_backward:
+        parts.append(StepInBackward())
+    elif config.memory.release_gradients:
+        parts.append(ReleaseGradients())
+    with ExitStack() as stack:
+        stack.enter_context(quiet_lightning())
+        stack.enter_context(tracing())
+        faked(model, config.precision.weight_dtype)
+        stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
+        plugin = config.precision.plugin("cpu")
+        if getattr(plugin, "scaler", None) is not None:
+            plugin.scaler = NeverOverflows("cpu")  # type: ignore[attr-defined]
+        trainer = trainer_of(
+            config, "cpu", STEPS, parts, [plugin], devices=1, limit_val_batches=0, enable_checkpointing=False
+        )
+        module = TracedModule(model, task, config, stage.fit, loss, architecture, Path())
+        module.live = live
+        live.hold(model.parameters(), "weights")
+        live.hold(model.buffers(), "buffers")
+        model.train()
+        with live:
+            trainer.fit(module, Batches(batch, STEPS * accumulation), weights_only=False)
+        return live.timeline.peak(live.timeline.between(f"step {STEPS - 1}"))
+
+
+class Batches:
+    """A loader that makes each batch when it is asked for; of no known length, which would be counted with tensors."""
+
+    def __init__(self, batch: Batch, count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (fake_batch(self.batch) for _ in range(self.count))
+
+
+class NeverOverflows(torch.amp.GradScaler):
+    """Takes each step: whether gradients overflowed is a value, which fake tensors have not."""
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return optimizer.step(*args, **kwargs)

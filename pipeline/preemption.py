@@ -1,0 +1,81 @@
+"""Ctrl-C and SIGTERM during a fit: the step is finished and saved, then the process ends as it would have at once.
+
+A machine that is taken away (a preemption, a job's time limit) announces this by SIGTERM, some seconds before. Of
+several ranks one that is told is enough: after each step all agree whether to stop, and so stop after the same one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as lightning
+
+PATIENCE = 12.0
+"""Seconds for the step to end and be saved; then the signal counts at once, as a second one does."""
+
+
+class StopAfterStep(lightning.Callback):
+    """Puts off SIGINT and SIGTERM to the end of the step, and calls `save` there. To be the last callback."""
+
+    def __init__(self, save: Callable[[lightning.Trainer], None]) -> None:
+        self.save = save
+        self.told: int | None = None
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._waits = False
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        # Lightning has put in a handler that broadcasts in the middle of whatever collective is under way.
+        self._give_back()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if _in_main_thread():
+            self._waits = True
+            for number in self._before:
+                signal.signal(number, self._put_off)
+
+    def _put_off(self, number: int, frame: FrameType | None) -> None:
+        if self.told is not None:
+            self._give_back()
+            os.kill(os.getpid(), number)
+            return
+        self.told = number
+        late = threading.Timer(PATIENCE, self._hurry, [number])
+        late.daemon = True
+        late.start()
+
+    def _hurry(self, number: int) -> None:
+        if self._waits:
+            os.kill(os.getpid(), number)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole and trainer.strategy.reduce_boolean_decision(self.told is not None, all=False):
+            if trainer.global_step < trainer.max_steps:
+                self.save(trainer)
+            self._give_back()
+            os.kill(os.getpid(), self.told or signal.SIGTERM)
+
+    def on_train_end(self, *_: Any) -> None:
+        self._give_back()
+        if self.told is not None:
+            os.kill(os.getpid(), self.told)
+
+    def on_exception(self, *_: Any) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._waits = False
+        for number, handler in self._before.items():
+            if _in_main_thread() and handler is not None:
+                signal.signal(number, handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

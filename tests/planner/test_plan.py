@@ -1,0 +1,107 @@
+"""Predicted peaks beside those that a real fit and a real evaluation of the same config hold."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.app import compose, main
+from pipeline.fitting import fit
+from pipeline.memory.measure import measure_peak
+from pipeline.planner.plan import plan
+from pipeline.stage_input import prepared
+from pipeline.tasks import lookup
+from pipeline.walk import stages_of
+
+GPT = ["model=gpt_nano", "trainer=smoke", "trainer.max_steps=4", "trainer.evaluate_every=0", "device=cpu"]
+LLAMA = [*GPT, "model=llama", "model.layers=2", "model.width=64", "model.heads=4", "model.key_value_heads=2"]
+CONFIGS = {
+    "gpt": GPT,
+    "llama": LLAMA,
+    "bf16-mixed": [*GPT, "precision=bf16-mixed"],
+    "16-mixed": [*GPT, "precision=16-mixed"],
+    "bf16-true": [*LLAMA, "precision=bf16-true"],
+    "64-true": [*GPT, "precision=64-true"],
+    "full checkpointing": [*GPT, "memory.activation_checkpointing=full"],
+    "selective checkpointing": [*LLAMA, "memory.activation_checkpointing=selective"],
+    "lean": [*GPT, "memory=lean", "memory.loss_chunks=4", "trainer.micro_batch_size=2"],
+    "step in backward": [*GPT, "memory.step_in_backward=true", "trainer.grad_clip=null"],
+    "foreach": [*GPT, "optimizer.implementation=foreach"],
+    "sgd": [*GPT, "optimizer=sgd"],
+    "adafactor": [*LLAMA, "optimizer=adafactor"],
+    "muon": [*GPT, "optimizer=muon"],
+    "adamw8bit": [*GPT, "optimizer=adamw8bit"],
+}
+
+
+def opened(config):
+    tokenizer = config.model.tokenizer()
+    return tokenizer, config.data.open(tokenizer)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_of_transformers_is_predicted_within_one_percent(name, tmp_path):
+    config = compose(CONFIGS[name])
+    tokenizer, data = opened(config)
+    predicted = plan(config, data).phases["train"]
+    line = stages_of(config)
+    model, context = prepared(config, tmp_path, data, tokenizer, line, line[0])
+    measured = fit(config, line[0], model, lookup.get("causal_lm"), data, context.architecture, tmp_path).peak_bytes
+    assert predicted.bytes == pytest.approx(measured, rel=0.01)
+    assert sum(predicted.kinds.values()) == predicted.bytes
+    assert predicted.kinds["weights"] == sum(weight.nbytes for weight in model.parameters())
+
+
+def test_evaluation_is_predicted_within_one_percent():
+    config = compose(GPT)
+    _, data = opened(config)
+    predicted = plan(config, data).phases["evaluate"]
+    model = config.model.build(data.spec)
+    with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as peak:
+        lookup.get("causal_lm").evaluate(model, data, config.trainer.evaluation_batch_size, "cpu")
+    assert predicted.bytes == pytest.approx(peak.bytes, rel=0.01)
+
+
+def test_a_model_of_eight_billion_parameters_is_planned_without_its_memory():
+    sizes = ["layers=32", "width=4096", "heads=32", "key_value_heads=8", "intermediate=14336"]
+    config = compose([*GPT, "model=llama", *(f"model.{size}" for size in sizes), "precision=bf16-true"])
+    _, data = opened(config)
+    with measure_peak("cpu") as peak:
+        predicted = plan(config, data).phases["train"]
+    assert predicted.kinds["weights"] > 10e9
+    assert predicted.kinds["optimizer state"] >= 2 * predicted.kinds["weights"]
+    assert peak.bytes < 100e6
+
+
+def test_the_job_writes_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*GPT, "job=plan", "hydra.run.dir=planned"]) == 0
+    written = json.loads((tmp_path / "planned" / "plan.json").read_text())
+    result = json.loads((tmp_path / "planned" / "result.json").read_text())
+    assert written["phases"]["train"]["bytes"] == result["memory"]["predicted"]["train"]
+    assert not (tmp_path / "planned" / "checkpoints").exists()
+    told = capsys.readouterr().out
+    assert "optimizer state" in told
+    assert "traced" in told
+
+
+@pytest.mark.parametrize(
+    ("override", "phase", "said"),
+    [
+        ("parallelism=ddp", "train", "parallelism=ddp"),
+        ("adapter=lora", "train", "adapters"),
+        ("compression=int8", "compress", "not planned yet"),
+        ("memory.optimizer_offload=disk", "train", "offload"),
+    ],
+)
+def test_what_is_not_planned_is_said_and_not_guessed(override, phase, said):
+    config = compose([*GPT, override])
+    found = plan(config, opened(config)[1])
+    assert said in found.open[phase]
+    assert phase not in found.phases
+
+
+def test_nothing_is_left_behind_by_a_trace():
+    config = compose(GPT)
+    plan(config, opened(config)[1])
+    assert type(torch.ones(2)) is torch.Tensor

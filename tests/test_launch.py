@@ -1,0 +1,108 @@
+"""What watches over the launcher of ranks: time that does not count, launchers that do not end by themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import launch
+from pipeline.heartbeat import Beat, Phase, Watch, pack
+from pipeline.parallelism.base import Meeting
+from tests.parallelism.test_strategies import choice
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+
+
+class Asked(Watch):
+    """A watch that never sees anything, and remembers when it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: [], 600)
+        self.times: list[float] = []
+
+    def hung(self, now: float | None = None) -> str | None:
+        self.times.append(now or 0.0)
+        return None
+
+
+def supervise(command: list[str], watch: Watch, log: Path, told: Any = lambda: None) -> tuple[int, str | None]:
+    with log.open("ab") as file:
+        return launch.supervise(command, dict(os.environ), subprocess.DEVNULL, file, watch, told)
+
+
+def test_time_in_which_the_program_itself_was_stopped_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumping = iter(range(0, 10**9, 10_000))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: float(next(jumping))))
+    watch = Asked()
+    assert supervise(["sleep", "1"], watch, tmp_path / "log") == (0, None)
+    assert 0 < watch.times[-1] <= 10 * launch.POLL * len(watch.times)
+
+
+def test_what_is_told_ends_the_launcher_and_the_ranks_that_it_does_not(tmp_path: Path) -> None:
+    rank = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.DEVNULL)
+    watch = Watch(lambda: [pack(Beat(rank.pid, 1, Phase.STEP))], 600)
+    code, why = supervise(["sleep", "60"], watch, tmp_path / "log", lambda: "node 1 is gone")
+    assert (code, why) == (-signal.SIGTERM, "node 1 is gone")
+    assert rank.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_ranks_that_a_killed_launcher_leaves_are_ended(tmp_path: Path) -> None:
+    rank = subprocess.Popen(["sleep", "60"])
+    watch = Watch(lambda: [pack(Beat(rank.pid, 1, Phase.STEP))], 600)
+    code, _ = supervise(["sh", "-c", "sleep 1; kill -9 $$"], watch, tmp_path / "log")
+    assert code == -signal.SIGKILL
+    assert rank.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_a_signal_asks_the_ranks_first_and_gives_them_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    rank.stdout.readline()
+    watch = Watch(lambda: [pack(Beat(rank.pid, 1, Phase.STEP))], 600)
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    threading.Timer(1.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(SystemExit):
+            supervise(["sleep", "60"], watch, tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert rank.wait(timeout=5) == -signal.SIGKILL, "it ignores SIGTERM, so it was given a second and killed"
+    assert 2 < time.monotonic() - started < 15
+    rank.stdout.close()
+
+
+def test_where_ranks_meet() -> None:
+    with launch.meeting(choice("ddp")) as place:
+        assert (place.host, place.variables) == ("127.0.0.1", {})
+    with launch.meeting(choice("ddp", nodes=2, rendezvous="n1:29400", node_rank=0)) as place:
+        assert place.host == "n1"
+        assert place.port != 29400
+    with launch.meeting(choice("ddp", launcher="mpirun")) as place:
+        assert isinstance(place, Meeting)
+        assert launch.TCPStore(place.host, place.port, is_master=False, wait_for_workers=False).num_keys() >= 0
+
+
+@pytest.mark.parametrize(("name", "reads"), [("single", "LightningEnvironment"), ("ddp", "TorchElasticEnvironment")])
+def test_a_process_inside_a_job_of_slurm_reads_its_place_from_what_started_it(
+    name: str, reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SLURM_NTASKS", "SLURM_JOB_ID"):
+        monkeypatch.setenv(variable, "2")
+    assert type(choice(name).environment()).__name__ == reads
