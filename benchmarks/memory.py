@@ -49,6 +49,7 @@ ONE = {
         ["precision=bf16-true", "precision.stochastic_rounding=true"], "2 + 2 + 4 + a weight", 8.0
     ),
     "bf16-true, adamw8bit": (["precision=bf16-true", "optimizer=adamw8bit"], "2 + 2 + 2.03", 6.0),
+    "state on disk": (["memory.optimizer_offload=disk"], "4 + 4 + a weight's state", 8.0),
     "bfloat16 gradients": (["precision.gradient_dtype=bfloat16"], "4 + 2 + 8", 14.0),
     "step in backward": (["memory.step_in_backward=true"], "4 + 8 + a gradient", 12.0),
     "step in backward, adamw8bit": (
@@ -58,6 +59,17 @@ ONE = {
         ["memory.step_in_backward=true", "optimizer=adamw8bit", "precision=bf16-true"], "2 + 2.03 + a gradient", 4.0
     ),
 }  # fmt: skip
+LONG = ["data.sequence_length=256", "trainer.batch_size=8"]
+ACTIVATIONS = {
+    "nothing": [],
+    "selective": ["memory.activation_checkpointing=selective"],
+    "full": ["memory.activation_checkpointing=full"],
+    "on disk": ["memory.activation_offload=disk"],
+    "loss in 8 chunks": ["memory.loss_chunks=8"],
+    "full, loss in 8 chunks": ["memory.activation_checkpointing=full", "memory.loss_chunks=8"],
+    "micro batches of 1": ["trainer.micro_batch_size=1"],
+}
+"""The same model on 2,048 tokens a step."""
 SEVERAL = {
     "ddp": (["parallelism=ddp"], "16: gradients are the buckets", lambda n: 16.0),
     "ddp, no bucket view": (["parallelism=ddp", "parallelism.bucket_view=false"], "16 + 4 buckets", lambda n: 20.0),
@@ -97,6 +109,9 @@ def main() -> None:
         for name, (words, parts, paper) in ONE.items():
             found = measured([*words, "trainer.batch_size=1"], Path(place) / name.replace(" ", "_"))
             print(f"{name:42} {found:9.2f} {paper:9.2f}  {parts}", flush=True)
+        for name, words in ACTIVATIONS.items():
+            found = measured([*LONG, *words], Path(place) / f"activations_{name.replace(' ', '_')}")
+            print(f"{'2,048 tokens, ' + name:42} {found:9.2f} {'':9}  16 + activations", flush=True)
         for name, (_, parts, of) in SEVERAL.items() if devices > 1 else ():
             file = Path(place) / "found"
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]

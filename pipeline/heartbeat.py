@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback
 
+from pipeline.interrupts import beside_parent
+
 _FORMAT = "qqq"
 STEP = 4
 """Beats of a step."""
@@ -55,13 +57,15 @@ class Beats(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
+        # Elsewhere the number would be some other process's.
+        self.process = os.getpid() if beside_parent() else 0
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._beat(Phase.IDLE)
 
     def _beat(self, phase: Phase) -> None:
         self.count += 1
         if self._file is not None:
-            os.pwrite(self._file, pack(Beat(os.getpid(), self.count, phase)), 0)
+            os.pwrite(self._file, pack(Beat(self.process, self.count, phase)), 0)
 
     def on_train_start(self, *_: Any) -> None:
         self._beat(Phase.BETWEEN)

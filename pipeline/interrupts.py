@@ -36,6 +36,12 @@ def parent() -> str:
     return f"{socket.gethostname()} {os.getpid()}"
 
 
+def beside_parent() -> bool:
+    """In a rank: whether it runs on the machine of the program that started the fit. True where none did."""
+    host, _, _ = os.environ.get(PARENT, parent()).rpartition(" ")
+    return host == socket.gethostname()
+
+
 def watch_parent() -> None:
     """In a rank: end when the program that started the fit, or the launcher between, is gone, however it ended."""
     host, _, program = os.environ[PARENT].rpartition(" ")

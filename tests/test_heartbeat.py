@@ -1,12 +1,13 @@
 """Ranks that hang: who is told apart from those that wait for it, and from a step that is merely slow."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from pipeline.heartbeat import Beat, Beats, Phase, Watch, is_stopped, pack, read_files
+from pipeline.heartbeat import Beat, Beats, Phase, Watch, is_stopped, pack, read_files, unpack
 
 
 class Ranks:
@@ -142,3 +143,13 @@ def test_a_rank_that_goes_on_after_a_pause_is_not_ended(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_rank_of_another_machine_is_not_taken_for_a_process_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Beats(tmp_path / "here")
+    monkeypatch.setenv("LEANFIT_PARENT", "another-machine 17")
+    Beats(tmp_path / "there")
+    here, there = (unpack(written) for written in read_files([tmp_path / "here", tmp_path / "there"]))
+    assert (here.process, there.process) == (os.getpid(), 0)

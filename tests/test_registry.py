@@ -151,7 +151,7 @@ def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
 
 def test_names_are_those_that_modules_register() -> None:
     assert names("optimizer") == ["adafactor", "adamw", "adamw8bit", "muon", "sgd"]
-    assert names("precision") == ["full", "mixed"]
+    assert names("precision") == ["fp8", "full", "mixed"]
 
 
 def test_lookup_gives_the_registered_class() -> None:

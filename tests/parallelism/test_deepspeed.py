@@ -30,8 +30,6 @@ CASES = {
     "stage 1": zero(1),
     "stage 2": zero(2),
     "stage 3": zero(3),
-    "stage 1, accumulation": zero(1, *LEVERS["accumulation"]),
-    "stage 2, lean": zero(2, *LEVERS["lean"]),
     "stage 3, lean": zero(3, *LEVERS["lean"]),
     "stage 2, selective": zero(2, *LEVERS["selective"]),
 }
@@ -40,9 +38,7 @@ CONSTANT = ["optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimize
 LEGS = {10: zero(2), 15: zero(3), 20: zero(1)}
 """Steps, up to which a fit that goes on from the former's checkpoint takes a strategy."""
 ROUNDED = {
-    "stage 2, bf16-true": zero(2, "precision=bf16-true"),
     "stage 3, bf16-true": zero(3, "precision=bf16-true"),
-    "stage 1, bf16-mixed": zero(1, "precision=bf16-mixed"),
     "stage 3, bf16-mixed": zero(3, "precision=bf16-mixed"),
 }
 

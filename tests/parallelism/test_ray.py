@@ -146,14 +146,6 @@ def test_a_rank_that_is_killed_ends_the_run_which_names_it(cluster, tmp_path):
 
 
 @installed
-@pytest.mark.slow
-def test_a_cluster_that_cannot_hold_the_ranks_is_told(cluster, tmp_path):
-    with pytest.raises(LeanfitError, match=r"1 x 3 ranks need .*; those of the cluster have 2: choose"):
-        on_ray(tmp_path / "run", "parallelism=ray", f"parallelism.address={cluster}", "parallelism.devices=3",
-               "trainer.batch_size=6")  # fmt: skip
-
-
-@installed
 @pytest.mark.parametrize(
     ("words", "said"),
     [
