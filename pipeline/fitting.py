@@ -245,6 +245,18 @@ def quiet_lightning() -> Iterator[None]:
         yield
 
 
+def levers(config: RunConfig, model: nn.Module, callbacks: Sequence[lightning.Callback]) -> list[lightning.Callback]:
+    """The callbacks that change what a step holds or does, beside a method's own `callbacks`."""
+    parts: list[lightning.Callback] = []
+    if has_masks(model) and not any(isinstance(part, HoldMasks) for part in callbacks):
+        parts.append(HoldMasks())
+    if config.memory.step_in_backward:
+        parts.append(StepInBackward())
+    elif config.memory.release_gradients:
+        parts.append(ReleaseGradients())
+    return parts
+
+
 def trainer_of(
     config: RunConfig,
     device: str,
@@ -315,14 +327,9 @@ def fit(
     )
     diverged = StopWhereItDiverged(stage.name, stage.fit.lr, config.trainer.log_every)
     parts: list[lightning.Callback] = [*callbacks, diverged, metrics, *([progress] if progress else [])]
-    if has_masks(model) and not any(isinstance(part, HoldMasks) for part in parts):
-        parts.append(HoldMasks())
     if compiling is not None:
         parts.append(compiling)
-    if config.memory.step_in_backward:
-        parts.append(StepInBackward())
-    elif config.memory.release_gradients:
-        parts.append(ReleaseGradients())
+    parts += levers(config, model, callbacks)
     if meter is not None:
         parts.append(meter)
     saver = SaveLast(last, config.trainer.checkpoint_every, steps)

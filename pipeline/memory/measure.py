@@ -22,6 +22,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from pipeline.layers import pulse
@@ -75,9 +76,9 @@ class Trace:
         self._watched: list[Any] = []
         self._sum = Sum()
 
-    def start(self, alive: Iterable[Tensor]) -> None:
+    def start(self, alive: Iterable[Tensor], unseen: int = 0) -> None:
         held = [storage for storage in storages(alive) if storage not in IN_FILES]
-        self._base = sum(storage.nbytes() for storage in held)
+        self._base = unseen + sum(storage.nbytes() for storage in held)
         self._watched = [weakref.finalize(storage, _mark_release, storage.nbytes()) for storage in held]
         del held
         self._sum, self._thread = Sum(), threading.get_ident()
@@ -183,14 +184,15 @@ class Meter:
         self.reserved: int | None = None
         """After `stop`: the most that CUDA's pool has taken from the device."""
 
-    def start(self, alive: Iterable[Tensor]) -> None:
+    def start(self, alive: Iterable[Tensor], unseen: int = 0) -> None:
+        """`unseen`: bytes that are alive beside `alive`, in tensors which nobody can name (CPU)."""
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         elif self.device == "mps":
             torch.mps.empty_cache()
         else:
-            self.trace.start(alive)
+            self.trace.start(alive, unseen)
 
     def stop(self) -> int:
         if self.device == "cuda":
@@ -263,7 +265,7 @@ class MeasureTraining(lightning.Callback):
             return
         if trainer.global_step == min(self.skipped_steps):
             meter = Meter(pl_module.device.type)
-            meter.start(_training_tensors(trainer, pl_module, batch))
+            meter.start(_training_tensors(trainer, pl_module, batch), bucket_bytes(trainer.strategy.model))
             self._meter = meter
 
     def on_train_batch_end(
@@ -286,6 +288,15 @@ class MeasureTraining(lightning.Callback):
             self.peak_bytes, self.reserved_bytes = self._meter.stop(), self._meter.reserved
             self._meter = None
             self._finished = True
+
+
+def bucket_bytes(wrapped: Any) -> int:
+    """Bytes of the buckets in which `ddp` sends copies of the gradients: 0 where they are the gradients themselves."""
+    if not isinstance(wrapped, DistributedDataParallel) or wrapped.gradient_as_bucket_view:
+        return 0
+    told = wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    sizes = told.get("rebuilt_bucket_sizes") or told["bucket_sizes"]
+    return sum(int(size) for size in sizes.split(","))
 
 
 def _training_tensors(trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,10 @@ def tracing() -> Iterator[FakeTensorMode]:
     from transformers import masking_utils
 
     with (
+        warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         mock.patch.object(masking_utils, "is_tracing", return_value=False),
     ):
+        # Copies of tensors ask whether there is memory behind them.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield mode

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipeline import stage_input
+from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import micro_batch_size
@@ -58,7 +60,7 @@ def plan(config: RunConfig, data: DataBundle) -> Plan:
         if why := untraceable(config):
             found.open["train"] = why
         else:
-            model = on_meta(config, data)
+            model = adapted(config, first, on_meta(config, data))
             micro, _ = micro_batch_size(config)
             batch = next(iter(evaluation_loader(data.train, micro)))
             traced = trace_training(config, first, model, task, describe(model), batch)
@@ -79,14 +81,20 @@ def on_meta(config: RunConfig, data: DataBundle) -> nn.Module:
         return config.model.build(data.spec)
 
 
+def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
+    """What stage 0 trains: `model`, with the adapters if there are any."""
+    with torch.device("meta"):
+        return stage_input.adapted(config, stage, model, stage_input.context_of(config, stage, model))
+
+
 def untraceable(config: RunConfig) -> str | None:
     """Why training is not traced; None where it is."""
     if config.parallelism.distributed:
         return f"parallelism={config.parallelism.name}: ranks that work together are not planned yet"
     if config.device.kind() != "cpu":
         return "peaks of a GPU are not planned yet"
-    if config.adapter.trains:
-        return "adapters are not planned yet"
+    if stage_input.link_under_adapters(config) is not None:
+        return f"adapter={config.adapter.name} beside a compressed base is not planned yet"
     if config.trainer.compile:
         return "compiled blocks are not planned yet"
     if config.memory.activation_offload != "none" or config.memory.optimizer_offload != "none":

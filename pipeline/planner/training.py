@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.chain import Stage
 from pipeline.compression.base import StageLoss
-from pipeline.fitting import TaskModule, micro_batch_size, quiet_lightning, trainer_of
-from pipeline.layers.masks import HoldMasks, has_masks
-from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
+from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
+from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
 from pipeline.planner.live import Live, Peak
@@ -87,13 +86,7 @@ def trace_training(
     _, accumulation = micro_batch_size(config)
     blocks = [block.name for block in architecture.blocks]
     live = Live(sixteen_bit)
-    parts: list[lightning.Callback] = [*callbacks, Phases(live)]
-    if has_masks(model):
-        parts.append(HoldMasks())
-    if config.memory.step_in_backward:
-        parts.append(StepInBackward())
-    elif config.memory.release_gradients:
-        parts.append(ReleaseGradients())
+    parts = [*callbacks, Phases(live), *levers(config, model, callbacks)]
     with ExitStack() as stack:
         stack.enter_context(quiet_lightning())
         stack.enter_context(tracing())

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import OPTConfig, OPTForCausalLM
 
 from pipeline.layers.pulse import pulse
-from pipeline.memory.measure import MeasureTraining, measure_peak, storage_bytes
+from pipeline.memory.measure import MeasureTraining, bucket_bytes, measure_peak, storage_bytes
 from pipeline.memory.saving import ReleaseGradients
 
 pytestmark = [
@@ -359,3 +359,19 @@ def test_on_a_gpu_the_allocators_own_mark_is_read():
         torch.zeros(4 * MIB // 4, device="cuda")
     assert peak.bytes == pytest.approx(torch.cuda.memory_allocated() + 4 * MIB, rel=0.01)
     del held
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_buckets_that_hold_copies_of_gradients_are_counted(tmp_path, view):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
+        for _ in range(3):
+            wrapped(torch.ones(2, 64)).sum().backward()
+        held = sum(weight.nbytes for weight in model.parameters())
+        assert bucket_bytes(wrapped) == (0 if view else held)
+        assert bucket_bytes(model) == 0
+    finally:
+        distributed.destroy_process_group()

@@ -31,6 +31,14 @@ CONFIGS = {
     "adafactor": [*LLAMA, "optimizer=adafactor"],
     "muon": [*GPT, "optimizer=muon"],
     "adamw8bit": [*GPT, "optimizer=adamw8bit"],
+    "lora": [*LLAMA, "adapter=lora"],
+    "dora": [*GPT, "adapter=dora"],
+}
+
+
+CNNS = {
+    "efficientnet": ["model=efficientnet", "data=digits", *GPT[1:]],
+    "efficientnet, bf16-mixed": ["model=efficientnet", "data=digits", *GPT[1:], "precision=bf16-mixed"],
 }
 
 
@@ -39,17 +47,31 @@ def opened(config):
     return tokenizer, config.data.open(tokenizer)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_training_of_transformers_is_predicted_within_one_percent(name, tmp_path):
-    config = compose(CONFIGS[name])
+def predicted_and_measured(words, directory):
+    """(config, planned training, measured peak, the trained model)."""
+    config = compose(words)
     tokenizer, data = opened(config)
     predicted = plan(config, data).phases["train"]
     line = stages_of(config)
-    model, context = prepared(config, tmp_path, data, tokenizer, line, line[0])
-    measured = fit(config, line[0], model, lookup.get("causal_lm"), data, context.architecture, tmp_path).peak_bytes
+    model, context = prepared(config, directory, data, tokenizer, line, line[0])
+    task = lookup.get(config.data.task)
+    return config, predicted, fit(config, line[0], model, task, data, context.architecture, directory).peak_bytes, model
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_training_of_convolutions_is_predicted_within_five_percent(name, tmp_path):
+    _, predicted, measured, _ = predicted_and_measured(CNNS[name], tmp_path)
+    assert predicted.bytes == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_of_transformers_is_predicted_within_one_percent(name, tmp_path):
+    config, predicted, measured, model = predicted_and_measured(CONFIGS[name], tmp_path)
     assert predicted.bytes == pytest.approx(measured, rel=0.01)
     assert sum(predicted.kinds.values()) == predicted.bytes
     assert predicted.kinds["weights"] == sum(weight.nbytes for weight in model.parameters())
+    if config.adapter.trains:
+        assert predicted.kinds["optimizer state"] < 0.5 * predicted.kinds["weights"]
 
 
 def test_evaluation_is_predicted_within_one_percent():
@@ -89,7 +111,6 @@ def test_the_job_writes_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsy
     ("override", "phase", "said"),
     [
         ("parallelism=ddp", "train", "parallelism=ddp"),
-        ("adapter=lora", "train", "adapters"),
         ("compression=int8", "compress", "not planned yet"),
         ("memory.optimizer_offload=disk", "train", "offload"),
     ],
