@@ -6,6 +6,7 @@ The command line is never replayed in the ranks: under `-m` that would rerun the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -32,6 +33,8 @@ from pipeline.schema import RunConfig
 
 HANDED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", PARENT)
 """Variables that a rank on another machine must be given."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent is gone."""
 POLL = 0.5
 """Seconds between two looks at the ranks."""
 GRACE = 13.0
@@ -180,7 +183,7 @@ def supervise(
 
     Ranks are first asked: they end their step and save it. What is left of them after that is killed.
     """
-    process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log)
+    process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log, preexec_fn=ended_with_parent())
     clock, before = 0.0, time.monotonic()
     why = None
     try:
@@ -200,6 +203,15 @@ def supervise(
         watch.signal(signal.SIGTERM)
         end(process, watch, GRACE)
         raise
+
+
+def ended_with_parent() -> Callable[[], None] | None:
+    """What a child calls first, so that the system stops it when this process is gone: Linux only. Ranks look for
+    themselves; mpirun was seen to stay after all of them had ended."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end(process: subprocess.Popen[bytes], watch: Watch, grace: float) -> None:

@@ -47,7 +47,7 @@ class Program:
     def ends(self, within: float = SOON) -> tuple[int, str]:
         """Exit code, and the last line it says."""
         _, told = self.process.communicate(timeout=within)
-        return self.process.returncode, told.strip().splitlines()[-1]
+        return self.process.returncode, "".join(told.strip().splitlines()[-1:])
 
     def trains(self, beyond: int = 0) -> None:
         """Wait until a step after `beyond` is saved."""
