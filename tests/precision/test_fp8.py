@@ -108,7 +108,7 @@ def test_twenty_steps_come_near_those_of_bf16_mixed(tmp_path, recipe):
         ends[name] = outcome(tmp_path / name)
     (losses, weights), (expected, plain) = ends["fp8"], ends["bf16"]
     assert not torch.equal(losses, expected)
-    torch.testing.assert_close(losses, expected, rtol=0.01, atol=0)
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)
     assert {name: weight.dtype for name, weight in weights.items()} == dict.fromkeys(plain, torch.float32)
 
 
