@@ -67,7 +67,7 @@ def weights(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     import torch
 
     if is_sharded(path):
-        return _read_shards(path, ("state_dict",), device)["state_dict"]  # type: ignore[no-any-return]
+        return _read_shards(path, "state_dict", device)["state_dict"]  # type: ignore[no-any-return]
     return torch.load(path, map_location=device, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
 
 
@@ -79,22 +79,22 @@ def step(path: Path) -> int:
     return int(torch.load(file, map_location="cpu", weights_only=False)["global_step"])
 
 
-def read(path: Path, device: Any = "cpu") -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """All of a checkpoint of either kind, whole, as one device's training left it. It may run code: for own runs."""
     import torch
 
     if not is_sharded(path):
-        return torch.load(path, map_location=device, weights_only=False)  # type: ignore[no-any-return]
-    whole = torch.load(path / EXTRA, map_location=device, weights_only=False)
-    parts = _read_shards(path, None, "cpu")
+        return torch.load(path, map_location="cpu", weights_only=False)  # type: ignore[no-any-return]
+    whole = torch.load(path / EXTRA, map_location="cpu", weights_only=False)
+    parts = _read_shards(path)
     whole["state_dict"] = parts.pop("state_dict")
     # An optimizer goes by the order of its parameters; what they are called is of no matter to it.
     whole["optimizer_states"] = [parts[f"optimizer_{index}"] for index in range(len(parts))]
     return whole  # type: ignore[no-any-return]
 
 
-def _read_shards(path: Path, kinds: tuple[str, ...] | None, device: str) -> dict[str, Any]:
-    """What the ranks wrote, each tensor put together; of all top-level entries or those in `kinds`."""
+def _read_shards(path: Path, only: str | None = None, device: str = "cpu") -> dict[str, Any]:
+    """What the ranks wrote, each tensor put together; of all top-level entries, or that one alone."""
     import torch
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -102,7 +102,7 @@ def _read_shards(path: Path, kinds: tuple[str, ...] | None, device: str) -> dict
 
     reader = FileSystemReader(path)
     described = reader.read_metadata()
-    places = {key: place for key, place in (described.planner_data or {}).items() if kinds is None or place[0] in kinds}
+    places = {key: place for key, place in (described.planner_data or {}).items() if only in (None, place[0])}
     flat: dict[str, Any] = {}
     for key in places:
         entry = described.state_dict_metadata[key]

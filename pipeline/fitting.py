@@ -72,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoints.save(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return checkpoints.read(Path(path), "cpu")
+        return checkpoints.read(Path(path))
 
 
 class SaveLast(Checkpoint):

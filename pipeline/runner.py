@@ -101,7 +101,7 @@ def plan_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """`job=plan`: predicted peaks of `job=run` with this config, in plan.json and as a table."""
     found = plan(config, config.data.open(config.model.tokenizer()))
     found.write(run_dir / "plan.json")
-    result["memory"]["predicted"].update({phase: found.peak(phase) for phase in found.phases})
+    result["memory"]["predicted"].update({name: phase.bytes for name, phase in found.phases.items()})
     if not config.sweep:
         console().print(plan_table(found.phases, found.open))
 

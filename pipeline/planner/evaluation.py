@@ -28,10 +28,8 @@ def trace_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Data
     live = Live(sixteen_bit)
     with tracing():
         faked(model, config.precision.weight_dtype)
-        live.hold(model.parameters(), "weights")
-        live.hold(model.buffers(), "buffers")
+        live.hold_model(model)
         live.phase = "activations"
-        live.mark("evaluation")
         with live, config.precision.evaluation_context("cpu"):
             task.evaluate(model, few, size, "cpu")
         return live.timeline.peak()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -38,11 +38,9 @@ class Timeline:
     marks: list[tuple[int, str]] = field(default_factory=list)
     """(number of events before it, name) of moments that were marked."""
 
-    def between(self, first: str, last: str | None = None) -> range:
-        """Events from the first mark of that name up to the mark `last` that follows (None: the end)."""
-        start = next(at for at, name in self.marks if name == first)
-        ends = [at for at, name in self.marks if name == last and at >= start]
-        return range(start, ends[0] if ends else len(self.events))
+    def since(self, mark: str) -> range:
+        """Events from the first mark of that name on."""
+        return range(next(at for at, name in self.marks if name == mark), len(self.events))
 
     def peak(self, span: range | None = None) -> Peak:
         """The largest sum of live bytes within `span` (all events if None), and what it is made of."""
@@ -93,6 +91,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             block = self._note(tensor, "", kind)
             if block is not None:
                 block.kind = kind
+
+    def hold_model(self, model: nn.Module) -> None:
+        self.hold(model.parameters(), "weights")
+        self.hold(model.buffers(), "buffers")
 
     def mark(self, name: str) -> None:
         self.timeline.marks.append((len(self.timeline.events), name))

@@ -7,7 +7,6 @@ not guessed: ranks that share a model, links that compress, and devices other th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
 from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.live import Peak
 from pipeline.planner.training import trace_training
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -28,13 +28,10 @@ from pipeline.walk import stages_of
 
 
 @dataclass(frozen=True)
-class Phase:
-    """`bytes` at the peak on one device, and the same by kind; `operator` that runs then; `source` of the figures."""
+class Phase(Peak):
+    """A peak on one device, and how it is known."""
 
-    bytes: int
-    kinds: Mapping[str, int]
-    operator: str
-    source: str
+    source: str = "traced"
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,6 @@ class Plan:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-
-    def peak(self, phase: str) -> int | None:
-        return self.phases[phase].bytes if phase in self.phases else None
 
 
 def plan(config: RunConfig, data: DataBundle) -> Plan:
@@ -64,7 +58,7 @@ def plan(config: RunConfig, data: DataBundle) -> Plan:
             micro, _ = micro_batch_size(config)
             batch = next(iter(evaluation_loader(data.train, micro)))
             traced = trace_training(config, first, model, task, describe(model), batch)
-            found.phases["train"] = Phase(traced.bytes, traced.kinds, traced.operator, "traced")
+            found.phases["train"] = Phase(**vars(traced))
     if config.chain:
         found.open["compress"] = "links that compress are not planned yet"
         found.open["evaluate"] = "the artifact is evaluated as the chain leaves it, which is not planned yet"
@@ -72,7 +66,7 @@ def plan(config: RunConfig, data: DataBundle) -> Plan:
         found.open["evaluate"] = "peaks of a GPU are not planned yet"
     else:
         traced = trace_evaluation(config, on_meta(config, data), task, data)
-        found.phases["evaluate"] = Phase(traced.bytes, traced.kinds, traced.operator, "traced")
+        found.phases["evaluate"] = Phase(**vars(traced))
     return found
 
 

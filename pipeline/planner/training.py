@@ -1,12 +1,12 @@
 """The training of a run on fake tensors: the composed model, loss, optimizer and Lightning's own loop, without memory.
 
-What is traced is what runs: the same LightningModule, precision plugin, checkpointing, callbacks of the methods and
-gradient clipping. Three optimizer steps are taken, since only the second finds all of the optimizer's state there.
+What is traced is what runs: the same LightningModule, precision plugin, checkpointing and gradient clipping. Three
+optimizer steps are taken, since only the second finds all of the optimizer's state there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.chain import Stage
-from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
@@ -72,9 +71,6 @@ def trace_training(
     task: Task,
     architecture: Architecture,
     batch: Batch,
-    *,
-    callbacks: Sequence[lightning.Callback] = (),
-    loss: StageLoss | None = None,
 ) -> Peak:
     """The peak over warm steps of the fit of `stage`.
 
@@ -86,7 +82,7 @@ def trace_training(
     _, accumulation = micro_batch_size(config)
     blocks = [block.name for block in architecture.blocks]
     live = Live(sixteen_bit)
-    parts = [*callbacks, Phases(live), *levers(config, model, callbacks)]
+    parts = [Phases(live), *levers(config, model, [])]
     with ExitStack() as stack:
         stack.enter_context(quiet_lightning())
         stack.enter_context(tracing())
@@ -98,14 +94,13 @@ def trace_training(
         trainer = trainer_of(
             config, "cpu", STEPS, parts, [plugin], devices=1, limit_val_batches=0, enable_checkpointing=False
         )
-        module = TracedModule(model, task, config, stage.fit, loss, architecture, Path())
+        module = TracedModule(model, task, config, stage.fit, None, architecture, Path())
         module.live = live
-        live.hold(model.parameters(), "weights")
-        live.hold(model.buffers(), "buffers")
+        live.hold_model(model)
         model.train()
         with live:
             trainer.fit(module, Batches(batch, STEPS * accumulation), weights_only=False)
-        return live.timeline.peak(live.timeline.between(f"step {STEPS - 1}"))
+        return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
 
 
 class Batches:

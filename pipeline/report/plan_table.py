@@ -15,15 +15,14 @@ from pipeline.report.units import format_bytes
 def plan_table(phases: Mapping[str, Any], unplanned: Mapping[str, str]) -> Table:
     """A column a phase, a row a kind, largest first; the phase that needs most is marked."""
     highest = max((phase.bytes for phase in phases.values()), default=0)
-    kinds = {
-        kind: max(phase.kinds.get(kind, 0) for phase in phases.values()) for p in phases.values() for kind in p.kinds
-    }
+    named = {kind for phase in phases.values() for kind in phase.kinds}
+    kinds = sorted(named, key=lambda kind: (-max(phase.kinds.get(kind, 0) for phase in phases.values()), kind))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("at the peak")
     for name in phases:
         table.add_column(name, justify="right")
-    for kind in sorted(kinds, key=lambda kind: -kinds[kind]):
-        table.add_row(kind, *(format_bytes(phase.kinds.get(kind, 0) or None) for phase in phases.values()))
+    for kind in kinds:
+        table.add_row(kind, *(format_bytes(phase.kinds.get(kind)) for phase in phases.values()))
     table.add_section()
     totals = [
         Text(format_bytes(phase.bytes), style="bold" if phase.bytes == highest else "") for phase in phases.values()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -72,7 +73,7 @@ def cluster():
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"),
         *("--include-dashboard=false", "--object-store-memory=80000000", "--disable-usage-stats"),
-        f"--temp-dir=/tmp/leanfit-{port}",
+        f"--temp-dir={tempfile.gettempdir()}/leanfit-{port}",
     ]
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -86,7 +87,7 @@ def cluster():
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
             process.kill()  # it would drain for half a minute if it were asked to end
         head.wait(timeout=60)
-        shutil.rmtree(f"/tmp/leanfit-{port}", ignore_errors=True)
+        shutil.rmtree(f"{tempfile.gettempdir()}/leanfit-{port}", ignore_errors=True)
         for name in token:
             del os.environ[name]
 
