@@ -26,15 +26,12 @@ Runner = Callable[[RunConfig, Path], dict[str, Any]]
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory of its own, and logging as it was."""
+    """A working directory of its own, and logging at the level that it had."""
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
-    before = (list(root.handlers), root.level)
+    level = root.level
     yield tmp_path
-    for handler in [handler for handler in root.handlers if handler not in before[0]]:
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:], root.level = before
+    root.setLevel(level)
 
 
 @pytest.fixture
