@@ -26,6 +26,7 @@ RESUMABLE = (
     "trainer.evaluate_every",
     "trainer.rank_timeout",
     "keep_stages",
+    "plan.enforce",
 )
 """What may change when a run is resumed: what lengthens or observes it. `gate.*` too."""
 ELSEWHERE = ("parallelism", "device", "memory", "trainer.micro_batch_size")

@@ -17,6 +17,7 @@ from pipeline.compression.base import Method
 from pipeline.compression.pruning import Pruner
 from pipeline.device.cuda import capability
 from pipeline.schema import GROUPS, RunConfig
+from pipeline.sizes import parse_size
 from pipeline.trainer.settings import missing_compiler
 
 FLOAT8_FROM = (8, 9)
@@ -26,9 +27,31 @@ FLOAT16_SMALLEST = 6.1e-5
 
 
 def problems(config: RunConfig) -> list[str]:
-    """Every problem of a decoded config. What could not run cannot be planned."""
-    config = replace(config, job="run") if config.job == "plan" else config
-    return [told for rule in RULES for told in rule(config)]
+    """Every problem of a decoded config. What could not run cannot be planned, but for a device that is not here."""
+    rules = RULES
+    found = fitting(config)
+    if config.job == "plan" or (config.job == "fit" and not config.fit.run):
+        rules = tuple(rule for rule in RULES if rule is not device)
+    if config.job in ("plan", "fit"):
+        config = replace(config, job="run")
+    return [*found, *(told for rule in rules for told in rule(config))]
+
+
+def fitting(config: RunConfig) -> list[str]:
+    """Sizes that are none, and keys of `job=fit` with another job or without what they choose by."""
+    asked, found = config.fit, []
+    sizes = {"budget": config.budget, "fit.artifact": asked.artifact, "fit.inference": asked.inference}
+    given = {key: size for key, size in sizes.items() if size is not None}
+    for key, size in given.items():
+        try:
+            parse_size(size)
+        except ValueError as error:
+            found.append(f"{key}={error}")
+    if config.job != "fit":
+        return [*found, *(f"{key}={size} goes with job=fit, not job={config.job}" for key, size in given.items())]
+    if "compression" in asked.free and asked.artifact is None and asked.inference is None:
+        found.append("fit.free=[compression] chooses by bytes that come out: give fit.artifact or fit.inference too")
+    return found
 
 
 def own_problems(config: RunConfig) -> list[str]:
@@ -86,6 +109,11 @@ def batch_divides(config: RunConfig) -> list[str]:
     what = f"{ranks} device{'s' if ranks > 1 else ''}"
     what = f"trainer.micro_batch_size={micro} x {what} = {unit}" if trainer.micro_batch_size else what
     return [f"trainer.batch_size={batch} is not a multiple of {what}; choose {' or '.join(near)}"]
+
+
+def device_memory(config: RunConfig) -> list[str]:
+    """A size that is none."""
+    return config.device.memory_problems()
 
 
 def distributed_device(config: RunConfig) -> list[str]:
@@ -406,6 +434,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     own_problems,
     model_and_data,
     device,
+    device_memory,
     distributed_device,
     nodes,
     batch_divides,

@@ -15,16 +15,18 @@ import yaml
 
 from pipeline import checkpoints
 from pipeline.artifact import receipt, store
+from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, LeanfitError, ReceiptError
 from pipeline.memory.measure import measure_peak
 from pipeline.nodes import Leader, leading
-from pipeline.planner.plan import plan
+from pipeline.planner.fit_job import fit
+from pipeline.planner.plan import Plan, plan
 from pipeline.proof import prove
 from pipeline.recipes import lock_text
 from pipeline.registry import decode_choice
 from pipeline.report.console import console, mode
 from pipeline.report.markdown import write_report
-from pipeline.report.plan_table import plan_table
+from pipeline.report.plan_table import plan_report, plan_table
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, write_result, write_text
 from pipeline.report.table import closing_lines, closing_table
@@ -47,20 +49,18 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     jobs: dict[str, Job] = {
         "run": train_and_compress,
         "plan": plan_run,
+        "fit": fit_run,
         "compress": train_and_compress,
         "evaluate": evaluate_artifact,
         "verify": verify_artifact,
         "generate": generate_text,
     }
     result = new_result(config.job, list(config.overrides), dict(config.choices))
-    result["parallelism"] = {
-        "strategy": config.parallelism.name,
-        "devices": config.parallelism.devices,
-        "nodes": config.parallelism.nodes,
-    }
+    note_choices(config, result)
     reason = config.device.reason()
-    result["device"] = {"kind": config.device.kind(), "name": config.device.description(), "reason": reason}
-    result["precision"] = {"requested": str(config.choices["precision"]), "used": config.precision.label}
+    here = not config.device.problems(1)  # a plan may be for a machine that is not
+    name = config.device.description() if here else None
+    result["device"] = {"kind": config.device.kind(), "name": name, "reason": reason}
     if reason is not None:
         log.info(reason)
         if not config.sweep and config.job != "generate":  # whose output is the text alone
@@ -78,17 +78,35 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         raise
     finally:
         if result["status"] is not None:
+            note_errors(result["memory"])
             result["seconds"] = time.perf_counter() - started
             settled = write_result(run_dir / "result.json", result)
             close(config, run_dir, settled)
     return settled
 
 
+def note_choices(config: RunConfig, result: dict[str, Any]) -> None:
+    """What runs, in the result."""
+    result["parallelism"] = {
+        "strategy": config.parallelism.name,
+        "devices": config.parallelism.devices,
+        "nodes": config.parallelism.nodes,
+    }
+    result["precision"] = {"requested": str(config.choices["precision"]), "used": config.precision.label}
+
+
+def note_errors(memory: dict[str, Any]) -> None:
+    """Predicted / measured - 1 of each phase that has both."""
+    for phase, measured in memory["measured"].items():
+        if measured and memory["predicted"][phase] is not None:
+            memory["error"][phase] = memory["predicted"][phase] / measured - 1
+
+
 def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """The report, and the closing table where a person is watching a run that produced something."""
     if config.job == "generate" or result["status"] == "failed":
         return
-    if config.job in ("run", "compress"):
+    if config.job in ("run", "compress") or (config.job == "fit" and config.fit.run):
         write_report(run_dir, result)
     if not config.sweep:
         if result["quality"]["after"] is not None:
@@ -99,11 +117,29 @@ def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
 
 def plan_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """`job=plan`: predicted peaks of `job=run` with this config, in plan.json and as a table."""
-    found = plan(config, config.data.open(config.model.tokenizer()))
+    found = predicted(config, config.data.open(config.model.tokenizer()), run_dir, result)
+    write_text(run_dir / "report.md", plan_report(found, run_dir, config.overrides))
+    if not config.sweep:
+        console().print(plan_table(found))
+        if said := found.verdict():
+            console().print(said, soft_wrap=True, markup=False)
+
+
+def fit_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """`job=fit`: the fastest config that fits in a budget, and with `fit.run` its run."""
+    best = fit(config, run_dir, result)
+    if config.fit.run:
+        result["choices"] = new_result("fit", [], best.choices)["choices"]
+        note_choices(best, result)
+        train_and_compress(best, run_dir, result)
+
+
+def predicted(config: RunConfig, data: DataBundle, run_dir: Path, result: dict[str, Any]) -> Plan:
+    """The plan, in plan.json and in the result."""
+    found = plan(config, data)
     found.write(run_dir / "plan.json")
     result["memory"]["predicted"].update({name: phase.bytes for name, phase in found.phases.items()})
-    if not config.sweep:
-        console().print(plan_table(found.phases, found.open))
+    return found
 
 
 def train_and_compress(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
@@ -139,6 +175,13 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     write_text(locked, lock_text(values_of(config), config.choices, lock))
     with progress:
         try:
+            with progress.phase("planning"):
+                found = predicted(config, data, run_dir, result)
+            if found.fits is False and config.plan.enforce:
+                raise ConfigError(
+                    f"{found.verdict()}; take a smaller trainer.micro_batch_size, or run it all the same with "
+                    "plan.enforce=false"
+                )
             walk(run, line, done)
             prove(run, line)
         except ConfigError as error:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pipeline.provenance import Composition
 
 PathText = TypeVar("PathText", str, str | None)
-Job = Literal["run", "plan", "compress", "evaluate", "verify", "generate"]
+Job = Literal["run", "plan", "fit", "compress", "evaluate", "verify", "generate"]
+Free = Literal["memory", "optimizer", "precision", "parallelism", "adapter", "compression", "micro_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,31 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planning:
+    """What a run makes of its plan. `enforce`: one that is predicted not to fit in memory stops before it starts."""
+
+    enforce: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """`job=fit`: what it may change, and what it looks for.
+
+    `free`: groups whose choice changes results (or, of `memory`, takes far longer), searched only if named here.
+    `maximize`: the largest that fits in place of the fastest. `artifact`, `inference`: bytes, `2MB` say, that the
+    artifact's weights and its evaluation may take. `run`: the winner runs. `measure`: how many of the fastest are timed
+    for a few steps, where the device is here.
+    """
+
+    free: tuple[Free, ...]
+    maximize: Literal["micro_batch", "sequence", "parameters"] | None
+    artifact: str | int | None
+    inference: str | int | None
+    run: bool
+    measure: Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `chain` maps stage names, in order, to the methods' settings; empty for `compression=none`."""
 
@@ -69,6 +95,10 @@ class RunConfig:
     trainer: Trainer
     gate: Gate
     generate: Generate
+    plan: Planning
+    fit: Search
+    budget: str | int | None
+    """Memory of one device that `job=fit` keeps within, `6GiB` or bytes; None: what the device has."""
     artifact: str | None
     prompt: str | None
     prompt_file: str | None
@@ -89,6 +119,7 @@ class _Root:
     """What stands at the root beside the groups."""
 
     job: Job
+    budget: str | int | None
     artifact: str | None
     prompt: str | None
     prompt_file: str | None
@@ -105,7 +136,7 @@ PATHS = (("data", "path", None), ("model", "pretrained", None), ("calibration", 
 """(group, key, value that is no path) of settings that name a place on this machine."""
 LINK_PATHS = ("teacher", "student")
 """Keys of links that name a place; the word `self` is none."""
-BLOCKS: dict[str, type[Any]] = {"gate": Gate, "generate": Generate}
+BLOCKS: dict[str, type[Any]] = {"gate": Gate, "generate": Generate, "plan": Planning, "fit": Search}
 
 
 def decode_run(
@@ -157,6 +188,7 @@ def decode_run(
         **parts,
         chain=chain,
         job=root.job,
+        budget=root.budget,
         artifact=absolute(root.artifact),
         prompt=root.prompt,
         prompt_file=absolute(root.prompt_file),
@@ -269,7 +301,7 @@ def _listed(stages: Sequence[str]) -> str:
 def values_of(config: RunConfig) -> dict[str, Any]:
     """A config as plain containers, as a recipe would say them: the inverse of `decode_run`."""
     blocks = {block: asdict(getattr(config, block)) for block in BLOCKS}
-    rest = {key: getattr(config, key) for key in ("job", "artifact", "prompt", "prompt_file", "keep_stages")}
+    rest = {key: getattr(config, key) for key in ("job", "budget", "artifact", "prompt", "prompt_file", "keep_stages")}
     groups = {group: asdict(getattr(config, group)) for group in GROUPS}
     return {
         **rest,

@@ -59,6 +59,15 @@ def base_model(config: RunConfig, data: DataBundle, offload_to: Path | None = No
     return config.precision.convert(model)
 
 
+def shapes(config: RunConfig, data: DataBundle) -> nn.Module:
+    """Stage 0's input on the meta device: an artifact's layers as they are stored, quantized ones too."""
+    if config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
+        store.check(Path(config.artifact))
+        return store.blueprint(Path(config.artifact), quantized=True)
+    with torch.device("meta"):
+        return config.model.build(data.spec)
+
+
 def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = "cpu") -> None:
     """Weights of a Lightning checkpoint that a fit of ours wrote, into `model`, in place; `said` names the setting.
 

@@ -18,6 +18,7 @@ WIDTH = 100
 JOBS = {
     "run": "plan, train, compress, evaluate, save, report (default)",
     "plan": "predicted memory of this very config, phase by phase; nothing is trained",
+    "fit": "the fastest config within a memory budget: budget=6GiB, fit.free=[optimizer,precision,...], fit.run=true",
     "compress": "compress an artifact made earlier: artifact=DIR compression=...",
     "evaluate": "quality of an artifact: artifact=DIR",
     "verify": "does an artifact keep what its manifest says: artifact=DIR",
@@ -30,6 +31,7 @@ EXAMPLES = (
     ("-m compression=none,int8,int4 precision=32,bf16-mixed", "a sweep: every combination, one table"),
     ("recipe=prune_then_int8", "a recipe by name; recipe=/any/where/shared.yaml by path"),
     ("model=hf model.pretrained=DIR trainer.max_steps=0 compression=int4", "compress without training"),
+    ("job=fit budget=6GiB fit.free=[precision] fit.run=true", "search for the fastest that fits, and run it"),
     ("job=evaluate artifact=outputs/DATE/TIME/artifact", "an artifact of an earlier run"),
     ("resume=outputs/DATE/TIME", "go on where a run stopped"),
 )
@@ -40,7 +42,7 @@ FLAGS = (
     ("--info, --hydra-help", "what Hydra found, Hydra's own flags"),
     ("-sc install=bash", 'tab completion: eval "$(python run.py -sc install=bash)" (zsh and fish alike)'),
 )
-_KEEP_TOP = ("keep_stages", "gate", "generate")
+_KEEP_TOP = ("keep_stages", "gate", "generate", "plan", "budget", "fit")
 
 
 def usage() -> str:

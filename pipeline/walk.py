@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipeline import checkpoints
@@ -43,6 +42,7 @@ from pipeline.stage_input import (
     guest_problems,
     link_under_adapters,
     load_checkpoint,
+    shapes,
     stage_input,
 )
 from pipeline.tasks.base import Quality, Task
@@ -125,14 +125,10 @@ def preflight(run: Run, changing: list[Stage]) -> None:
     trains = changing[0].fit is not None
     if len(changing) == 1 and not trains:
         return
-    if run.config.artifact is None:
-        with torch.device("meta"):
-            model = run.config.model.build(run.data.spec)
-    elif not checkpoints.exists(Path(run.config.artifact)):
-        store.check(Path(run.config.artifact))
-        model = store.blueprint(Path(run.config.artifact), quantized=True)
+    if run.config.artifact is not None and checkpoints.exists(Path(run.config.artifact)):
+        model = base_model(run.config, run.data)  # whether its weights fit is seen only as they are loaded
     else:
-        model = base_model(run.config, run.data)
+        model = shapes(run.config, run.data)
     problems: list[str] = []
     if trains:
         architecture = describe(model)

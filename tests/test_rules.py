@@ -39,7 +39,7 @@ def with_device(plain: RunConfig, kind: str, **changes: Any) -> RunConfig:
         def problems(self, devices: int) -> list[str]:
             return []
 
-    return replace(plain, device=Here(name=kind), **changes)
+    return replace(plain, device=Here(name=kind, memory=None), **changes)
 
 
 def test_the_defaults_have_no_problem(plain: RunConfig) -> None:

@@ -59,6 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_the_interface_names(finished: Path) -> None:
     for name in (
         ".hydra/config.yaml", ".hydra/overrides.yaml", "recipe.lock.yaml", "result.json", "report.md", "metrics.csv",
+        "plan.json",
         "checkpoints/last.ckpt", "plots/loss.png", "plots/before_after.png", "run.log",
         "artifact/model.safetensors", "artifact/config.json", "artifact/manifest.json", "artifact/tokenizer.json",
     ):  # fmt: skip

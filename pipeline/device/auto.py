@@ -18,13 +18,14 @@ class Auto(Device):
         """The device that runs, and why, in one line."""
         count, build = gpus(), torch_without_cuda()
         if count and not build:
-            return CUDA(name=self.name), f"device=auto: cuda, {count} NVIDIA GPU{'s' * (count > 1)} found"
+            found = f"device=auto: cuda, {count} NVIDIA GPU{'s' * (count > 1)} found"
+            return CUDA(name=self.name, memory=self.memory), found
         if apple_gpu():
-            return MPS(name=self.name), "device=auto: mps, this is Apple silicon"
+            return MPS(name=self.name, memory=self.memory), "device=auto: mps, this is Apple silicon"
         if count:
             why = f"because the installed torch {build} cannot use the NVIDIA GPU"
-            return CPU(name=self.name), f"device=auto: cpu, {why}"
-        return CPU(name=self.name), "device=auto: cpu, no GPU found"
+            return CPU(name=self.name, memory=self.memory), f"device=auto: cpu, {why}"
+        return CPU(name=self.name, memory=self.memory), "device=auto: cpu, no GPU found"
 
     def reason(self) -> str:
         return self.chosen()[1]
@@ -37,3 +38,6 @@ class Auto(Device):
 
     def description(self) -> str:
         return self.chosen()[0].description()
+
+    def installed(self) -> int | None:
+        return self.chosen()[0].installed()

@@ -34,6 +34,9 @@ class CPU(Device):
         count = cores()
         return f"{processor()}, {count} core{'s' if count != 1 else ''}"
 
+    def installed(self) -> int | None:
+        return machine_memory()
+
 
 def cores() -> int:
     """Cores that this process may use, which a container or a scheduler can make fewer than the machine's."""
@@ -55,3 +58,19 @@ def processor() -> str:
         if told.returncode == 0 and told.stdout.strip():
             return told.stdout.strip()
     return platform.processor() or platform.machine()
+
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where the control groups of Linux, version 2 and 1, say how much this container may use."""
+
+
+def machine_memory() -> int | None:
+    """Bytes of the machine's memory, or of this container's where it has a limit of its own; None: not told."""
+    try:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    for limit in map(Path, LIMITS):
+        said = limit.read_text().strip() if limit.is_file() else ""
+        found += [int(said)] if said.isdigit() else []
+    return min(found)

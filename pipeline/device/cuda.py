@@ -37,6 +37,13 @@ class CUDA(Device):
 
         return torch.cuda.get_device_name(0)
 
+    def installed(self) -> int | None:
+        if self.problems(1):
+            return None
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
 
 CAPABILITY = (75, 76)
 """The driver's numbers for the two parts of a GPU's compute capability."""

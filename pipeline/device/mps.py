@@ -27,6 +27,13 @@ class MPS(Device):
 
         return f"{processor()} GPU"
 
+    def installed(self) -> int | None:
+        if self.problems(1):
+            return None
+        import torch
+
+        return int(torch.mps.recommended_max_memory())
+
 
 def apple_gpu() -> bool:
     """Whether this is a Mac with Apple silicon, whose GPU torch calls mps."""

@@ -9,7 +9,7 @@ seen, but for those in `inner`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_iter
 
 Inner = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 """(operator's name, operator, arguments, named arguments) -> its result; NotImplemented where torch's own will do."""
+SAMPLES = 200
+"""Moments of a phase that a plan keeps, for its plot."""
 
 
 @dataclass
@@ -56,18 +58,43 @@ class Timeline:
         kinds: dict[str, int] = {}
         for block, sign, _ in self.events[: at + 1]:
             kinds[block.kind] = kinds.get(block.kind, 0) + sign * block.bytes
-        return Peak(
-            highest, {kind: held for kind, held in kinds.items() if held}, self.events[at][2] if at >= 0 else ""
-        )
+        operator = self.events[at][2] if at >= 0 else ""
+        return Peak(highest, {kind: held for kind, held in kinds.items() if held}, operator, self.course(span))
+
+    def course(self, span: range, samples: int = SAMPLES) -> Course:
+        """Live bytes by kind at no more than `samples` moments within `span`: of each stretch of equally many events
+        the one with the largest sum, so that no peak is lost."""
+        held: dict[str, int] = {}
+        highest: dict[int, tuple[int, dict[str, int]]] = {}
+        stretch = max(1, -(-len(span) // samples))
+        for number, (block, sign, _) in enumerate(self.events[: span.stop]):
+            held[block.kind] = held.get(block.kind, 0) + sign * block.bytes
+            if number < span.start:
+                continue
+            at, total = (number - span.start) // stretch, sum(held.values())
+            if at not in highest or total > highest[at][0]:
+                highest[at] = (total, dict(held))
+        kinds = {kind: [held.get(kind, 0) for _, held in highest.values()] for kind in held}
+        moments = [((number - span.start) // stretch, name) for number, name in self.marks if number in span]
+        return Course({kind: course for kind, course in kinds.items() if any(course)}, moments)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Live bytes of each kind over the events of a phase, and the (position, name) of moments on the way."""
+
+    kinds: Mapping[str, list[int]]
+    moments: Sequence[tuple[int, str]]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """`bytes` live at once, of which kinds, and the operator that was running."""
+    """`bytes` live at once, of which kinds, and the operator that was running; `course`: how it came, where traced."""
 
     bytes: int
     kinds: Mapping[str, int]
     operator: str
+    course: Course | None = None
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

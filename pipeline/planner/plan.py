@@ -7,6 +7,7 @@ not guessed: ranks that share a model, links that compress, and devices other th
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pipeline.models.architecture import describe
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.live import Peak
 from pipeline.planner.training import trace_training
+from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
@@ -34,45 +36,76 @@ class Phase(Peak):
     source: str = "traced"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """Predicted peaks. `open`: {phase: why it is not predicted}."""
+    """Predicted peaks. `open`: {phase: why it is not predicted}. `capacity`: memory of one device, None: not known."""
 
     phases: dict[str, Phase] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
+    capacity: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every phase fits in `capacity`; None where that is not known."""
+        if self.capacity is None or not self.phases:
+            return None
+        return self.binding()[1].bytes <= self.capacity
+
+    def binding(self) -> tuple[str, Phase]:
+        """The phase that needs most."""
+        return max(self.phases.items(), key=lambda phase: phase[1].bytes)
+
+    def verdict(self) -> str:
+        """In one line whether it fits, and what it is made of where it needs most."""
+        if self.capacity is None or self.fits is None:
+            return ""
+        name, peak = self.binding()
+        most = sorted(peak.kinds.items(), key=lambda kind: -kind[1])[:3]
+        parts = ", ".join(f"{kind} {format_bytes(held)}" for kind, held in most)
+        said = f"{name} needs {format_bytes(peak.bytes)} of {format_bytes(self.capacity)} ({parts})"
+        short = peak.bytes - self.capacity
+        return f"fits: {said}" if self.fits else f"does not fit by {format_bytes(short)}: {said}"
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"schema": 1, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps({"schema": 1, **asdict(self), "fits": self.fits}, indent=2)
+        flat = re.sub(r"\[[\d,\s]+\]", lambda numbers: "".join(numbers[0].split()), text)  # a list a line
+        path.write_text(flat + "\n", encoding="utf-8")
 
 
 def plan(config: RunConfig, data: DataBundle) -> Plan:
-    """The plan of `job=run` with this config. Takes seconds; allocates no tensor of the model's size."""
-    found = Plan()
+    """The plan of `job=run` or `compress` with this config. Takes seconds; allocates no tensor of the model's size."""
+    found = Plan(capacity=capacity(config))
     task = lookup.get(config.data.task)
     first = stages_of(config)[0]
     if first.fit is not None:
         if why := untraceable(config):
             found.open["train"] = why
         else:
-            model = adapted(config, first, on_meta(config, data))
+            model = adapted(config, first, stage_input.shapes(config, data))
             micro, _ = micro_batch_size(config)
             batch = next(iter(evaluation_loader(data.train, micro)))
             traced = trace_training(config, first, model, task, describe(model), batch)
-            found.phases["train"] = Phase(**vars(traced))
+            found.phases["train"] = known(traced)
     if config.chain:
         found.open["compress"] = "links that compress are not planned yet"
         found.open["evaluate"] = "the artifact is evaluated as the chain leaves it, which is not planned yet"
     elif config.device.kind() != "cpu":
         found.open["evaluate"] = "peaks of a GPU are not planned yet"
     else:
-        traced = trace_evaluation(config, on_meta(config, data), task, data)
-        found.phases["evaluate"] = Phase(**vars(traced))
+        traced = trace_evaluation(config, stage_input.shapes(config, data), task, data)
+        found.phases["evaluate"] = known(traced)
     return found
 
 
-def on_meta(config: RunConfig, data: DataBundle) -> nn.Module:
-    with torch.device("meta"):
-        return config.model.build(data.spec)
+def known(peak: Peak, source: str = "traced") -> Phase:
+    return Phase(peak.bytes, peak.kinds, peak.operator, peak.course, source)
+
+
+def capacity(config: RunConfig) -> int | None:
+    """Bytes of memory that one device of this config has. Processes on one machine's CPU share its memory."""
+    found = config.device.capacity()
+    shared = config.device.kind() == "cpu" and config.device.memory is None
+    return found // config.parallelism.devices if found is not None and shared else found
 
 
 def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:

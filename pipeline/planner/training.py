@@ -6,7 +6,7 @@ optimizer steps are taken, since only the second finds all of the optimizer's st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.chain import Stage
+from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
@@ -48,14 +49,19 @@ class Phases(lightning.Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Batch, *_: Any) -> None:
         self.live.mark(f"step {trainer.global_step}")
+        self.live.mark("forward")
         self.live.hold(batch.values(), "batch")
 
     def on_before_backward(self, *_: Any) -> None:
         self.live.phase = "backward"
+        self.live.mark("backward")
 
     def on_after_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.live.hold((p.grad for p in module.parameters() if p.grad is not None), "gradients")
         self.live.phase = "optimizer step"
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.live.mark("optimizer step")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         for optimizer in trainer.optimizers:
@@ -78,29 +84,47 @@ def trace_training(
         model: on the meta device; it is filled with fake tensors in place.
         batch: one micro batch, whose shapes and dtypes count.
     """
+    with quiet_lightning(), tracing():
+        faked(model, config.precision.weight_dtype)
+        return traced_fit(config, stage, model, task, architecture, batch, Live(sixteen_bit), STEPS, since=STEPS - 1)
+
+
+def traced_fit(
+    config: RunConfig,
+    stage: Stage,
+    model: nn.Module,
+    task: Task,
+    architecture: Architecture,
+    batch: Batch,
+    live: Live,
+    steps: int,
+    since: int,
+    callbacks: Sequence[lightning.Callback] = (),
+    loss: StageLoss | None = None,
+) -> Peak:
+    """The peak from the optimizer step `since` on of a fit of so many `steps`, of a `model` of fake tensors.
+
+    `callbacks` and `loss` are those of a link's method. To be called within `tracing`.
+    """
     assert stage.fit is not None
     _, accumulation = micro_batch_size(config)
     blocks = [block.name for block in architecture.blocks]
-    live = Live(sixteen_bit)
-    parts = [Phases(live), *levers(config, model, [])]
+    parts = [Phases(live), *callbacks, *levers(config, model, callbacks)]
     with ExitStack() as stack:
-        stack.enter_context(quiet_lightning())
-        stack.enter_context(tracing())
-        faked(model, config.precision.weight_dtype)
         stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
         plugin = config.precision.plugin("cpu")
         if getattr(plugin, "scaler", None) is not None:
             plugin.scaler = NeverOverflows("cpu")  # type: ignore[attr-defined]
         trainer = trainer_of(
-            config, "cpu", STEPS, parts, [plugin], devices=1, limit_val_batches=0, enable_checkpointing=False
+            config, "cpu", steps, parts, [plugin], devices=1, limit_val_batches=0, enable_checkpointing=False
         )
-        module = TracedModule(model, task, config, stage.fit, None, architecture, Path())
+        module = TracedModule(model, task, config, stage.fit, loss, architecture, Path())
         module.live = live
         live.hold_model(model)
         model.train()
         with live:
-            trainer.fit(module, Batches(batch, STEPS * accumulation), weights_only=False)
-        return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
+            trainer.fit(module, Batches(batch, steps * accumulation), weights_only=False)
+        return live.timeline.peak(live.timeline.since(f"step {since}"))
 
 
 class Batches:

@@ -299,6 +299,7 @@ def _explanation(result: Mapping[str, Any]) -> list[str]:
 def _plots(run_dir: Path, result: Mapping[str, Any]) -> Iterator[str]:
     """Draw the plots and name them; one that cannot be drawn costs a line in the log, never the report."""
     from pipeline.report import plots
+    from pipeline.report.timeline import draw_timelines
 
     try:
         if plots.before_after(result, run_dir / "plots" / "before_after.png"):
@@ -308,6 +309,9 @@ def _plots(run_dir: Path, result: Mapping[str, Any]) -> Iterator[str]:
         nats = math.log(baseline) if baseline and word(result, "quality", "metric") == "perplexity" else None
         if plots.loss_curve(run_dir / "metrics.csv", run_dir / "plots" / "loss.png", baseline=nats):
             yield "![loss over steps](plots/loss.png)"
+        for phase, plot in draw_timelines(run_dir / "plan.json", run_dir / "plots").items():
+            if phase == "train":
+                yield f"![live memory over a training step, as planned](plots/{plot.name})"
     except Exception as error:
         logging.getLogger(__name__).warning("a plot could not be drawn: %s: %s", type(error).__name__, error)
         yield f"A plot could not be drawn: {cell(error)}"

@@ -1,36 +1,63 @@
-"""The table of `job=plan`: bytes at each phase's peak by kind, and what is not planned."""
+"""What `job=plan` shows: bytes at each phase's peak by kind, what is not planned, and a report with the timelines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.report.markdown import cell
+from pipeline.report.markdown import table as markdown_table
+from pipeline.report.table import command
+from pipeline.report.timeline import draw_timelines
 from pipeline.report.units import format_bytes
 
+TOGETHER = "together"
 
-def plan_table(phases: Mapping[str, Any], unplanned: Mapping[str, str]) -> Table:
+
+def plan_table(plan: Any) -> Table:
     """A column a phase, a row a kind, largest first; the phase that needs most is marked."""
+    phases = plan.phases
+    rows = plan_rows(phases)
     highest = max((phase.bytes for phase in phases.values()), default=0)
-    named = {kind for phase in phases.values() for kind in phase.kinds}
-    kinds = sorted(named, key=lambda kind: (-max(phase.kinds.get(kind, 0) for phase in phases.values()), kind))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("at the peak")
     for name in phases:
         table.add_column(name, justify="right")
-    for kind in kinds:
-        table.add_row(kind, *(format_bytes(phase.kinds.get(kind)) for phase in phases.values()))
-    table.add_section()
-    totals = [
-        Text(format_bytes(phase.bytes), style="bold" if phase.bytes == highest else "") for phase in phases.values()
-    ]
-    table.add_row("together", *totals)
-    table.add_row("in the operator", *(phase.operator.removeprefix("aten::") for phase in phases.values()))
-    table.add_row("how known", *(phase.source for phase in phases.values()))
-    if unplanned:
-        table.caption = Text("\n".join(f"{name}: {why}" for name, why in unplanned.items()))
+    for label, *cells in rows:
+        if label == TOGETHER:
+            table.add_section()
+        bold = [label == TOGETHER and phase.bytes == highest for phase in phases.values()]
+        table.add_row(label, *(Text(c, style="bold" if b else "") for c, b in zip(cells, bold, strict=True)))
+    if plan.open:
+        table.caption = Text("\n".join(f"{name}: {why}" for name, why in plan.open.items()))
         table.caption_justify = "left"
     return table
+
+
+def plan_rows(phases: Mapping[str, Any]) -> list[list[str]]:
+    """A row a kind, largest first, then what they are together, in which operator, and how that is known."""
+    named = {kind for phase in phases.values() for kind in phase.kinds}
+    kinds = sorted(named, key=lambda kind: (-max(phase.kinds.get(kind, 0) for phase in phases.values()), kind))
+    shown = list(phases.values())
+    return [
+        *([kind, *(format_bytes(phase.kinds.get(kind)) for phase in shown)] for kind in kinds),
+        [TOGETHER, *(format_bytes(phase.bytes) for phase in shown)],
+        ["in the operator", *(phase.operator.removeprefix("aten::") for phase in shown)],
+        ["how known", *(phase.source for phase in shown)],
+    ]
+
+
+def plan_report(plan: Any, run_dir: Path, overrides: Sequence[str]) -> str:
+    """The text of report.md of `job=plan`; its plots are drawn into `run_dir`, which has plan.json."""
+    lines = ["# Plan", "", "```bash", command(overrides), "```", ""]
+    lines += [f"**{cell(plan.verdict())}**", ""] if plan.verdict() else []
+    lines += markdown_table(["at the peak", *plan.phases], plan_rows(plan.phases), right=range(1, 1 + len(plan.phases)))
+    lines += [f"- {name}: {cell(why)}" for name, why in plan.open.items()]
+    for plot in draw_timelines(run_dir / "plan.json", run_dir / "plots").values():
+        lines += ["", f"![live memory](plots/{plot.name})"]
+    return "\n".join(lines) + "\n"

@@ -30,7 +30,7 @@ SPOTS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0), (
 """Directions from a point in which its label is tried."""
 
 
-def _figure(width: float, height: float) -> Figure:
+def sheet(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,7 +39,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save(figure: Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     with _any_glyph():
@@ -56,7 +56,7 @@ def _any_glyph() -> Iterator[None]:
         yield
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=9)
@@ -72,9 +72,9 @@ def loss_curve(metrics_csv: str | Path, out: str | Path, baseline: float | None 
     rows = [row for row in read_metrics(metrics_csv) if row.loss is not None]
     if not rows:
         return None
-    figure = _figure(8, 4)
+    figure = sheet(8, 4)
     axes = figure.subplots()
-    _plain(axes)
+    plain(axes)
     offset = 0
     stages = list(dict.fromkeys(row.stage for row in rows))
     for position, stage in enumerate(stages):
@@ -118,7 +118,7 @@ def loss_curve(metrics_csv: str | Path, out: str | Path, baseline: float | None 
     axes.set_ylabel("loss (nats)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.margins(x=0.03)
-    return _save(figure, Path(out))
+    return save(figure, Path(out))
 
 
 class _Panel(NamedTuple):
@@ -147,9 +147,9 @@ def before_after(result: Mapping[str, Any], out: str | Path) -> Path | None:
     panels = _panels(result)
     if not panels:
         return None
-    figure = _figure(2.9 * len(panels) + 0.3, 3.6)
+    figure = sheet(2.9 * len(panels) + 0.3, 3.6)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _plain(axes)
+        plain(axes)
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
         for position, (value, label, colour) in enumerate(
@@ -164,7 +164,7 @@ def before_after(result: Mapping[str, Any], out: str | Path) -> Path | None:
         axes.set_xlim(-0.6, 1.6)
         axes.set_title(_literal(panel.title), fontsize=10)
         axes.margins(y=0.12)
-    return _save(figure, Path(out))
+    return save(figure, Path(out))
 
 
 class Point(NamedTuple):
@@ -245,11 +245,18 @@ def _ticks(axis: Any, show: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
 
 
-def _pareto_panel(axes: Axes, metric: str, direction: str, points: Sequence[Point]) -> list[Annotation]:
-    """Draw one metric's points and front; the labels, still to be placed."""
+def _pareto_panel(
+    axes: Axes,
+    metric: str,
+    direction: str,
+    points: Sequence[Point],
+    across: str = "weights on disk",
+    best_of: str = "no other job is both smaller and better",
+) -> list[Annotation]:
+    """Draw one metric's points and front; the labels, still to be placed. A point without a label is drawn alone."""
     from matplotlib.patheffects import withStroke
 
-    _plain(axes)
+    plain(axes)
     best = front(points, direction)
     sizes, qualities = [p.size for p in points], [p.quality for p in points]
     if min(sizes) > 0 and max(sizes) / min(sizes) > 8:
@@ -265,11 +272,11 @@ def _pareto_panel(axes: Axes, metric: str, direction: str, points: Sequence[Poin
     )
     axes.scatter([p.size for p in best], [p.quality for p in best], color=BLUE, s=44, edgecolors="white", zorder=3)
     axes.margins(0.16)
-    axes.set_xlabel("weights on disk (smaller is better)")
+    axes.set_xlabel(f"{across} (smaller is better)")
     axes.set_ylabel(_literal(f"{metric} ({direction} is better)"))
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_title("blue: no other job is both smaller and better", fontsize=9, color=BLUE, loc="left")
+    axes.set_title(f"blue: {best_of}", fontsize=9, color=BLUE, loc="left")
     _ticks(axes.xaxis, _round_bytes)
     _ticks(axes.yaxis, lambda value: f"{100 * value:g}%" if metric in FRACTIONS else f"{value:g}")
     notes = [
@@ -284,11 +291,39 @@ def _pareto_panel(axes: Axes, metric: str, direction: str, points: Sequence[Poin
             arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
         )
         for point in points
+        if point.label
     ]
     for note in notes:
         # The layout is made without the labels: they are moved within the axes once these stand still.
         note.set_in_layout(False)
     return notes
+
+
+def memory_against_speed(points: Sequence[Point], unit: str, budget: float, out: str | Path) -> Path:
+    """Points of a search: bytes at the peak as `size`, `unit` as `quality`, higher is better; and the budget's line."""
+    figure = sheet(8, 5)
+    axes = figure.subplots()
+    best = "no other that was looked at needs less and is faster"
+    notes = _pareto_panel(axes, unit, "higher", points, "memory at the peak", best)
+    low, high = axes.get_xlim()
+    axes.axvline(budget, color=RED, linewidth=1, linestyle="--")
+    if budget > 4 * high:  # a budget far away would press the points together
+        axes.set_xlim(low, high)
+    axes.annotate(
+        f"budget {format_bytes(budget)}",
+        (min(budget, axes.get_xlim()[1]), 0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color=RED,
+    )
+    with _any_glyph():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        _place(axes, notes)
+    return save(figure, Path(out))
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], out: str | Path) -> Path | None:
@@ -305,7 +340,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], out: str | Path) -> Path | None:
             panels.setdefault(key, []).append(Point(word(row, "label"), size, quality))
     if not panels:
         return None
-    figure = _figure(8, 5 * len(panels))
+    figure = sheet(8, 5 * len(panels))
     drawn = [
         (axes, _pareto_panel(axes, metric, direction, points))
         for axes, ((metric, direction), points) in zip(
@@ -317,4 +352,4 @@ def pareto(rows: Sequence[Mapping[str, Any]], out: str | Path) -> Path | None:
         figure.set_layout_engine("none")
         for axes, notes in drawn:
             _place(axes, notes)
-    return _save(figure, Path(out))
+    return save(figure, Path(out))

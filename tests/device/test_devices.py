@@ -28,7 +28,7 @@ def test_no_device_imports_torch_to_find_out_what_is_here():
 import sys
 from pipeline.registry import lookup
 for name in ("auto", "cpu", "cuda", "mps", "tpu"):
-    device = lookup("device", name)(name=name)
+    device = lookup("device", name)(name=name, memory=None)
     device.kind(), device.problems(1)
 assert not {"torch", "lightning"} & set(sys.modules), sorted(sys.modules)
 """
@@ -36,7 +36,7 @@ assert not {"torch", "lightning"} & set(sys.modules), sorted(sys.modules)
 
 
 def test_the_processor_is_always_here_and_named_with_its_cores():
-    device = CPU(name="cpu")
+    device = CPU(name="cpu", memory=None)
     assert device.kind() == "cpu"
     assert device.problems(1) == []
     assert device.description().endswith((" core", " cores"))
@@ -50,7 +50,7 @@ def test_cores_are_those_this_process_may_use():
     try:
         os.sched_setaffinity(0, {min(allowed)})
         assert cpu.cores() == 1
-        assert CPU(name="cpu").description().endswith(", 1 core")
+        assert CPU(name="cpu", memory=None).description().endswith(", 1 core")
     finally:
         os.sched_setaffinity(0, allowed)
     assert cpu.cores() == len(allowed)
@@ -58,8 +58,8 @@ def test_cores_are_those_this_process_may_use():
 
 def test_processes_beyond_four_a_core_are_refused(monkeypatch):
     monkeypatch.setattr(cpu, "cores", lambda: 2)
-    assert CPU(name="cpu").problems(8) == []
-    [said] = CPU(name="cpu").problems(9)
+    assert CPU(name="cpu", memory=None).problems(8) == []
+    [said] = CPU(name="cpu", memory=None).problems(9)
     assert said.startswith("parallelism.devices=9: ")
     assert "at most 8" in said
 
@@ -99,14 +99,16 @@ def test_a_driver_that_fails_or_is_absent_means_no_gpu(driver, tmp_path):
 
 def test_no_nvidia_gpu_is_said_with_what_to_use_instead(monkeypatch):
     monkeypatch.setattr(cuda, "gpus", lambda: 0)
-    assert CUDA(name="cuda").problems(1) == ["device=cuda: no NVIDIA GPU found on this machine; use device=cpu"]
+    assert CUDA(name="cuda", memory=None).problems(1) == [
+        "device=cuda: no NVIDIA GPU found on this machine; use device=cpu"
+    ]
 
 
 def test_more_gpus_than_there_are_is_a_problem(monkeypatch):
     monkeypatch.setattr(cuda, "gpus", lambda: 2)
     monkeypatch.setattr(cuda, "torch_without_cuda", lambda: None)
-    assert CUDA(name="cuda").problems(2) == []
-    [said] = CUDA(name="cuda").problems(3)
+    assert CUDA(name="cuda", memory=None).problems(2) == []
+    [said] = CUDA(name="cuda", memory=None).problems(3)
     assert said == "parallelism.devices=3: this machine has 2 NVIDIA GPUs; use at most 2"
 
 
@@ -115,7 +117,7 @@ def test_a_torch_without_cuda_is_told_by_its_version(monkeypatch, version, expec
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert (cuda.torch_without_cuda() == version) is expected
     monkeypatch.setattr(cuda, "gpus", lambda: 1)
-    assert bool(CUDA(name="cuda").problems(1)) is expected
+    assert bool(CUDA(name="cuda", memory=None).problems(1)) is expected
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,8 @@ def test_an_apple_gpu_is_a_mac_with_apple_silicon(monkeypatch, system, machine, 
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert mps.apple_gpu() is expected
-    assert (MPS(name="mps").problems(1) == []) is expected
-    assert MPS(name="mps").problems(2) != []
+    assert (MPS(name="mps", memory=None).problems(1) == []) is expected
+    assert MPS(name="mps", memory=None).problems(2) != []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_auto_takes_the_best_and_says_why(monkeypatch, gpus, build, apple, kind,
     monkeypatch.setattr(cuda, "torch_without_cuda", lambda: build)
     monkeypatch.setattr(auto, "apple_gpu", lambda: apple)
     monkeypatch.setattr(mps, "apple_gpu", lambda: apple)
-    device = Auto(name="auto")
+    device = Auto(name="auto", memory=None)
     assert device.kind() == kind
     assert device.reason() == why
     assert device.problems(1) == []
@@ -162,7 +164,7 @@ def test_auto_takes_the_best_and_says_why(monkeypatch, gpus, build, apple, kind,
 
 def test_only_a_device_that_was_chosen_for_the_user_gives_a_reason():
     for name in ("cpu", "cuda", "mps", "tpu"):
-        assert lookup("device", name)(name=name).reason() is None
+        assert lookup("device", name)(name=name, memory=None).reason() is None
 
 
 def test_a_tpu_is_refused_in_one_line_that_says_which_torch_is_in_the_way():
@@ -188,9 +190,28 @@ def test_a_run_says_once_which_device_was_chosen_and_records_it(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(CUDA(name="cuda").problems(1) != [], reason="needs an NVIDIA GPU and a torch that can use it")
+@pytest.mark.skipif(
+    CUDA(name="cuda", memory=None).problems(1) != [], reason="needs an NVIDIA GPU and a torch that can use it"
+)
 def test_the_real_driver_agrees_with_torch():
     import torch
 
     assert cuda.gpus() == torch.cuda.device_count()
-    assert CUDA(name="cuda").description() == torch.cuda.get_device_name(0)
+    assert CUDA(name="cuda", memory=None).description() == torch.cuda.get_device_name(0)
+
+
+def test_the_processors_memory_is_the_machines_or_the_containers_limit_where_that_is_less(tmp_path, monkeypatch):
+    device = CPU(name="cpu", memory=None)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for said, expected in (("max\n", whole), ("9223372036854771712\n", whole), ("1000000\n", 1_000_000)):
+        (tmp_path / "memory.max").write_text(said)
+        monkeypatch.setattr(cpu, "LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+        assert device.capacity() == expected
+
+
+def test_a_memory_that_is_said_counts_instead_of_what_is_found():
+    assert CUDA(name="cuda", memory="80GiB").capacity() == 80 * 2**30
+    assert Auto(name="auto", memory=1_000).capacity() == 1_000
+    assert CUDA(name="cuda", memory="80QB").memory_problems() == [
+        "device.memory=80QB is no size: give a number of bytes, or a size such as 2.5MB or 6GiB"
+    ]

@@ -8,7 +8,7 @@ import torch
 from pipeline.app import compose, main
 from pipeline.fitting import fit
 from pipeline.memory.measure import measure_peak
-from pipeline.planner.plan import plan
+from pipeline.planner.plan import capacity, plan
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
@@ -105,6 +105,48 @@ def test_the_job_writes_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsy
     told = capsys.readouterr().out
     assert "optimizer state" in told
     assert "traced" in told
+    assert "fits: " in told
+    assert "plots/memory_train.png" in (tmp_path / "planned" / "report.md").read_text()
+    assert (tmp_path / "planned" / "plots" / "memory_train.png").stat().st_size > 10_000
+
+
+def test_the_course_of_a_phase_reaches_its_peak_and_ends_with_what_is_kept():
+    config = compose(GPT)
+    peak = plan(config, opened(config)[1]).phases["train"]
+    totals = [sum(held) for held in zip(*peak.course.kinds.values(), strict=True)]
+    assert max(totals) == peak.bytes
+    assert len(totals) <= 200
+    assert totals[-1] >= sum(peak.kinds[kind] for kind in ("weights", "optimizer state"))
+    assert [name for _, name in peak.course.moments] == ["step 2", "forward", "backward", "optimizer step"]
+
+
+def test_a_run_says_what_was_planned_beside_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*GPT, "device.memory=1MB", "plan.enforce=false", "hydra.run.dir=run"]) == 0
+    memory = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]
+    for phase in ("train", "evaluate"):
+        assert memory["error"][phase] == memory["predicted"][phase] / memory["measured"][phase] - 1
+        assert abs(memory["error"][phase]) < 0.01
+    assert "plots/memory_train.png" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_run_that_will_not_fit_stops_before_it_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*GPT, "device.memory=1MB", "hydra.run.dir=run"]) == 2
+    said = capsys.readouterr().err
+    assert "does not fit by" in said
+    assert "plan.enforce=false" in said
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_machine_that_is_not_here_is_planned_for():
+    config = compose([*GPT, "job=plan", "device=cuda", "device.memory=80GiB"])
+    assert plan(config, opened(config)[1]).capacity == 80 * 2**30
+
+
+def test_processes_on_one_machine_share_its_memory():
+    config, several = compose(GPT), compose([*GPT, "parallelism=ddp", "parallelism.devices=2"])
+    assert capacity(several) == capacity(config) // 2
 
 
 @pytest.mark.parametrize(

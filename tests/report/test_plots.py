@@ -135,8 +135,8 @@ def test_labels_of_a_crowded_sweep_cover_neither_each_other_nor_a_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, out: figures.append(figure) or save(figure, out))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure) or save(figure, out))
     picture(pareto(CROWD, tmp_path / "pareto.png"))
     (axes,) = figures[0].axes
     renderer = figures[0].canvas.get_renderer()

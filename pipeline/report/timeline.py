@@ -1,0 +1,89 @@
+"""The plot of a plan: live memory by kind over one step, or over an evaluation, as stacked areas.
+
+The horizontal axis counts allocations and releases, not seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.plots import GREY, PALETTE, plain, save, sheet
+from pipeline.report.units import format_bytes
+
+MOMENTS = ("forward", "backward", "optimizer step")
+LIMIT = 7
+"""Kinds that get a colour of their own; the rest is drawn as one."""
+
+
+def draw_timelines(plan_json: Path, directory: Path) -> dict[str, Path]:
+    """{phase: the plot} of each phase of the plan whose course is known; nothing where there is no plan."""
+    if not plan_json.is_file():
+        return {}
+    plan = json.loads(plan_json.read_text(encoding="utf-8"))
+    return {
+        name: timeline(phase, plan.get("capacity"), name, directory / f"memory_{name}.png")
+        for name, phase in plan["phases"].items()
+        if (phase.get("course") or {}).get("kinds")
+    }
+
+
+def timeline(phase: dict[str, Any], capacity: int | None, title: str, out: Path) -> Path:
+    """Stacked areas of `phase["course"]`, its peak marked, the device's memory as a line where it is near."""
+    kinds: dict[str, list[int]] = dict(
+        sorted(phase["course"]["kinds"].items(), key=lambda kind: (-min(kind[1]), -max(kind[1])))
+    )
+    largest = sorted(kinds, key=lambda kind: -max(kinds[kind]))[:LIMIT]
+    shown = {kind: course for kind, course in kinds.items() if kind in largest}
+    rest = [course for kind, course in kinds.items() if kind not in largest]
+    if rest:
+        shown["the rest"] = [sum(held) for held in zip(*rest, strict=True)]
+    length = len(next(iter(shown.values())))
+    figure = sheet(8, 4)
+    axes = figure.subplots()
+    plain(axes)
+    colours = [*PALETTE, "#F0E442", GREY][: len(shown)]
+    scale, unit = scaled(phase["bytes"])
+    axes.stackplot(
+        range(length), *([held / scale for held in course] for course in shown.values()),
+        labels=[f"{kind} {format_bytes(max(course))}" for kind, course in shown.items()], colors=colours, step="mid",
+    )  # fmt: skip
+    totals = [sum(held) for held in zip(*shown.values(), strict=True)]
+    top = max(range(length), key=totals.__getitem__)
+    axes.plot([top], [totals[top] / scale], marker="v", color="black", markersize=6)
+    axes.annotate(
+        f"{format_bytes(phase['bytes'])} at {phase['operator'].removeprefix('aten::')}",
+        (top, totals[top] / scale), xytext=(0, 7), textcoords="offset points", fontsize=9,
+        ha="left" if top < length / 2 else "right",
+    )  # fmt: skip
+    limit = phase["bytes"] / scale
+    if capacity is not None and capacity < 2 * phase["bytes"]:
+        limit = max(limit, capacity / scale)
+        axes.axhline(capacity / scale, color="black", linewidth=1, linestyle="--")
+        axes.annotate(
+            f"the device: {format_bytes(capacity)}",
+            (0, capacity / scale),
+            xytext=(3, 3),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    for at, name in phase["course"]["moments"]:
+        if name in MOMENTS:
+            axes.axvline(at, color=GREY, linewidth=0.8, alpha=0.6)
+            axes.annotate(
+                name, (at, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(2, 3), textcoords="offset points",
+                fontsize=9, color=GREY,
+            )  # fmt: skip
+    axes.set_ylim(0, 1.18 * limit)
+    axes.set_xlim(0, length - 1)
+    axes.set_xticks([])
+    axes.set_xlabel(f"{title}: allocations and releases in their order")
+    axes.set_ylabel(f"live memory ({unit})")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
+    return save(figure, out)
+
+
+def scaled(largest: int) -> tuple[float, str]:
+    """(divisor, unit) for an axis that reaches `largest` bytes."""
+    return next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= size), (1.0, "B"))
