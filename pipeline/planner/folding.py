@@ -1,0 +1,234 @@
+"""A pass through a model on fake tensors in which blocks that are alike are computed once.
+
+A transformer of 32 blocks is one block 32 times. While `folded` is entered, the first block of a kind runs, and what
+the account sees meanwhile is its pattern; the others give tensors of the same shapes and nothing else. `unrolled` then
+puts the pattern where they ran, in the forward pass and in the backward pass. So the time does not grow with the
+depth, and blocks of any class will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from pipeline.layers.depth import INDICES
+from pipeline.planner.live import Block, Live, Timeline
+
+Around = Callable[[nn.Module, bool, bool], None]
+"""(block, whether it is the backward pass, whether the block begins): what else happens there."""
+
+
+class Account(Live):
+    """`Live` that knows moments of a step instead of operators' names, and storages that count in part."""
+
+    moment = ""
+
+    def block(self, tensor: Tensor) -> Block | None:
+        """The storage behind `tensor`; None where it is not counted."""
+        return self._note(tensor, "", self.phase)
+
+    def guest(self, size: float, kind: str) -> Tensor:
+        """So many bytes, for as long as the tensor lives."""
+        made = torch.empty(int(size), dtype=torch.uint8)
+        self.hold([made], kind)
+        return made
+
+    def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
+        return super()._note(tensor, self.moment, kind)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten._to_copy.default:
+            source = self.block(args[0])
+            if source is not None and source.kind == "weights":
+                self.hold([out], "autocast's weights")
+        return out
+
+
+class Like(NamedTuple):
+    """What a tensor is like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass
+class Pattern:
+    """What one block did: numbers of events; and the leaves of its output, tensors as `Like`.
+
+    `between`: what the block was given and what it gave, in both directions. Its likes have tensors of their own there.
+    """
+
+    forward: range = range(0)
+    began: int | None = None
+    ended: int | None = None
+    leaves: list[Any] = field(default_factory=list)
+    spec: TreeSpec | None = None
+    between: list[Block | None] = field(default_factory=list)
+
+    def events(self, timeline: Timeline, backward: bool) -> list[tuple[Block, int, str]]:
+        """What a like of the block adds to a pass."""
+        span = self.forward
+        if backward:
+            span = range(0) if self.began is None or self.ended is None else range(self.began, self.ended)
+        apart = {id(block) for block in self.between}
+        return [event for event in timeline.events[span.start : span.stop] if id(event[0]) not in apart]
+
+
+@dataclass
+class Folding:
+    """The account of a folded pass; `around` is told where a block that is computed begins and ends."""
+
+    account: Account
+    around: Around
+    patterns: dict[Any, Pattern] = field(default_factory=dict)
+    repeats: list[tuple[int, Pattern, bool]] = field(default_factory=list)
+    """(number of events before it, of which pattern, whether it is the backward pass)."""
+
+    def now(self) -> int:
+        return len(self.account.timeline.events)
+
+    def unrolled(self) -> Timeline:
+        """The timeline as if every block had run."""
+        folded, events, marks, done = self.account.timeline, [], [], 0
+        waiting = list(folded.marks)
+        for at, pattern, backward in [*self.repeats, (self.now(), Pattern(), False)]:
+            while waiting and waiting[0][0] <= at:
+                mark, name = waiting.pop(0)
+                marks.append((len(events) + mark - done, name))
+            events += folded.events[done:at]
+            done = at
+            events += pattern.events(folded, backward)
+        return Timeline(events, marks)
+
+
+@contextmanager
+def folded(model: nn.Module, blocks: Sequence[str], folding: Folding) -> Iterator[None]:
+    """While entered, of `blocks` (module names) that are alike and are given alike only the first is computed."""
+    modules = [model.get_submodule(name) for name in blocks]
+    before = [block.__dict__.get("forward") for block in modules]
+    for block, plain in zip(modules, before, strict=True):
+        inner = plain or MethodType(type(block).forward, block)
+        block.__dict__["forward"] = partial(_forward, folding, block, inner)
+    try:
+        yield
+    finally:
+        for block, plain in zip(modules, before, strict=True):
+            del block.__dict__["forward"]
+            if plain is not None:
+                block.__dict__["forward"] = plain
+
+
+def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    leaves, spec = tree_flatten((args, kwargs))
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    key = (_kind(block), torch.is_grad_enabled(), str(spec), *(_alike(leaf) for leaf in leaves))
+    folding.account.phase = "activations"
+    pattern = folding.patterns.get(key)
+    if pattern is None:
+        folding.patterns[key] = pattern = Pattern()
+        out = _computed(folding, pattern, block, lambda: inner(*args, **kwargs), inputs)
+    else:
+        folding.repeats.append((folding.now(), pattern, False))
+        anchor = torch.empty(0, requires_grad=any(like.requires_grad for like in _tensors(pattern)))
+        made = iter(_StandIn.apply(folding, pattern, anchor, *inputs))  # type: ignore[no-untyped-call]
+        assert pattern.spec is not None
+        out = tree_unflatten([next(made) if isinstance(leaf, Like) else leaf for leaf in pattern.leaves], pattern.spec)
+    folding.account.phase = "logits and loss"  # unless another block follows
+    return out
+
+
+def _computed(
+    folding: Folding, pattern: Pattern, block: nn.Module, forward: Callable[[], Any], inputs: list[Tensor]
+) -> Any:
+    """What the block gives; `pattern` learns what it does, now and in the backward pass."""
+    started = folding.now()
+    folding.around(block, False, True)
+    out = forward()
+    folding.around(block, False, False)
+    pattern.forward = range(started, folding.now())
+    leaves, pattern.spec = tree_flatten(out)
+    pattern.leaves = [_alike(leaf) for leaf in leaves]
+    block_of = folding.account.block
+    pattern.between = [block_of(tensor) for tensor in [*inputs, *leaves] if isinstance(tensor, Tensor)]
+    left = sum(given.requires_grad for given in inputs)
+
+    def begin(gradient: Tensor) -> None:
+        pattern.between.append(block_of(gradient))
+        if pattern.began is None:
+            pattern.began = folding.now()
+            folding.around(block, True, True)
+
+    def end(gradient: Tensor) -> None:
+        nonlocal left
+        pattern.between.append(block_of(gradient))
+        left -= 1
+        if left == 0:
+            folding.around(block, True, False)
+            pattern.ended = folding.now()
+
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(begin)
+    for given in inputs:
+        if given.requires_grad:
+            given.register_hook(end)
+    return out
+
+
+def _tensors(pattern: Pattern) -> list[Like]:
+    return [leaf for leaf in pattern.leaves if isinstance(leaf, Like)]
+
+
+def _alike(leaf: Any) -> Any:
+    """What two arguments of equal effect on memory have in common."""
+    if isinstance(leaf, Tensor):
+        return Like(leaf.shape, leaf.dtype, leaf.requires_grad)
+    return leaf if leaf is None or isinstance(leaf, bool | int | float | str) else type(leaf)
+
+
+def _kind(block: nn.Module) -> Any:
+    """What blocks have in common that do alike: classes, shapes, and switches (a rate counts as on or off)."""
+    found: list[Any] = []
+    for name, module in block.named_modules():
+        switches = {
+            key: bool(value) if isinstance(value, float) else value
+            for key, value in module.__dict__.items()
+            if isinstance(value, bool | int | float | str) and key not in INDICES
+        }
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        shapes = [(key, _alike(value)) for key, value in tensors]
+        found.append((name, type(module), *sorted(switches.items()), *shapes))
+    return tuple(found)
+
+
+class _StandIn(torch.autograd.Function):
+    """Outputs like those of the pattern's block, connected to the inputs as the block's are."""
+
+    @staticmethod
+    def forward(ctx: Any, folding: Folding, pattern: Pattern, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.folding, ctx.pattern = folding, pattern
+        ctx.save_for_backward(*inputs)  # they live until the backward pass, as with the block itself
+        likes = _tensors(pattern)
+        made = [torch.empty(like.shape, dtype=like.dtype) for like in likes]
+        ctx.mark_non_differentiable(*(out for out, like in zip(made, likes, strict=True) if not like.requires_grad))
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        folding: Folding = ctx.folding
+        folding.repeats.append((folding.now(), ctx.pattern, True))
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+        made = [torch.empty_like(given) if needs else None for given, needs in needed]
+        return (None, None, None, *made)

@@ -1,0 +1,107 @@
+"""The peak of training anybody's model: predicted beside what the allocator's events say of the real one."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
+
+import pipeline.memory
+from pipeline.memory.measure import measure_peak
+
+CONVOLUTIONS = partial(
+    nn.Sequential,
+    nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+)  # fmt: skip
+
+
+class Recommender(nn.Module):
+    """Bags of items and a perceptron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.EmbeddingBag(5000, 32, mode="mean")
+        self.layers = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 5000))
+
+    def forward(self, seen: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.items(seen))
+
+
+def bert() -> nn.Module:
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    return BertForSequenceClassification(BertConfig(vocab_size=500, **size))
+
+
+def classify(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def measured(model, optimizer, batch, loss) -> int:
+    """The peak over the third step of the real thing."""
+    steps = optimizer(model.parameters())
+    for _ in range(3):
+        state = [value for held in steps.state.values() for value in held.values()]
+        alive = [*model.parameters(), *model.buffers(), *state]
+        with measure_peak("cpu", alive) as peak:
+            given = (
+                {name: t.clone() for name, t in batch.items()}
+                if isinstance(batch, dict)
+                else tuple(t.clone() for t in batch)
+            )
+            result = loss(model, given) if loss else model(**given).loss
+            result.backward()
+            del result, given
+            steps.step()
+            steps.zero_grad()
+    return peak.bytes
+
+
+CASES = {
+    "convolutions": (
+        CONVOLUTIONS, partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        (torch.randn(16, 3, 32, 32), torch.zeros(16, dtype=torch.long)), classify, 0.05,
+    ),
+    "recommender": (
+        Recommender, torch.optim.AdamW, (torch.zeros(64, 20, dtype=torch.long), torch.zeros(64, dtype=torch.long)),
+        classify, 0.01,
+    ),
+    "bert": (
+        bert, partial(torch.optim.AdamW, foreach=False),
+        {"input_ids": torch.zeros(8, 64, dtype=torch.long), "labels": torch.zeros(8, dtype=torch.long)}, None, 0.01,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_of_training_any_module_is_predicted(name):
+    build, optimizer, batch, loss, margin = CASES[name]
+    model = build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    predicted = pipeline.memory.estimate(model, optimizer, batch, loss)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert predicted.bytes == pytest.approx(measured(model, optimizer, batch, loss), rel=margin)
+    assert predicted.kinds["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_model_on_meta_is_estimated_with_its_tied_weights_once():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False))
+    model[1].weight = model[0].weight
+    found = pipeline.memory.estimate(model, torch.optim.SGD, torch.zeros(4, 1024))
+    assert found.kinds["weights"] == 4 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Linear(4, 4).requires_grad_(False), "nothing to train"),
+        (nn.LSTM(4, 4), "a tuple without a loss"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(model, said):
+    with pytest.raises(ValueError, match=said):
+        pipeline.memory.estimate(model, torch.optim.SGD, torch.zeros(2, 3, 4))
