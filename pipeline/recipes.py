@@ -374,12 +374,12 @@ def _listed(values: Sequence[Any]) -> str:
     return f"[{','.join(map(str, values))}]"
 
 
-def lock_text(config: Mapping[str, Any], choices: Mapping[str, Any], lock: Mapping[str, Any]) -> str:
+def lock_text(config: Mapping[str, Any], choices: Mapping[str, Any], lock: Mapping[str, Any] | None) -> str:
     """A recipe that says everything: the choices as overrides, every value of `config`, and `lock` beside them.
 
     `config` is what `schema.composed` gives. `lock` holds facts (versions, device, data fingerprint, results); whatever
-    JSON can say. Stages under names of their own are package entries, in order; `override` entries come last, as Hydra
-    wants them.
+    JSON can say; None where nothing ran yet. Stages under names of their own are package entries, in order; `override`
+    entries come last, as Hydra wants them.
     """
     chain = config.get("compression") or {}
     defaults: list[Any] = []

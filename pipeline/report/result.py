@@ -164,6 +164,29 @@ class Export(Section):
     tokens_or_samples_per_second: Amount
 
 
+class Fitted(Section):
+    """One candidate of `job=fit`: overrides beside those that were typed, bytes at the peak of `phase` (`source`:
+    traced or computed), seconds of an optimizer step."""
+
+    changes: list[str]
+    bytes: Count
+    phase: str
+    source: str
+    seconds_predicted: Amount
+    seconds_measured: Amount
+
+
+class Fit(Section):
+    """What `job=fit` found: those that fit, best first. `rates`: whether the device was probed, or assumed."""
+
+    budget: Count
+    searched: Count
+    traced: Count
+    rates: str
+    command: str
+    ranking: list[Fitted]
+
+
 class Result(Section):
     """`seconds` (the whole run) and `versions` are additions to what scripts may rely on."""
 
@@ -183,6 +206,7 @@ class Result(Section):
     quality: QualityBeforeAfter
     size: Size
     speed: SpeedBeforeAfter
+    fit: Fit | None
     stages: list[StageRecord]
     artifact: Artifact
     exports: list[Export]
