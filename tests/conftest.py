@@ -1,4 +1,4 @@
-"""What holds for every test: the program's own process settings, and a cache that tests share."""
+"""What holds for every test: the program's own process settings, receipts without their imports, no log left open."""
 
 import logging
 import os
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline import environment
+from pipeline.artifact import receipt
+from tests.receipts import Receipts
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of their own would fight for them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +24,17 @@ def _run_log_closed() -> Iterator[None]:
     for handler in [handler for handler in root.handlers if type(handler) is logging.FileHandler]:
         root.removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture(scope="session")
+def receipts() -> Iterator[Receipts]:
+    started = Receipts()
+    yield started
+    started.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick_receipts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs inside tests get their receipts from a forked process; those marked `started_receipt` from a started one."""
+    if request.node.get_closest_marker("started_receipt") is None:
+        monkeypatch.setattr(receipt, "check", request.getfixturevalue("receipts").check)
