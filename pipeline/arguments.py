@@ -27,6 +27,7 @@ RESUMABLE = (
     "trainer.rank_timeout",
     "keep_stages",
     "plan.enforce",
+    "plan.calibrate",
 )
 """What may change when a run is resumed: what lengthens or observes it. `gate.*` too."""
 ELSEWHERE = ("parallelism", "device", "memory", "trainer.micro_batch_size")

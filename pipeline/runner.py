@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, LeanfitError, ReceiptError
 from pipeline.memory.measure import measure_peak
 from pipeline.nodes import Leader, leading
 from pipeline.planner.fit_job import fit
-from pipeline.planner.plan import Plan, plan
+from pipeline.planner.plan import Plan, plan, remember
 from pipeline.proof import prove
 from pipeline.recipes import lock_text
 from pipeline.registry import decode_choice
@@ -184,6 +184,8 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
                 )
             walk(run, line, done)
             prove(run, line)
+            if config.plan.calibrate:
+                remember(config, found, result["memory"]["measured"])
         except ConfigError as error:
             if run.begun:
                 raise LeanfitError("; ".join(error.problems)) from error

@@ -54,9 +54,14 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """What a run makes of its plan. `enforce`: one that is predicted not to fit in memory stops before it starts."""
+    """What a run makes of its plan.
+
+    enforce: one that is predicted not to fit in memory stops before it starts.
+    calibrate: what it measures is kept for later plans on this machine (~/.cache/leanfit), which are corrected by it.
+    """
 
     enforce: bool
+    calibrate: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,12 @@ def _run_log_closed() -> Iterator[None]:
         handler.close()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests measure is kept apart from what the user's own runs did."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def receipts() -> Iterator[Receipts]:
     started = Receipts()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from pipeline import stage_input
 from pipeline.chain import Stage
@@ -20,6 +22,7 @@ from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
+from pipeline.planner import calibration
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.live import Peak
 from pipeline.planner.training import trace_training
@@ -29,11 +32,23 @@ from pipeline.tasks import lookup
 from pipeline.walk import stages_of
 
 
+MARGINS = {"traced": 0.01, "computed": 0.1}
+"""How far off predictions were at most, transformers without scratch space of kernels: benchmarks/README.md."""
+CONVOLUTIONS = 0.05
+"""And where there are convolutions, whose kernels take scratch space that is not traced."""
+UNSEEN = "kernels' scratch space"
+
+
 @dataclass(frozen=True)
 class Phase(Peak):
-    """A peak on one device, and how it is known."""
+    """A peak on one device, how it is known ("traced", "computed", "calibrated"), and how far off it may be.
+
+    `margin`: relative, either way. `factor`: what it was corrected by, from earlier runs on this machine.
+    """
 
     source: str = "traced"
+    margin: float = MARGINS["traced"]
+    factor: float = 1.0
 
 
 @dataclass
@@ -85,20 +100,47 @@ def plan(config: RunConfig, data: DataBundle) -> Plan:
             micro, _ = micro_batch_size(config)
             batch = next(iter(evaluation_loader(data.train, micro)))
             traced = trace_training(config, first, model, task, describe(model), batch)
-            found.phases["train"] = known(traced)
+            found.phases["train"] = known(config, "train", traced, "traced", convolutional(model))
     if config.chain:
         found.open["compress"] = "links that compress are not planned yet"
         found.open["evaluate"] = "the artifact is evaluated as the chain leaves it, which is not planned yet"
     elif config.device.kind() != "cpu":
         found.open["evaluate"] = "peaks of a GPU are not planned yet"
     else:
-        traced = trace_evaluation(config, stage_input.shapes(config, data), task, data)
-        found.phases["evaluate"] = known(traced)
+        model = stage_input.shapes(config, data)
+        traced = trace_evaluation(config, model, task, data)
+        found.phases["evaluate"] = known(config, "evaluate", traced, "traced", convolutional(model))
     return found
 
 
-def known(peak: Peak, source: str = "traced") -> Phase:
-    return Phase(peak.bytes, peak.kinds, peak.operator, peak.course, source)
+def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: bool) -> Phase:
+    """The peak of a phase with its margin, corrected by what earlier runs of its kind measured on this machine."""
+    margin = max(MARGINS[source], CONVOLUTIONS if convolutions else 0.0)
+    found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, source, margin)
+    if not config.plan.calibrate:
+        return found
+    corrected = calibration.correction(calibration.ratios(calibration.place(), calibration.kind(config, phase)))
+    if corrected is None:
+        return found
+    factor, spread = corrected
+    more = round((factor - 1) * peak.bytes)
+    return Phase(
+        peak.bytes + more, {**peak.kinds, UNSEEN: more}, peak.operator, peak.course, "calibrated", spread, factor
+    )
+
+
+def remember(config: RunConfig, found: Plan, measured: Mapping[str, int | None]) -> None:
+    """Keep what a run measured beside its plan, for later plans."""
+    ratios = {
+        calibration.kind(config, name): held * phase.factor / phase.bytes
+        for name, phase in found.phases.items()
+        if (held := measured.get(name))
+    }
+    calibration.remember(calibration.place(), ratios)
+
+
+def convolutional(model: nn.Module) -> bool:
+    return any(isinstance(module, _ConvNd) for module in model.modules())
 
 
 def capacity(config: RunConfig) -> int | None:

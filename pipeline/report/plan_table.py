@@ -48,7 +48,7 @@ def plan_rows(phases: Mapping[str, Any]) -> list[list[str]]:
         *([kind, *(format_bytes(phase.kinds.get(kind)) for phase in shown)] for kind in kinds),
         [TOGETHER, *(format_bytes(phase.bytes) for phase in shown)],
         ["in the operator", *(phase.operator.removeprefix("aten::") for phase in shown)],
-        ["how known", *(phase.source for phase in shown)],
+        ["how known", *(f"{phase.source} ± {100 * phase.margin:.2g}%" for phase in shown)],
     ]
 
 

@@ -9,12 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.plots import GREY, PALETTE, plain, save, sheet
+from pipeline.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, plain, save, sheet
 from pipeline.report.units import format_bytes
 
 MOMENTS = ("forward", "backward", "optimizer step")
-LIMIT = 7
+LIMIT = 8
 """Kinds that get a colour of their own; the rest is drawn as one."""
+COLOURS = {
+    "optimizer state": BLUE, "weights": RED, "activations": PURPLE, "gradients": SKY, "backward": ORANGE,
+    "optimizer step": "#F0E442", "batch": GREEN,
+}  # fmt: skip
+OTHERS = ("#999999", "#44AA99", "#882255", "#332288", "#DDCC77", "#117733", "#CC6677", "#661100", "#000000")
 
 
 def draw_timelines(plan_json: Path, directory: Path) -> dict[str, Path]:
@@ -43,7 +48,8 @@ def timeline(phase: dict[str, Any], capacity: int | None, title: str, out: Path)
     figure = sheet(8, 4)
     axes = figure.subplots()
     plain(axes)
-    colours = [*PALETTE, "#F0E442", GREY][: len(shown)]
+    others = iter(OTHERS)
+    colours = [COLOURS.get(kind) or next(others) for kind in shown]
     scale, unit = scaled(phase["bytes"])
     axes.stackplot(
         range(length), *([held / scale for held in course] for course in shown.values()),
