@@ -36,6 +36,32 @@ class Meeting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What a rank holds of a model in training, for the planner.
+
+    `weights`, `gradients`, `state`: over how many ranks each is spread; 1: it is whole on each. `gathers`: weights are
+    put together a block at a time, in `gathered_in`, and gradients summed in `summed_in` (None: the weights' dtype);
+    with `keeps` they stay from the forward pass to the backward pass. `on_host`: what of all that is spread lies in the
+    host's memory. `buckets`: gradients are copied into buffers to be sent, or with "views" live in them; `sent_in`: and
+    copies in that dtype are on their way. `bucket`: elements of DeepSpeed's one buffer for gradients. `master`: the
+    optimizer steps a spread copy of the weights.
+    """
+
+    weights: int = 1
+    gradients: int = 1
+    state: int = 1
+    gathers: bool = False
+    gathered_in: GatherDtype | None = None
+    summed_in: GatherDtype | None = None
+    keeps: bool = False
+    on_host: Literal["nothing", "state", "all"] = "nothing"
+    buckets: Literal["none", "views", "copies"] = "none"
+    sent_in: GatherDtype | None = None
+    bucket: int | None = None
+    master: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallelism:
     """A `parallelism` choice."""
 
@@ -65,6 +91,11 @@ class Parallelism:
     def data_ranks(self) -> int:
         """Ranks, or groups of them, that work on samples of their own."""
         return max(1, self.ranks // self.tensor_ranks)
+
+    @property
+    def holding(self) -> Holding:
+        """What a rank holds of what its group of `tensor_ranks` shares; all of it, unless the choice says otherwise."""
+        return Holding()
 
     @property
     def joins_store(self) -> bool:

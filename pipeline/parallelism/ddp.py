@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from pipeline.parallelism.base import Parallelism, backend
+from pipeline.parallelism.base import Holding, Parallelism, backend
 from pipeline.parallelism.launched import Launched
 from pipeline.registry import register
 
@@ -39,6 +39,11 @@ class DataParallel(Parallelism):
     static_graph: bool
     gradient_compression: Literal["none", "float16", "bfloat16", "powersgd"]
     powersgd_rank: Annotated[int, Ge(1)]
+
+    @property
+    def holding(self) -> Holding:
+        narrow = self.gradient_compression if self.gradient_compression in ("float16", "bfloat16") else None
+        return Holding(buckets="views" if self.bucket_view else "copies", sent_in=narrow)
 
     def begin(self, wrapped: nn.Module) -> None:
         # Lightning registers hooks on GPUs only, and says nothing elsewhere.

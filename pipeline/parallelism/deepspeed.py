@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from pipeline.parallelism.base import backend
+from pipeline.parallelism.base import Holding, backend
 from pipeline.parallelism.launched import Launched
 from pipeline.registry import register
 
@@ -32,6 +32,19 @@ class DeepSpeed(Launched):
     stage: Literal[1, 2, 3]
     offload: Literal["optimizer", "parameters"] | None
     persistence_threshold: Annotated[int, Ge(0)]
+
+    @property
+    def holding(self) -> Holding:
+        from pipeline.parallelism.zero import BUCKET_ELEMENTS
+
+        return Holding(
+            weights=self.ranks if self.stage == 3 else 1,
+            gradients=self.ranks if self.stage > 1 else 1,
+            state=self.ranks,
+            on_host="nothing" if self.offload is None else "all" if self.offload == "parameters" else "state",
+            bucket=BUCKET_ELEMENTS,
+            master=self.stage < 3,
+        )
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from pipeline.parallelism.base import GatherDtype
+from pipeline.parallelism.base import GatherDtype, Holding
 from pipeline.parallelism.launched import Launched
 from pipeline.parallelism.mesh import OnMesh
 from pipeline.registry import register
@@ -36,6 +36,14 @@ class FullySharded(OnMesh):
     offload: bool
     parameter_dtype: GatherDtype | None
     reduce_dtype: GatherDtype | None
+
+    @property
+    def holding(self) -> Holding:
+        parts = self.ranks // self.replicas
+        return Holding(
+            weights=parts, gradients=parts, state=parts, gathers=True, gathered_in=self.parameter_dtype,
+            summed_in=self.reduce_dtype, keeps=not self.reshard, on_host="all" if self.offload else "nothing",
+        )  # fmt: skip
 
     def problems(self) -> list[str]:
         if self.ranks % self.replicas:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from pipeline.parallelism.base import GatherDtype
+from pipeline.parallelism.base import GatherDtype, Holding
 from pipeline.parallelism.tp import TensorParallel
 from pipeline.registry import register
 
@@ -32,6 +32,14 @@ class ShardedTensorParallel(TensorParallel):
     @property
     def tensor_ranks(self) -> int:
         return self.tensor_parallel
+
+    @property
+    def holding(self) -> Holding:
+        parts = self.data_ranks
+        return Holding(
+            weights=parts, gradients=parts, state=parts, gathers=True, gathered_in=self.parameter_dtype,
+            summed_in=self.reduce_dtype, keeps=not self.reshard, on_host="all" if self.offload else "nothing",
+        )  # fmt: skip
 
     def problems(self) -> list[str]:
         if self.ranks % self.tensor_parallel == 0:

@@ -26,7 +26,7 @@ Around = Callable[[nn.Module, bool, bool], None]
 """(block, whether it is the backward pass, whether the block begins): what else happens there."""
 
 
-class Account(Live):
+class Account(Live):  # type: ignore[no-untyped-call]
     """`Live` that knows moments of a step instead of operators' names, and storages that count in part."""
 
     moment = ""
@@ -101,7 +101,9 @@ class Folding:
 
     def unrolled(self) -> Timeline:
         """The timeline as if every block had run."""
-        folded, events, marks, done = self.account.timeline, [], [], 0
+        folded, done = self.account.timeline, 0
+        events: list[tuple[Block, int, str]] = []
+        marks: list[tuple[int, str]] = []
         waiting = list(folded.marks)
         for at, pattern, backward in [*self.repeats, (self.now(), Pattern(), False)]:
             while waiting and waiting[0][0] <= at:
@@ -180,10 +182,10 @@ def _computed(
 
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(begin)
+            leaf.register_hook(begin)  # type: ignore[no-untyped-call]
     for given in inputs:
         if given.requires_grad:
-            given.register_hook(end)
+            given.register_hook(end)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -226,7 +228,7 @@ class _StandIn(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         folding: Folding = ctx.folding
         folding.repeats.append((folding.now(), ctx.pattern, True))
         needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)

@@ -1,9 +1,9 @@
 """What a run needs in memory, computed in well under a second: any size of model, any number and kind of devices.
 
-Nothing is run on the device. Weights, gradients and optimizer state are counted from shapes and dtypes; what a block, a
-loss and a step hold besides is asked of the block, the loss and the optimizer themselves, once for all that are alike
-(`folding`, `stepping`), on fake tensors; what a rank holds of them, and what it gathers, is in `ranks`. Lightning's loop
-is not run: its order of events is written down here.
+Nothing is run on the device. Weights, gradients and optimizer state are counted from shapes and dtypes; what a block,
+a loss and a step hold besides is asked of the block, the loss and the optimizer themselves, once for all that are alike
+(`folding`, `stepping`), on fake tensors; what a rank holds of them, and what it gathers, is in `ranks`. Lightning's
+loop is not run: its order of events is written down here.
 
     forward, gradients of the step before still there -> gradients freed -> backward -> step
 
@@ -13,25 +13,36 @@ for plain ones, which hold more.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
-from collections.abc import Callable
+import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.chain import Stage
+from pipeline.data.base import DataBundle
 from pipeline.fitting import micro_batch_size
+from pipeline.layers.decoding import decode
+from pipeline.layers.footprint import file_bytes, model_tensors
+from pipeline.layers.lora import held_tensors
 from pipeline.memory.offload import SMALLEST
 from pipeline.memory.saving import apply_activation_checkpointing
+from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
-from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
+from pipeline.parallelism.sharding import dtype_of
+from pipeline.planner.evaluation import traced_evaluation
+from pipeline.planner.fakes import fake_batch, faked, inside, tracing
 from pipeline.planner.folding import Account, Folding, folded
-from pipeline.planner.live import Peak
-from pipeline.planner.stepping import Stepped, gradient_dtype, stepped
+from pipeline.planner.live import Inner, Peak
+from pipeline.planner.ranks import Rank, part, split_layers
+from pipeline.planner.stepping import Stepped, stepped
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
+
+RECORD = 315
+"""Bytes that a tensor takes in a checkpoint beside its own: its names, and the file's padding."""
 
 
 def training(
@@ -45,52 +56,129 @@ def training(
     """
     assert stage.fit is not None
     _, accumulation = micro_batch_size(config)
-    here = config.device.kind() == "cpu"
+    ranks, memory, dtype = config.parallelism, config.memory, config.precision.weight_dtype
+    on_cpu = config.device.kind() == "cpu"
+    inner = inside if on_cpu else None
     blocks = [block.name for block in architecture.blocks]
-    account = Account(sixteen_bit if here else None)
-    memory = config.memory
-    folding = Folding(account, lambda block, backward, begins: None)
+    split_layers(model, architecture, ranks.tensor_ranks)
+    account = Account(inner)
     with ExitStack() as stack:
         stack.enter_context(tracing())
-        faked(model, config.precision.weight_dtype)
-        optimizer = config.optimizer.build(model, lr=stage.fit.lr)
-        config.precision.prepare_training(model, optimizer)
-        trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-        step = stepped(optimizer, lambda shape: shape, account._inner)
+        step = steps(config, faked(model, dtype), stage.fit.lr, inner)
+        faked(model, dtype_of(ranks.holding.gathered_in) or dtype)
         stack.callback(config.precision.convert_layers(model, architecture))
         stack.callback(apply_activation_checkpointing(model, blocks, memory.activation_checkpointing))
         model.train()
-        account.hold_model(model)
+        rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu)
+        folding = Folding(account, rank.around)
         stack.enter_context(account)
+        rank.enter(sum(step.state), kept=not (memory.release_gradients or memory.step_in_backward))
         given = fake_batch(batch)
         account.hold(given.values(), "batch")
-        state = account.guest(sum(step.state), "optimizer state")
-        account.moment = "forward pass"
-        if accumulation > 1 or not (memory.release_gradients or memory.step_in_backward):
-            for weight in trained:
-                weight.grad = torch.empty(weight.shape, dtype=gradient_dtype(weight))
-            account.hold((weight.grad for weight in trained), "gradients")
-        account.phase = "activations"
+        account.moment, account.phase = "forward pass", "activations"
+        rank.forward()
         with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context():
             loss = task.loss(model, given, memory.loss_chunks)
-        if accumulation == 1:
-            for weight in trained:
-                weight.grad = None
+        rank.backward()
         account.moment = account.phase = "backward pass"
         if memory.step_in_backward:
-            step_early(trained, step, account)
+            step_early(rank.trained, step, account)
         with kernels("cpu"):
-            loss.backward()
-        account.hold((weight.grad for weight in trained if weight.grad is not None), "gradients")
+            loss.backward()  # type: ignore[no-untyped-call]
+        rank.finish()
+        account.hold((weight.grad for weight in rank.trained if weight.grad is not None), "gradients")
         account.moment = "optimizer step"
         if not memory.step_in_backward:
             account.guest(step.at_work, "optimizer step")
     return folding.unrolled().peak()
 
 
+def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
+    """The peak on one device while the task evaluates `model`, of the meta device; fake tensors are put into it."""
+    folding = Folding(Account(inside if config.device.kind() == "cpu" else None), lambda *_: None)
+    with tracing(), folded(model, [block.name for block in describe(model).blocks], folding):
+        faked(model, config.precision.weight_dtype)
+        traced_evaluation(config, model, task, data, folding.account)
+    return folding.unrolled().peak()
+
+
+def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, batch: int = 1) -> Peak:
+    """The peak on one device while a language model continues prompts: weights, key-value cache, one token's work.
+
+    Args:
+        model: on the meta device; it is filled with fake tensors in place.
+        prompt: tokens of a prompt, which are computed at once.
+        tokens: those of the text at its end, prompt included.
+        batch: texts at once.
+    """
+    inner = inside if config.device.kind() == "cpu" else None
+    blocks = [block.name for block in describe(model).blocks]
+    model.eval()
+    peaks = []
+    with tracing(), torch.no_grad():
+        faked(model, config.precision.weight_dtype)
+        for length, moment in ((prompt, "prompt"), (tokens - 1, "last token")):
+            account = Account(inner)
+            folding = Folding(account, lambda *_: None)
+            account.hold_model(model)
+            account.moment = moment
+            with folded(model, blocks, folding), account, config.precision.evaluation_context("cpu"):
+                _, cache = decode(model, torch.zeros(batch, length, dtype=torch.long))
+                del _
+                account.hold(cached(cache), "key-value cache")
+                account.mark(moment)
+                decode(model, torch.zeros(batch, 1, dtype=torch.long), cache)
+            whole = folding.unrolled()
+            peaks.append(whole.peak(range(len(whole.events)) if length == prompt else whole.since(moment)))
+            del cache
+    return max(peaks, key=lambda peak: peak.bytes)
+
+
+def on_disk(config: RunConfig, model: nn.Module) -> dict[str, int]:
+    """Bytes of `last.ckpt`, and of the weights in the artifact where nothing is compressed.
+
+    `model`, of the meta device, is the one that stage 0 trains, with the adapters if there are any; they are merged.
+    """
+    model = config.precision.convert(model)
+    held = held_tensors(model)
+    saved = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
+    twin = copy.deepcopy(model)
+    with tracing():
+        optimizer = config.optimizer.build(faked(twin), config.optimizer.lr)
+        config.precision.prepare_training(twin, optimizer)
+        state = stepped(optimizer, lambda shape: shape, inside).state
+    sizes = [tensor.nbytes for tensor in saved.values()] + list(state)
+    checkpoint = sum(sizes) + RECORD * len(sizes)
+    return {"checkpoint": checkpoint, "artifact": file_bytes(model_tensors(config.adapter.merge(model), {}))}
+
+
+def steps(config: RunConfig, model: nn.Module, lr: float, inner: Inner | None) -> Stepped:
+    """What the optimizer of a fit holds here."""
+    holding = config.parallelism.holding
+    optimizer = config.optimizer.build(model, lr)
+    config.precision.prepare_training(model, optimizer)
+    found = stepped(optimizer, lambda shape: part(shape, holding.state), inner)
+    if holding.on_host != "nothing":
+        return Stepped([], 0, found.alone)
+    if config.memory.optimizer_offload != "none":
+        # One weight is stepped at a time, where its state is: on a CPU in mapped files, else in the host's memory.
+        alone = max(found.alone.values()) if config.device.kind() == "cpu" else 0
+        return Stepped([size for size in found.state if size < SMALLEST], alone, found.alone)
+    return found
+
+
 def step_early(trained: list[nn.Parameter], step: Stepped, account: Account) -> None:
+    """Each weight is stepped as its gradient is there."""
+
     def early(weight: nn.Parameter) -> None:
         account.guest(step.alone[id(weight)], "optimizer step")
         weight.grad = None
+
     for weight in trained:
-        weight.register_post_accumulate_grad_hook(early)
+        weight.register_post_accumulate_grad_hook(early)  # type: ignore[no-untyped-call]
+
+
+def cached(cache: Any) -> list[Tensor]:
+    """The tensors of a key-value cache, of the layers that were computed."""
+    layers = [vars(layer).values() for layer in getattr(cache, "layers", [])]
+    return [value for values in layers for value in values if isinstance(value, Tensor)]

@@ -41,7 +41,9 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
     return weight.grad_dtype or weight.dtype
 
 
-def stepped(optimizer: torch.optim.Optimizer, local: Callable[[torch.Size], torch.Size], inner: Inner | None) -> Stepped:
+def stepped(
+    optimizer: torch.optim.Optimizer, local: Callable[[torch.Size], torch.Size], inner: Inner | None
+) -> Stepped:
     """To be called in a FakeTensorMode, on an optimizer of fake weights, which is used up.
 
     Args:
@@ -118,7 +120,7 @@ class _Enough(Exception):
     """Ends a step."""
 
 
-class _Watch(Live):
+class _Watch(Live):  # type: ignore[no-untyped-call]
     """`Live` for so many operators."""
 
     def __init__(self, inner: Inner | None, limit: int) -> None:

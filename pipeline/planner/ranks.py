@@ -1,0 +1,258 @@
+"""What a rank holds of a model in training, and what it has besides while a block is at work.
+
+The choice of parallelism says what is spread (`Holding`); here is the order of events. Weights that are spread are put
+together for each block, as torch's FSDP2 does it:
+
+    forward   a buffer of the block's weights arrives, weights are copied out; they go, the buffer stays a block long
+    backward  the weights again, while those of the next block arrive already; whole gradients are copied into a
+              buffer, which is summed over the ranks into this rank's part, and stays a block long
+
+Between processes on a CPU gloo has a copy of each buffer for a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.base import Architecture
+from pipeline.parallelism.base import Holding
+from pipeline.parallelism.sharding import HEAD_COUNTS, dtype_of, tensor_parallel_plan
+from pipeline.planner.folding import Account
+from pipeline.planner.stepping import gradient_dtype
+
+ZERO_LIVE, ZERO_PREFETCHED = 1_000_000_000, 50_000_000
+"""Elements of whole weights that DeepSpeed's stage 3 lets live at once, and of those that it has arrive at once."""
+ZERO_SUMS = torch.float32
+"""dtype of DeepSpeed's buffer for gradients in stages 1 and 2, also where weights are bfloat16."""
+COMMUNICATION = "communication buffers"
+GATHERED = "gathered weights"
+
+
+def part(shape: torch.Size, ranks: int) -> torch.Size:
+    """What the first of so many ranks holds of a tensor that is split by rows."""
+    if ranks == 1 or not shape:
+        return shape
+    return torch.Size((math.ceil(shape[0] / ranks), *shape[1:]))
+
+
+def split_layers(model: nn.Module, architecture: Architecture, ranks: int) -> None:
+    """The layers that tensor parallelism splits, as one of so many ranks has them; in place, on the meta device."""
+    if ranks == 1:
+        return
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    for name, style in tensor_parallel_plan(architecture).items():
+        layer = cast(nn.Linear, model.get_submodule(name))
+        rows, columns = layer.weight.shape
+        by_rows = isinstance(style, ColwiseParallel)
+        kept = (rows // ranks, columns) if by_rows else (rows, columns // ranks)
+        layer.weight = nn.Parameter(layer.weight.new_empty(kept), layer.weight.requires_grad)
+        if by_rows and layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.new_empty(kept[0]), layer.bias.requires_grad)
+    for block in architecture.blocks:
+        if block.attention:
+            module = model.get_submodule(block.attention.output.rpartition(".")[0])
+            for name in HEAD_COUNTS:
+                if module.__dict__.get(name) in (block.attention.heads, block.attention.key_value_heads):
+                    setattr(module, name, module.__dict__[name] // ranks)
+
+
+class Rank:
+    """One rank while `account` counts a step. The methods are called in their order; `around` for each block.
+
+    Args:
+        model: of fake tensors, in the dtype that is computed in.
+        dtype: of weights between steps.
+        accumulates: gradients of earlier micro batches are there.
+        on_cpu: ranks are processes on a CPU.
+    """
+
+    def __init__(
+        self,
+        holding: Holding,
+        account: Account,
+        model: nn.Module,
+        blocks: Sequence[str],
+        dtype: torch.dtype,
+        accumulates: bool,
+        on_cpu: bool,
+    ) -> None:
+        self.holding, self.account, self.model, self.dtype = holding, account, model, dtype
+        self.accumulates, self.on_cpu = accumulates, on_cpu
+        self.weights = list(model.parameters())
+        self.trained = [weight for weight in self.weights if weight.requires_grad]
+        inside = {id(weight) for name in blocks for weight in model.get_submodule(name).parameters()}
+        self.outside = [weight for weight in self.weights if id(weight) not in inside]
+        self.guests: dict[str, list[Tensor]] = {}
+
+    def enter(self, state: int, kept: bool) -> None:
+        """What is there when a step begins. `state`: bytes of the optimizer's; `kept`: gradients of the last step are
+        there."""
+        holding = self.holding
+        self.account.hold_model(self.model)
+        if holding.weights > 1:
+            for weight in self.weights:
+                block = self.account.block(weight)
+                assert block is not None
+                block.bytes = 0
+            self.have("weights", self.part(self.weights, holding.weights), "weights")
+        self.have("state", state, "optimizer state")
+        if holding.master:
+            self.have("master", self.part(self.trained, holding.state), "master weights")
+        if holding.buckets == "copies" or (holding.buckets == "views" and self.accumulates):
+            self.have("buckets", sum(grad_bytes(weight) for weight in self.trained), COMMUNICATION)
+        if kept or self.accumulates or self.gradients_stay:
+            self.fill()
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Gradients live in buffers that are there for good."""
+        views = self.holding.buckets == "views" and not self.accumulates
+        return views or (self.holding.bucket is not None and self.holding.weights > 1)
+
+    def fill(self) -> None:
+        """Gradients, as they are held between backward passes."""
+        if self.holding.gradients > 1:
+            if self.holding.gathers or self.accumulates or self.gradients_stay:
+                self.have("gradients", self.part(self.trained, self.holding.gradients), "gradients")
+            return
+        if self.holding.bucket is not None and not self.accumulates:
+            return  # DeepSpeed lets go of them after its step
+        for weight in self.trained:
+            weight.grad = torch.empty(weight.shape, dtype=gradient_dtype(weight))
+        self.account.hold((weight.grad for weight in self.trained if weight.grad is not None), "gradients")
+
+    def forward(self) -> None:
+        """What is put together until the backward pass is over: all but the blocks; with ZeRO what may live at once."""
+        if self.holding.gathers:
+            self.gather(self.whole(self.outside), "outside")
+            self.drop("arrived")
+        elif self.holding.weights > 1:
+            whole = sum(weight.numel() for weight in self.weights)
+            self.have("arrived", min(whole, ZERO_PREFETCHED) * self.dtype.itemsize, COMMUNICATION)
+            self.have("outside", min(whole, ZERO_LIVE) * self.dtype.itemsize, GATHERED)
+            self.drop("arrived")
+
+    def around(self, block: nn.Module, backward: bool, begins: bool) -> None:
+        """See `folding.Around`."""
+        if not self.holding.gathers:
+            return
+        weights = list(block.parameters())
+        whole, summed = self.whole(weights), self.summed(weights)
+        if begins and not backward:
+            self.gather(whole, "block")
+        elif not backward:
+            self.drop("arrived")
+            if not self.holding.keeps:
+                self.drop("block")
+        elif begins:
+            if not self.holding.keeps:
+                self.gather(whole, "block")
+                self.drop("arrived")
+            self.have("sums of the block before", summed, COMMUNICATION)
+            if not self.holding.keeps:
+                self.have("next", whole, COMMUNICATION)
+                self.briefly(whole)
+        else:
+            self.drop("block", "sums of the block before")
+            self.reduce(weights)
+            self.drop("next")
+
+    def backward(self) -> None:
+        """Before the backward pass; gradients of the step before are freed where it is the first one of a step."""
+        if not self.accumulates and not self.gradients_stay:
+            self.drop("gradients")
+            for weight in self.trained:
+                weight.grad = None
+        if sent := dtype_of(self.holding.sent_in):
+            self.have("sent", sum(weight.numel() for weight in self.trained) * sent.itemsize, COMMUNICATION)
+        if self.holding.bucket is not None:
+            dtype = ZERO_SUMS if self.holding.weights == 1 else self.dtype
+            self.have("bucket", self.bucket() * dtype.itemsize, COMMUNICATION)
+        if self.holding.bucket is not None and self.holding.gradients > 1:
+            for weight in self.trained:
+                weight.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """After the backward pass."""
+        if self.holding.gathers:
+            self.reduce(self.outside)
+        elif self.holding.bucket is not None:
+            self.reduce_buckets()
+        self.drop("outside", "block", "sent")
+
+    def reduce_buckets(self) -> None:
+        """A copy of the bucket is sent; what this rank steps of it is kept."""
+        size, bucket = sum(weight.numel() for weight in self.trained), self.bucket()
+        own = 0 if self.accumulates or self.holding.weights > 1 else self.part(self.trained, self.holding.state)
+        if bucket < size and self.holding.weights == 1:
+            self.have("own", own, "gradients")
+        if self.holding.gradients > 1 and self.holding.weights == 1:
+            self.have("copy", bucket * self.dtype.itemsize, COMMUNICATION)  # with stage 1, gradients gave way to it
+        self.drop("copy", "own", "bucket")
+        if self.holding.gradients > 1:
+            self.have("own", own, "gradients")
+            self.have("flat", own, "gradients")
+
+    def bucket(self) -> int:
+        """Elements of DeepSpeed's buffer."""
+        assert self.holding.bucket is not None
+        return min(self.holding.bucket, sum(weight.numel() for weight in self.trained))
+
+    def gather(self, size: int, name: str) -> None:
+        self.have("arrived", size, COMMUNICATION)
+        self.briefly(size)
+        self.have(name, size, GATHERED)
+
+    def reduce(self, weights: Sequence[nn.Parameter]) -> None:
+        """Whole gradients become this rank's part."""
+        trained = [weight for weight in weights if weight.grad is not None]
+        size = self.summed(trained)
+        self.have("sums", size, COMMUNICATION)
+        for weight in trained:
+            weight.grad = None
+        self.have("part", self.part(trained, self.holding.gradients), "gradients")
+        self.briefly(size)
+        if not self.accumulates:
+            self.guests.setdefault("gradients", []).extend(self.guests["part"])
+        self.drop("sums", "part")
+
+    def have(self, name: str, size: int, kind: str) -> None:
+        """So many bytes until `drop(name)`."""
+        self.guests.setdefault(name, []).append(self.account.guest(size, kind))
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            self.guests.pop(name, None)
+
+    def briefly(self, size: int) -> None:
+        """gloo's copy of what is sent."""
+        if self.on_cpu:
+            self.account.guest(size, COMMUNICATION)
+
+    def whole(self, weights: Iterable[nn.Parameter]) -> int:
+        return sum(weight.nbytes for weight in weights)
+
+    def summed(self, weights: Iterable[nn.Parameter]) -> int:
+        dtype = dtype_of(self.holding.summed_in)
+        return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights if weight.requires_grad)
+
+    def part(self, weights: Iterable[nn.Parameter], ranks: int) -> int:
+        """Bytes of this rank's parts, in the dtype that weights have between steps; 0 where the host has them."""
+        spread = ranks > 1 and (weights is not self.weights or self.holding.on_host == "all")
+        if self.holding.on_host != "nothing" and spread:
+            return 0
+        return sum(part(weight.shape, ranks).numel() for weight in weights) * self.dtype.itemsize
+
+
+def _let_go(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def grad_bytes(weight: Tensor) -> int:
+    return weight.numel() * gradient_dtype(weight).itemsize
