@@ -28,6 +28,7 @@ RESUMABLE = (
     "keep_stages",
     "plan.enforce",
     "plan.calibrate",
+    "fit.on_oom",
 )
 """What may change when a run is resumed: what lengthens or observes it. `gate.*` too."""
 ELSEWHERE = ("parallelism", "device", "memory", "trainer.micro_batch_size")

@@ -29,6 +29,7 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
     Raises:
         ReceiptError: the receipt or a gate was not met. The snapshots stay, so that `resume` can judge again.
     """
+    run.doing = "evaluate"
     changing = changing_stages(line)
     first, last = changing[0], changing[-1]
     artifact = run.directory / "artifact"

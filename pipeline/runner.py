@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ import yaml
 
 from pipeline import checkpoints
 from pipeline.artifact import receipt, store
+from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, LeanfitError, ReceiptError
+from pipeline.fitting import checkpoint_directory
 from pipeline.memory.measure import measure_peak
 from pipeline.nodes import Leader, leading
+from pipeline.planner.exhaustion import exhausted, explained, lighter, release
 from pipeline.planner.fit_job import fit
 from pipeline.planner.plan import Plan, plan, remember
+from pipeline.planner.search import Candidate
 from pipeline.proof import prove
 from pipeline.recipes import lock_text
 from pipeline.registry import decode_choice
@@ -169,29 +173,62 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     line = stages_of(config)
     steps = {stage.name: stage.fit.steps for stage in line if stage.fit}
     progress = Progress(steps, mode(console(), config.sweep), task.unit)
-    run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result, nodes=nodes)
-    done = begin(run, line)
     locked = run_dir / "recipe.lock.yaml"
-    write_text(locked, lock_text(values_of(config), config.choices, lock))
-    with progress:
-        try:
-            with progress.phase("planning"):
-                found = predicted(config, data, run_dir, result)
-            if found.fits is False and config.plan.enforce:
-                raise ConfigError(
-                    f"{found.verdict()}; take a smaller trainer.micro_batch_size, or run it all the same with "
-                    "plan.enforce=false"
-                )
-            walk(run, line, done)
-            prove(run, line)
-            if config.plan.calibrate:
-                remember(config, found, result["memory"]["measured"])
-        except ConfigError as error:
-            if run.begun:
-                raise LeanfitError("; ".join(error.problems)) from error
-            raise
+    run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result, nodes=nodes)
+    while True:
+        done = begin(run, line)
+        write_text(locked, lock_text(values_of(run.config), config.choices, lock))
+        with progress:
+            next_one = attempt(run, line, done)
+        if next_one is None:
+            break
+        result["memory"]["adapted"] += next_one.changes
+        result["stages"].clear()
+        resumable = checkpoints.exists(checkpoint_directory(run_dir, line[0]) / "last.ckpt")
+        run = replace(run, config=replace(next_one.config, resume=resumable), begun=False, links=[])
+    config = run.config
     lock["result"] = {key: result[key] for key in ("quality", "size", "speed")}
     write_text(locked, lock_text(values_of(config), config.choices, lock))
+
+
+def attempt(run: Run, line: Sequence[Stage], done: int) -> Candidate | None:
+    """Every stage from the first that is not done; what to go on with where memory ran out and that is wanted.
+
+    Raises:
+        ConfigError: it will not fit, or something that is found late before anything was done.
+        LeanfitError: memory ran out.
+    """
+    config = run.config
+    with run.progress.phase("planning"):
+        found = predicted(config, run.data, run.directory, run.result)
+    if found.fits is False and config.plan.enforce:
+        raise ConfigError(f"{found.verdict()}; job=fit searches what fits, plan.enforce=false runs it all the same")
+    try:
+        walk(run, line, done)
+        prove(run, line)
+    except ConfigError as error:
+        if run.begun:
+            raise LeanfitError("; ".join(error.problems)) from error
+        raise
+    except Exception as error:
+        if not exhausted(error):
+            raise
+        log.error("out of memory", exc_info=error)
+        said = str(error) or type(error).__name__
+    else:
+        if config.plan.calibrate:
+            remember(config, found, run.result["memory"]["measured"])
+        return None
+    # Not within the handler: the error's traceback holds what the run held.
+    release()
+    next_one = lighter(config, found, run.doing, run.directory)
+    told = explained(said, run.doing, found, next_one)
+    if next_one is None:
+        raise LeanfitError(told)
+    if config.fit.on_oom == "stop":
+        raise LeanfitError(f"{told}, and fit.on_oom=adapt goes on with that by itself")
+    run.progress.say(f"{told}: goes on with that")
+    return next_one
 
 
 def with_data_of(config: RunConfig, artifact: Path, run_dir: Path) -> RunConfig:

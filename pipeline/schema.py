@@ -71,7 +71,8 @@ class Search:
     `free`: groups whose choice changes results (or, of `memory`, takes far longer), searched only if named here.
     `maximize`: the largest that fits in place of the fastest. `artifact`, `inference`: bytes, `2MB` say, that the
     artifact's weights and its evaluation may take. `run`: the winner runs. `measure`: how many of the fastest are timed
-    for a few steps, where the device is here.
+    for a few steps, where the device is here. `on_oom`: what a run makes of memory that ran out: it stops and says what
+    needs less, or goes on from its last checkpoint with that.
     """
 
     free: tuple[Free, ...]
@@ -80,6 +81,7 @@ class Search:
     inference: str | int | None
     run: bool
     measure: Annotated[int, Ge(0)]
+    on_oom: Literal["stop", "adapt"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ predicted from operators (`speed`); where the device is here and steps are quick
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from pipeline.errors import ConfigError
 from pipeline.fitting import micro_batch_size
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import describe
-from pipeline.planner import search, speed
+from pipeline.planner import formula, search, speed
 from pipeline.planner.live import Peak
-from pipeline.planner.plan import adapted, capacity, plan, untraceable
+from pipeline.planner.plan import MARGINS, Phase, adapted, capacity, convolutional, known, plan, untraceable
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
 from pipeline.planner.training import trace_training
 from pipeline.recipes import lock_text
@@ -51,6 +52,8 @@ ROUNDS = 2
 """Candidates are timed in turns, so that what else the machine does hits all alike."""
 LABELLED = 6
 """Points of the plot that are named."""
+WORTH = 0.02
+"""The share of a peak that a lever must save to be searched."""
 LONGEST, MOST_GROUPS = 1 << 17, 512
 """Where `fit.maximize` ends: tokens of a sequence, groups of attention heads."""
 
@@ -88,7 +91,7 @@ class Chosen:
         seconds = "timed" if best.measured is not None else f"predicted, rates {self.rates.source}"
         return (
             f"Of {self.searched} candidates the fastest that fits in {format_bytes(self.budget)}: "
-            f"{format_bytes(best.peak.bytes)} to {best.phase}, {format_seconds(self.seconds(best))} a step ({seconds}):"
+            f"{format_bytes(best.phase.bytes)} to {best.name}, {format_seconds(self.seconds(best))} a step ({seconds}):"
         )
 
     def command(self) -> str:
@@ -105,9 +108,9 @@ class Chosen:
             "ranking": [
                 {
                     "changes": list(one.candidate.changes),
-                    "bytes": one.peak.bytes,
-                    "phase": one.phase,
-                    "source": one.source,
+                    "bytes": one.phase.bytes,
+                    "phase": one.name,
+                    "source": one.phase.source,
                     "seconds_predicted": one.seconds * self.scale,
                     "seconds_measured": one.measured,
                 }
@@ -136,9 +139,11 @@ class Search:
         self.artifact = None if config.fit.artifact is None else parse_size(config.fit.artifact)
         self.inference = None if config.fit.inference is None else parse_size(config.fit.inference)
         self._opened: dict[Any, DataBundle] = {}
-        self._others: dict[Any, dict[str, Peak]] = {}
+        self._others: dict[Any, dict[str, Phase]] = {}
         self._computed: dict[Any, Peak] = {}
         self._books: dict[Any, speed.Workbook] = {}
+        self._convolutional: dict[Any, bool] = {}
+        self._useless: dict[Any, set[tuple[str, Any]]] = {}
 
     def run(self) -> Chosen:
         """Raises ConfigError where nothing fits: the nearest miss, and what is in the way."""
@@ -213,7 +218,8 @@ class Search:
             if grown is None or not search.valid(grown):
                 return False
             try:
-                return self.least(grown) <= self.budget / (1 + search.MARGIN["computed"])
+                phase = self.computed(self.leanest(grown))[1]
+                return phase.bytes * (1 + phase.margin) <= self.budget
             except ConfigError:  # more tokens than the model has positions, or the data has
                 return False
 
@@ -255,15 +261,14 @@ class Search:
         fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
         while True:
             tried = one.with_values("trainer", evaluation_batch_size=size)
-            peak = self.others(tried.config).get("evaluate")
-            margin = 1 + search.MARGIN["traced"]
-            if peak is None or peak.bytes * margin <= limit:
+            phase = self.others(tried.config).get("evaluate")
+            if phase is None or phase.bytes * (1 + phase.margin) <= limit:
                 return tried
             if size == 1 or fixed:
                 break
             size //= 2
-        if self.inference is not None and peak.bytes * margin > self.inference:
-            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {format_bytes(peak.bytes)}")
+        if self.inference is not None and phase.bytes * (1 + phase.margin) > self.inference:
+            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {format_bytes(phase.bytes)}")
         return tried
 
     def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:
@@ -283,6 +288,7 @@ class Search:
             every = list(search.levers(variant, self.typed.fit.free, blocks, batch_norm))
             if len(variants) > 1 and not self.hopeful(every):
                 continue
+            every = self.worthwhile(variant, every)
             work = self.book(variant.config).work(variant.config, stage)
             listed += [(one, work) for one in every]
         if not listed:
@@ -298,11 +304,34 @@ class Search:
         )  # fmt: skip
         return found, rates
 
+    def worthwhile(self, variant: Candidate, every: list[Candidate]) -> list[Candidate]:
+        """Without levers that save next to nothing, be it beside blocks that are kept or blocks computed twice."""
+        memory = variant.config.memory
+        key = (variant.config.model, variant.config.data)
+        if key not in self._useless:
+            modes = {one.config.memory.activation_checkpointing for one in every} & {"none", "full"}
+            settings = [("loss_chunks", chunks) for chunks in search.CHUNKS] + [("release_gradients", True)]
+            self._useless[key] = {
+                (name, value)
+                for name, value in settings
+                if any(getattr(one.config.memory, name) == value for one in every)
+                and not any(self.saves(variant, mode, name, value) for mode in modes)
+            }
+        useless = {(name, value) for name, value in self._useless[key] if getattr(memory, name) != value}
+        return [one for one in every if not any(getattr(one.config.memory, name) == value for name, value in useless)]
+
+    def saves(self, variant: Candidate, mode: str, name: str, value: Any) -> bool:
+        without = variant.with_values("memory", activation_checkpointing=mode)
+        peaks = [self.known(one.config, False).bytes for one in (
+            without, without.with_values("memory", **{name: value})
+        )]  # fmt: skip
+        return peaks[1] < (1 - WORTH) * peaks[0]
+
     def seconds(self, one: Candidate, work: speed.Work, rates: speed.Rates) -> float:
         moved = 0
         if one.config.memory.activation_offload != "none":
             kept = replace(one.config, memory=replace(one.config.memory, activation_offload="none"))
-            moved = self.training(kept, traced=False)[0].kinds.get("activations", 0)
+            moved = self.known(kept, False).kinds.get("activations", 0)
         return speed.step_seconds(one.config, work, rates, moved)
 
     def book(self, config: RunConfig) -> speed.Workbook:
@@ -316,10 +345,7 @@ class Search:
 
     def hopeful(self, every: list[Candidate]) -> bool:
         """Whether the leanest of a variant's candidates may fit: what is computed twice and in the smallest parts."""
-        return self.computed(leanest(every))[0].bytes * (1 - search.MARGIN["computed"]) <= self.budget
-
-    def least(self, base: Candidate) -> int:
-        return self.computed(self.leanest(base))[0].bytes
+        return self.computed(leanest(every))[1].bytes * (1 - MARGINS["computed"]) <= self.budget
 
     def leanest(self, base: Candidate) -> Candidate:
         model = shapes(base.config, self.data(base.config))
@@ -334,31 +360,48 @@ class Search:
 
     def worst(self, config: RunConfig, traced: bool) -> Worst:
         """The phase of the run that needs most."""
-        peaks = {phase: (peak, "traced") for phase, peak in self.others(config).items()}
+        phases = dict(self.others(config))
         if stages_of(config)[0].fit is not None:
-            peaks["train"] = self.training(config, traced)
-        phase = max(peaks, key=lambda name: peaks[name][0].bytes)
-        return peaks[phase][0], phase, peaks[phase][1]
+            traced = traced and untraceable(config) is None
+            peak, source = (self.known(config, True), "traced") if traced else (self.lower(config), "computed")
+            phases["train"] = known(config, "train", peak, source, self.convolutional(config))
+        return max(phases.items(), key=lambda phase: phase[1].bytes)
 
-    def training(self, config: RunConfig, traced: bool) -> tuple[Peak, str]:
-        """The peak of stage 0's fit: traced where that can be done and is wanted, else by the formula."""
-        traced = traced and untraceable(config) is None
+    def convolutional(self, config: RunConfig) -> bool:
+        if config.model not in self._convolutional:
+            self._convolutional[config.model] = convolutional(shapes(config, self.data(config)))
+        return self._convolutional[config.model]
+
+    def lower(self, config: RunConfig) -> Peak:
+        """The peak of stage 0's fit by the formula, or at least: it is the largest of what several moments hold, each
+        linear in the micro batch, so that it lies on the line through two micro batches, or above, beyond them."""
+        sizes = sorted({micro_batch_size(config)[0], *search.micro_batches(config)})
+        if len(sizes) <= 3 or micro_batch_size(config)[0] in (sizes[0], *sizes[-2:]):
+            return self.known(config, False)
+        least, other, most = (self.known(with_micro(config, size), False) for size in (sizes[0], *sizes[-2:]))
+        slope = (most.bytes - other.bytes) / (sizes[-1] - sizes[-2])
+        line = most.bytes - slope * (sizes[-1] - micro_batch_size(config)[0])
+        return replace(most, bytes=int(line)) if line > least.bytes else least
+
+    def known(self, config: RunConfig, traced: bool) -> Peak:
+        """The peak of stage 0's fit, traced or by the formula; each is found once."""
         data, stage = self.data(config), stages_of(config)[0]
-        key = (traced, repr(replace(config, choices={}, overrides=())))
+        config = with_fewer_parts(config)
+        key = (traced, micro_batch_size(config), repr(without_micro(config)))
         if key not in self._computed:
             model = adapted(config, stage, shapes(config, data))
             batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
-            known = trace_training if traced else lower_bound
+            known = trace_training if traced else formula.training
             self._computed[key] = known(config, stage, model, self.task, describe(model), batch)
-        return self._computed[key], "traced" if traced else "computed"
+        return self._computed[key]
 
-    def others(self, config: RunConfig) -> dict[str, Peak]:
+    def others(self, config: RunConfig) -> dict[str, Phase]:
         """Peaks of the phases that do not depend on how training saves memory."""
         untrained = replace(config.trainer, max_steps=0, micro_batch_size=None)
         key = (config.model, config.data, config.precision, repr(config.chain), config.trainer.evaluation_batch_size)
         if key not in self._others:
             found = plan(replace(config, trainer=untrained), self.data(config))
-            self._others[key] = {name: peak for name, peak in found.phases.items() if name != "train"}
+            self._others[key] = {name: phase for name, phase in found.phases.items() if name != "train"}
         return self._others[key]
 
     def artifact_bytes(self, config: RunConfig) -> int:
@@ -384,11 +427,11 @@ class Search:
     def miss(self, looked: Looked) -> str:
         """Why nothing fits: the nearest miss, and what takes most of it."""
         one = looked.nearest()
-        kind, held = search.term(one.peak)
-        over = one.peak.bytes * (1 + search.MARGIN[one.source]) - self.budget
+        kind, held = search.term(one.phase)
+        over = one.phase.bytes * (1 + one.phase.margin) - self.budget
         what = " ".join(one.candidate.changes) or "the config as typed"
         return (
-            f"{self.said()}: nothing fits. The nearest, {what}, needs {format_bytes(one.peak.bytes)} to {one.phase}, "
+            f"{self.said()}: nothing fits. The nearest, {what}, needs {format_bytes(one.phase.bytes)} to {one.name}, "
             f"{format_bytes(over)} too much with its margin; in the way is {kind}, {format_bytes(held)}. "
             f"{way_out(kind, self.typed)}"
         )
@@ -404,7 +447,7 @@ class Search:
         first = [
             one
             for one in first
-            if quick and one.seconds and not one.candidate.config.parallelism.distributed and one.peak.bytes <= free
+            if quick and one.seconds and not one.candidate.config.parallelism.distributed and one.phase.bytes <= free
         ]
         times: dict[int, list[float]] = {id(one): [] for one in first}
         for turn in range(ROUNDS if first else 0):
@@ -429,14 +472,14 @@ def fit(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> RunConfig:
         chosen = Search(config, run_dir, result, progress).run()
     best = chosen.best
     result["fit"] = chosen.record()
-    if best.phase in result["memory"]["predicted"]:
-        result["memory"]["predicted"][best.phase] = best.peak.bytes
+    if best.name in result["memory"]["predicted"]:
+        result["memory"]["predicted"][best.name] = best.phase.bytes
     write_text(run_dir / RECIPE, chosen.recipe())
     batch = config.trainer.batch_size
     memory_against_speed(
         [
-            Point(" ".join(one.candidate.changes) or "as typed" if one in chosen.ranked[:LABELLED] else "",
-                  one.peak.bytes, batch / chosen.seconds(one))
+            Point(label(one.candidate) if one in chosen.ranked[:LABELLED] else "",
+                  one.phase.bytes, batch / chosen.seconds(one))
             for one in chosen.points() if one.seconds
         ],
         "samples/s", chosen.budget, run_dir / "pareto.png",
@@ -446,6 +489,11 @@ def fit(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> RunConfig:
         for line in (chosen.said(), f"  {chosen.command()}", f"  python run.py recipe={run_dir / RECIPE}"):
             console().print(line, soft_wrap=True, markup=False)
     return best.candidate.config
+
+
+def label(candidate: Candidate) -> str:
+    """Its changes, short: keys without their group."""
+    return ", ".join(re.sub(r"^[\w.]*\.", "", change) for change in candidate.changes) or "as typed"
 
 
 def budget_of(config: RunConfig) -> int:
@@ -473,12 +521,21 @@ def require_shapes(config: RunConfig, data: DataBundle) -> nn.Module:
         ) from error
 
 
-def lower_bound(config: RunConfig, stage: Any, model: nn.Module, task: Any, architecture: Any, batch: Any) -> Peak:
-    """Until there is a formula: weights, gradients and twice as much state."""
-    weights = sum(w.nbytes for w in model.parameters())
-    trained = sum(w.nbytes for w in model.parameters() if w.requires_grad)
-    kinds = {"weights": weights, "gradients": trained, "optimizer state": 2 * trained}
-    return Peak(sum(kinds.values()), kinds, "")
+def without_micro(config: RunConfig) -> RunConfig:
+    """For comparing what computes the same."""
+    trainer = replace(config.trainer, micro_batch_size=None, evaluation_batch_size=1)
+    return replace(config, choices={}, overrides=(), trainer=trainer)
+
+
+def with_fewer_parts(config: RunConfig) -> RunConfig:
+    """With two micro batches where there are more: they hold as much."""
+    micro, accumulation = micro_batch_size(config)
+    batch = micro * min(accumulation, 2) * config.parallelism.data_ranks
+    return replace(config, trainer=replace(config.trainer, batch_size=batch, micro_batch_size=micro))
+
+
+def with_micro(config: RunConfig, size: int) -> RunConfig:
+    return replace(config, trainer=replace(config.trainer, micro_batch_size=size))
 
 
 def leanest(every: list[Candidate]) -> Candidate:

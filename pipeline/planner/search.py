@@ -23,6 +23,7 @@ from pipeline.device.auto import Auto
 from pipeline.device.base import Device
 from pipeline.device.cuda import gpus
 from pipeline.planner.live import Peak
+from pipeline.planner.plan import MARGINS, Phase
 from pipeline.schema import RunConfig
 from pipeline.usage import settings
 
@@ -34,12 +35,10 @@ PLACES = ("devices", "nodes", "launcher", "rendezvous", "node_rank", "address")
 """Settings of a strategy that say where it runs, whichever it is."""
 GROUPS = ("precision", "optimizer", "adapter")
 TRACED = 10
-BEYOND = 40
-"""How many candidates are computed after the first that fits, for what is smaller and not much slower."""
+ENOUGH, BEYOND = 5, 40
+"""How many that fit are enough; and how many candidates are computed after the first of them."""
 SAVES = 0.05
 """The share of another's peak that a slower candidate must save to be traced as well."""
-MARGIN = {"traced": 0.02, "computed": 0.1}
-"""How far above its prediction a peak is reckoned with: measured errors, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,13 @@ def levers(candidate: Candidate, free: Sequence[str], blocks: bool, batch_norm: 
 
     modes = ["none", "full", "selective"] if blocks and not fixed("memory.activation_checkpointing") else []
     chunks = [] if fixed("memory.loss_chunks") else [1, *CHUNKS]
-    micro = [] if typed(config, "trainer.micro_batch_size") and "micro_batch" not in free else micro_batches(config)
+    micro: list[int | None] = (
+        [] if typed(config, "trainer.micro_batch_size") and "micro_batch" not in free else [*micro_batches(config)]
+    )
     if batch_norm and "micro_batch" not in free:
         micro = []
+    if config.trainer.micro_batch_size is None:  # null says the largest
+        micro = micro[1:]
     early = [(memory.release_gradients, memory.step_in_backward)]
     if not (fixed("memory.release_gradients") or fixed("memory.step_in_backward")):
         early += [(False, False), (True, False), (False, True)]
@@ -233,35 +236,30 @@ def _once(first: Any, others: Sequence[Any]) -> list[Any]:
 
 
 def micro_batches(config: RunConfig) -> list[int]:
-    """Micro batches that make the stated global batch, largest first; the largest is said by null where it is that."""
+    """Micro batches that make the stated global batch, largest first."""
     share, rest = divmod(config.trainer.batch_size, config.parallelism.data_ranks)
-    stated = config.trainer.micro_batch_size
-    return [
-        size
-        for size in range(share, 0, -1)
-        if not rest and share % size == 0 and not (stated is None and size == share)
-    ]
+    return [] if rest else [size for size in range(share, 0, -1) if share % size == 0]
 
 
 @dataclass(frozen=True)
 class Rated:
-    """A candidate with what is predicted of it: seconds a step, and the peak of the phase that needs most."""
+    """A candidate with what is predicted of it: seconds a step, and the peak of the phase of this name, which needs
+    most."""
 
     candidate: Candidate
     seconds: float
-    peak: Peak
-    phase: str
-    source: str
+    name: str
+    phase: Phase
     measured: float | None = None
     """Seconds a step, where it was timed."""
 
     def fits(self, budget: int) -> bool:
-        """Whether its peak stays within, with the margin of how it is known."""
-        return self.peak.bytes * (1 + MARGIN[self.source]) <= budget
+        """Whether its peak stays within, with its margin."""
+        return self.phase.bytes * (1 + self.phase.margin) <= budget
 
 
-Worst = tuple[Peak, str, str]
-"""The peak of the phase that needs most, the phase, and how that is known: traced or computed."""
+Worst = tuple[str, Phase]
+"""The phase that needs most, by name."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +274,7 @@ class Looked:
 
     def nearest(self) -> Rated:
         """The one that needs least."""
-        return min(self.traced or self.computed, key=lambda one: one.peak.bytes)
+        return min(self.traced or self.computed, key=lambda one: one.phase.bytes)
 
 
 def closest(
@@ -295,22 +293,22 @@ def closest(
     looked = Looked([], [])
     kept: list[int] = []
     since = 0
-    off = 1 - MARGIN["computed"]
+    off = 1 - MARGINS["computed"]
     for candidate, seconds in candidates:
-        if len(looked.traced) == most or since == BEYOND:
+        if len(looked.traced) == most or len(kept) == ENOUGH or since == BEYOND:
             break
         since += bool(kept)
         computed = Rated(candidate, seconds, *compute(candidate))
         looked.computed.append(computed)
-        peak = computed.peak
-        if peak.bytes * off > budget or any(held * (1 - SAVES) <= peak.bytes for held in kept):
+        held = computed.phase.bytes
+        if held * off > budget or any(other * (1 - SAVES) <= held for other in kept):
             continue
         one = Rated(candidate, seconds, *trace(candidate))
         looked.traced.append(one)
-        off = one.peak.bytes / peak.bytes
-        kept += [peak.bytes] if one.fits(budget) else []
+        off = one.phase.bytes / held
+        kept += [held] if one.fits(budget) else []
     if looked.computed and not kept:
-        least = min(looked.computed, key=lambda one: one.peak.bytes)
+        least = min(looked.computed, key=lambda one: one.phase.bytes)
         if all(one.candidate is not least.candidate for one in looked.traced):
             looked.traced.append(Rated(least.candidate, least.seconds, *trace(least.candidate)))
     return looked
