@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -296,8 +296,12 @@ def fit(
     progress: Progress | None = None,
     loss: StageLoss | None = None,
     resume: bool = False,
+    beside: Callable[[], Iterable[torch.Tensor]] = tuple,
 ) -> Fitted:
-    """Train `model` in place for `stage.fit`, from `last.ckpt` of this stage where `resume` and it exists."""
+    """Train `model` in place for `stage.fit`, from `last.ckpt` of this stage where `resume` and it exists.
+
+    `beside`: tensors that the fit holds and `model` does not, a teacher's, for the peak that is measured.
+    """
     assert stage.fit is not None
     steps = stage.fit.steps
     device = config.device.kind()
@@ -312,7 +316,7 @@ def fit(
     compiling = None
     if config.trainer.compile:
         compiling = FirstStepCompiles(stage.name, len(blocks), progress.say if progress else None)
-    meter = MeasureTraining() if stage.index == 0 else None
+    meter = MeasureTraining(beside=beside)
     metrics = MetricsCsv(
         run_dir / "metrics.csv",
         stage=stage.name,
@@ -320,18 +324,14 @@ def fit(
         data_ranks=config.parallelism.data_ranks,
         log_every=config.trainer.log_every,
         unit=task.unit,
-        skip=lambda step: (
-            (meter is not None and step - 1 in meter.skipped_steps)
-            or (compiling is not None and step == compiling.step)
-        ),
+        skip=lambda step: step - 1 in meter.skipped_steps or (compiling is not None and step == compiling.step),
     )
     diverged = StopWhereItDiverged(stage.name, stage.fit.lr, config.trainer.log_every)
     parts: list[lightning.Callback] = [*callbacks, diverged, metrics, *([progress] if progress else [])]
     if compiling is not None:
         parts.append(compiling)
     parts += levers(config, model, callbacks)
-    if meter is not None:
-        parts.append(meter)
+    parts.append(meter)
     saver = SaveLast(last, config.trainer.checkpoint_every, steps)
     parts += [saver, StopAfterStep(saver.save)]
     every = config.trainer.evaluate_every
@@ -375,7 +375,7 @@ def fit(
         )
     return Fitted(
         {**metrics.totals(), "trainable_parameters": trained},
-        meter.peak_bytes if meter else None,
+        meter.peak_bytes,
         saver.earlier_seconds,
-        meter.reserved_bytes if meter else None,
+        meter.reserved_bytes,
     )

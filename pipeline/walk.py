@@ -8,19 +8,21 @@ starts after the last one that is there, or at the checkpoint of the fit that wa
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import checkpoints
 from pipeline.artifact import store
 from pipeline.chain import Stage, stages
-from pipeline.compression.base import Context, Method
+from pipeline.compression.base import Context, Method, Teacher
 from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
@@ -46,6 +48,7 @@ from pipeline.stage_input import (
     stage_input,
 )
 from pipeline.tasks.base import Quality, Task
+from pipeline.teacher import FrozenTeacher
 
 
 @dataclass
@@ -212,8 +215,15 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
     return fit(
         run.config, stage, model, run.task, run.data, context.architecture, run.directory,
         callbacks=method.callbacks(context) if method else [], loss=method.loss(context) if method else None,
-        progress=run.progress, resume=run.config.resume,
+        progress=run.progress, resume=run.config.resume, beside=partial(teacher_tensors, context.teacher),
     )  # fmt: skip
+
+
+def teacher_tensors(teacher: Teacher | None) -> list[Tensor]:
+    """What a fit holds of a teacher that answers in every step."""
+    if not isinstance(teacher, FrozenTeacher):
+        return []
+    return [*teacher.model.parameters(), *teacher.model.buffers()]
 
 
 def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -236,15 +246,18 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
     started = time.perf_counter()
     context = context_of(run.config, stage, model, run.data, run.tokenizer, run.directory)
     with run.progress.phase(f"preparing: {stage.name}"):
-        model = method.prepare(model.to(run.device), context)
+        model.to(run.device)
+        with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as preparing:
+            model = method.prepare(model, context)
     context = replace(context, architecture=describe(model))
     if records(stage):
         with run.progress.phase(f"recording the teacher: {stage.name}"):
             context = recorded(run.config, stage, run.directory, run.data, context, run.progress.say)
     fitted = run_fit(run, stage, model, context)
+    gc.collect()  # the optimizer's state goes round in circles with the trainer, and would stay
     with run.progress.phase(f"compressing: {stage.name}"):
         model.to(run.device)
-        with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak:
+        with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as finalizing:
             model = method.finalize(model, context)
         model.eval()
         detail = {**method.detail(model, context), **context.facts}
@@ -254,9 +267,14 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
         "detail": detail,
         "quality": None,
         "seconds": time.perf_counter() - started + (fitted.earlier_seconds if fitted else 0.0),
-        "peak_bytes": peak.bytes,
-        "reserved_bytes": peak.reserved,
+        "peak_bytes": most(preparing.bytes, finalizing.bytes),
+        "reserved_bytes": most(preparing.reserved, finalizing.reserved),
     }
+
+
+def most(*sizes: int | None) -> int | None:
+    """The largest of those that are known."""
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, Any], *, last: bool) -> dict[str, Any]:
@@ -340,9 +358,10 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             "quality_after": record["quality"]["value"] if record["quality"] else None,
             "bytes_after": size,
             "train": fitted["train"] if fitted else None,
+            "memory": {"train": fitted["peak_bytes"] if fitted else None, "compress": record.get("peak_bytes")},
             "detail": record["detail"],
         }
     )
     for kind, key in (("measured", "peak_bytes"), ("reserved", "reserved_bytes")):
         peaks = run.result["memory"][kind]
-        peaks["compress"] = max(peaks["compress"] or 0, record.get(key) or 0) or None
+        peaks["compress"] = most(peaks["compress"], record.get(key))

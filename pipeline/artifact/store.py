@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 50 * 10**9
 """The largest file of weights; transformers 5 cuts there too."""
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes by their names in the header of a safetensors file."""
 VERSIONED = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -218,9 +221,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 
 
 def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
-    """The float model of an artifact on the meta device: names, shapes, config. Raises ArtifactError as `load` does.
+    """The float model of an artifact on the meta device: names, shapes, dtypes, config.
 
-    `quantized`: with the quantized layers that it has.
+    Raises ArtifactError as `load` does. `quantized`: with the quantized layers that it has.
     """
     manifest = read_manifest(directory)
     with torch.device("meta"):
@@ -228,9 +231,23 @@ def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
             model = _empty_model(Path(directory), manifest)
             if quantized:
                 _put_layers(model, manifest)
+            _take_dtypes(model, Path(directory), manifest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{directory}: altered, {error}") from error
     return model
+
+
+def _take_dtypes(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> None:
+    """Give the floating-point tensors of `model`, on the meta device, the dtypes that those of the files have."""
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
+        with safe_open(directory / file, "pt") as stored:
+            names: list[str] = stored.keys()
+            for name in names:
+                tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
+                dtype = FLOATING.get(stored.get_slice(name).get_dtype())
+                if tensor is not None and dtype is not None:
+                    tensor.data = tensor.data.to(dtype)
 
 
 def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def sparsegpt_prune(
     import torch
 
     from pipeline.layers.hessian import inverse_factor
-    from pipeline.layers.pulse import pulse
+    from pipeline.layers.pulse import alike, pulse
     from pipeline.layers.sparsity import n_of_m_mask, parse_pattern, unstructured_mask
 
     rows, columns = weight.shape
@@ -71,13 +71,13 @@ def sparsegpt_prune(
             raise ValueError(f"pattern={pattern}: {group} does not divide {columns} columns")
         block_size = max(group, block_size - block_size % group)
     # Weights that are yet to go: in all, and what is open to choice in the blocks from here on.
-    due = max(0, int(sparsity * weight.numel() + 1e-6) - int((~before).sum()))
+    due = max(0, int(sparsity * weight.numel() + 1e-6) - before.numel() + int(before.sum()))
 
     def scores(start: int, end: int) -> Tensor:
         found = left[start:end].square() / factor.diagonal()[start:end].square().unsqueeze(1)
         return found.masked_fill_(~before[start:end], -1)
 
-    for start in range(0, columns, block_size):
+    for start in alike(range(0, columns, block_size)):
         pulse()
         end = min(start + block_size, columns)
         if not group:
@@ -87,7 +87,7 @@ def sparsegpt_prune(
             due -= goes
             numel = rows * (end - start)
             kept[start:end] = unstructured_mask(scores(start, end), (goes + numel - open_here) / numel)
-        for j in range(start, end):
+        for j in alike(range(start, end)):
             if group and j % group == 0:
                 kept[j : j + group] = n_of_m_mask(scores(j, j + group).t(), keep, group).t()
                 kept[j : j + group] &= before[j : j + group]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.layers.blockwise import Call, Segment, hidden_of, hooked, run_calls
 from pipeline.layers.equalize import ChannelRange, Pair, find_pairs, fold, restored
 from pipeline.layers.hessian import InputSums, collect
+from pipeline.layers.pulse import alike
 from pipeline.layers.quantize import Grid, Quantized, quantize_rows, wide
 from pipeline.models.base import Architecture
 
@@ -126,7 +127,7 @@ def _search_scales(
     rows = {name: _rows(root, name) for name in quantized}
     error_of = _error_function(segment, pair, rows, grams)
     best, best_error = None, error_of({name: quantize_rows(rows[name], grid).dequantized() for name in quantized})
-    for step in range(n_grid):
+    for step in alike(range(n_grid)):
         ratio = step / n_grid
         if ratio == 0 and not duo_scaling:
             continue  # no scales: done already
@@ -195,12 +196,12 @@ def search_ranges(rows: Tensor, grid: Grid, gram: Tensor, n_grid: int, max_shrin
     shrinks = torch.ones(rows.shape[0], groups, dtype=wanted.dtype, device=rows.device)
     difference = by_block(wide(quantize_rows(rows, grid).dequantized()) - wanted)
     product = torch.bmm(difference, gram)
-    for group in range(groups):
+    for group in alike(range(groups)):
         part = slice(group * size, (group + 1) * size)
         own, before = gram[:, part, part], difference[..., part].clone()
         others = product[..., part] - torch.bmm(before, own)
         best, best_error = before, _partial_error(before, own, others)
-        for step in range(1, int(max_shrink * n_grid + 1e-6) + 1):
+        for step in alike(range(1, int(max_shrink * n_grid + 1e-6) + 1)):
             shrink = 1 - step / n_grid
             found = quantize_rows(rows[:, part], narrow, shrink).dequantized()
             tried = by_block(wide(found) - wanted[:, part])

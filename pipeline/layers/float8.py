@@ -10,7 +10,6 @@ and `float`, which multiplies what was cast, in float. With `activations=None` i
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.layers import kernels
+from pipeline.layers.constants import constant
 from pipeline.layers.conv import Convolution
 from pipeline.layers.quantize import wide
 from pipeline.layers.quantized import FloatLayer, QuantizedLayer, quantizes
@@ -42,7 +42,7 @@ def find_scale(peaks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
 
 
-@functools.cache
+@constant
 def multiplies_float8(device: torch.device) -> bool:
     """Whether `device` multiplies E4M3 matrices: tried, and compared with the exact product."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.layers.blockwise import segments
 from pipeline.layers.hessian import collect, damping_facts, inverse_factor
-from pipeline.layers.pulse import pulse
+from pipeline.layers.pulse import alike, pulse
 from pipeline.layers.quantize import Grid, Quantized, find_scales, quantize_rows
 from pipeline.layers.schemes import join_siblings, put, require_finite
 from pipeline.layers.sparsity import MASK
@@ -67,10 +67,10 @@ def gptq_quantize(
     errors = torch.empty_like(left)
     group = order // (columns if grid.group_size is None else grid.group_size)
     scales, zeros = scale.t()[group], None if zero_point is None else zero_point.t()[group]
-    for start in range(0, columns, block_size):
+    for start in alike(range(0, columns, block_size)):
         pulse()
         end = min(start + block_size, columns)
-        for j in range(start, end):
+        for j in alike(range(start, end)):
             step, zero = scales[j], None if zeros is None else zeros[j]
             integer = (left[j] / step.to(left.dtype)).round_()
             if zero is not None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import Segment
+from pipeline.layers.pulse import alike
 from pipeline.layers.quantize import wide
 
 ROWS = 4096
@@ -125,7 +126,7 @@ def input_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
         padding: Any = 0
     else:
         padding = layer.padding
-    for image in torch.split(x if x.ndim == 4 else x.unsqueeze(0), 1):
+    for image in alike(torch.split(x if x.ndim == 4 else x.unsqueeze(0), 1)):
         patches = F.unfold(image, kernel, dilation=dilation, padding=padding, stride=cast(Any, layer.stride))
         yield patches[0].t()
 

@@ -22,7 +22,6 @@ CUDA) only up to `FLOAT_ROWS`.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.layers.constants import constant
 
 ACTIVATION_LEVELS = 127.5
 SMALLEST = 1e-30
@@ -90,13 +91,13 @@ def _integer_kernel(device: torch.device) -> str:
     return "int_mm" if device.type == "cuda" and works("int_mm", device) else "reference"
 
 
-@functools.cache
+@constant
 def _cpu_kernel() -> str:
     device = torch.device("cpu")
     return next((name for name in ("fbgemm", "fbgemm_split", "int_mm") if works(name, device)), "reference")
 
 
-@functools.cache
+@constant
 def works(kernel: str, device: torch.device) -> bool:
     """Whether `kernel` runs here and is exact on the largest integers, alike signs and mixed ones."""
     signs = torch.tensor([1, -1], dtype=torch.int8).repeat(32)
@@ -219,7 +220,7 @@ def _peaks(rows: Tensor, shared: bool) -> Tensor:
     return peaks.clamp_min_(SMALLEST)
 
 
-@functools.cache
+@constant
 def _signed_levels(dimensions: int) -> Tensor:
     """Levels of the two signs, along the first of `dimensions`."""
     with torch.inference_mode(False), torch.device("cpu"):
@@ -227,7 +228,7 @@ def _signed_levels(dimensions: int) -> Tensor:
         return levels.view(-1, *[1] * (dimensions - 1))
 
 
-@functools.cache
+@constant
 def _signed_limits(dimensions: int) -> Tensor:
     """The largest integers of the two signs, along the first of `dimensions`."""
     with torch.inference_mode(False), torch.device("cpu"):

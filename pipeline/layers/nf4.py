@@ -12,13 +12,13 @@ between them, and gradients flow to the input.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.layers.constants import constant
 from pipeline.layers.conv import Convolution
 from pipeline.layers.embedding import Bags, Table
 from pipeline.layers.packing import pack_int32, packed_columns, unpack_int32
@@ -56,7 +56,7 @@ def nf4_values(codes: Tensor) -> Tensor:
     return table[(codes + 8).to(torch.int32)]
 
 
-@functools.cache
+@constant
 def _pairs(device: torch.device) -> Tensor:
     """The two values that a byte of packed codes stands for, low bits first: float32 [256, 2]."""
     with torch.inference_mode(False):

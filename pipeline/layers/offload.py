@@ -27,7 +27,9 @@ PIECE = 1 << 20
 RELEASED_AFTER = 1 << 20
 """Bytes of a tensor after which freed memory is given back."""
 IN_FILES: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-"""Storages that lie in files and that training made: no part of the memory that it takes."""
+"""Storages that lie in files: no part of the memory that is measured."""
+MAPS = "leanfit maps a file"
+"""What a profile is told before memory is mapped, which it would count with what was allocated."""
 
 
 class OffloadError(LeanfitError):
@@ -40,7 +42,11 @@ def offload(tensor: Tensor, directory: Path, dtype: torch.dtype | None = None) -
     Raises:
         OffloadError: the file cannot be written.
     """
-    flat, dtype = tensor.detach().reshape(-1), dtype or tensor.dtype
+    return _written(tensor, directory, dtype or tensor.dtype)
+
+
+def _written(tensor: Tensor, directory: Path, dtype: torch.dtype) -> Tensor:
+    flat = tensor.detach().reshape(-1)
     if not flat.numel():
         return torch.empty(tensor.shape, dtype=dtype)
     try:
@@ -52,11 +58,14 @@ def offload(tensor: Tensor, directory: Path, dtype: torch.dtype | None = None) -
                     rest = memoryview(octets)
                     while rest:
                         rest = rest[file.write(rest) :]
+            with torch.autograd.profiler.record_function(MAPS):
+                pass
             mapped = torch.from_file(name, shared=True, size=flat.numel(), dtype=dtype)
         finally:
             os.unlink(name)
     except OSError as error:
         raise OffloadError(f"{directory}: weights cannot be laid into files there: {error.strerror}") from error
+    IN_FILES.add(mapped.untyped_storage())
     if mapped.nbytes >= RELEASED_AFTER:
         release()
     return mapped.view(tensor.shape)

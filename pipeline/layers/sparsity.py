@@ -61,7 +61,7 @@ def require_pruned(model: nn.Module, layers: Sequence[str], what: str) -> None:
     Raises:
         LeanfitError: not one weight of the named layers is masked.
     """
-    if all(bool(cast(Tensor, model.get_submodule(name).weight_mask).all()) for name in layers):
+    if not any(bool((~cast(Tensor, model.get_submodule(name).weight_mask)).any()) for name in layers):
         raise LeanfitError(f"{what} prunes not one weight of {len(layers)} layers")
 
 

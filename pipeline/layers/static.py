@@ -19,6 +19,7 @@ from pipeline.layers.blockwise import Segment
 from pipeline.layers.conv import Convolution
 from pipeline.layers.kernels import ACTIVATION_LEVELS, integers_of
 from pipeline.layers.linear import KernelLinear
+from pipeline.layers.pulse import alike
 from pipeline.layers.quantize import Grid, wide
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
 
@@ -143,7 +144,7 @@ class Histogram:
         """The range with the least squared error of what is rounded and clipped, each bin at its middle."""
         middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.largest / BINS)
         best, best_error = self.largest, float("inf")
-        for candidate in range(CANDIDATES):
+        for candidate in alike(range(CANDIDATES)):
             limit = self.largest * (1 - candidate / CANDIDATES)
             step = limit / ACTIVATION_LEVELS or 1.0
             rounded = integers_of(middles / step) * step

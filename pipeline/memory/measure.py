@@ -2,8 +2,8 @@
 
 CPU: the C++ allocator reports each allocation and release to torch's profiler; the running sum over them, on top of
 the tensors that were alive at the start, gives the exact peak of tensors (resident memory is no oracle: it counts the
-interpreter and pages that were freed long ago). Scratch space that oneDNN allocates by itself is not among the events,
-nor is what training put into mapped files.
+interpreter and pages that were freed long ago). Scratch space that oneDNN allocates by itself is not among the events.
+What lies in mapped files does not count: weights (layers/offload.py), and what training put there.
 CUDA: the caching allocator's own high-water marks: bytes of tensors, and of the pool that it has taken from the device
 for them, which other programs cannot use. MPS: what the driver holds at the end; its pool only grows between clearings.
 """
@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from pipeline.layers import pulse
-from pipeline.layers.offload import IN_FILES
+from pipeline.layers.offload import IN_FILES, MAPS
 
 autograd: Any = torch.autograd  # its profiler has no types
 
@@ -142,18 +142,23 @@ class Sum:
     def __init__(self) -> None:
         self.held = self.peak = 0
         self._sizes: dict[int, int] = {}
+        self._mapped = False
 
     def add(self, events: Iterable[Any]) -> None:
         """Go on with `events`, in the order of time."""
         for event in events:
             if event.tag == torch._C._profiler._EventType.Allocation:
                 block = event.extra_fields
-                if block.alloc_size > 0:
+                if self._mapped:  # a file: neither this nor its release counts
+                    self._mapped = False
+                elif block.alloc_size > 0:
                     self._sizes[block.ptr] = block.alloc_size
                     self.held += block.alloc_size
                     self.peak = max(self.peak, self.held)
                 else:
                     self.held -= self._sizes.pop(block.ptr, 0)
+            elif event.name == MAPS:
+                self._mapped = True
             elif event.name.startswith(RELEASED):
                 self.held -= int(event.name.removeprefix(RELEASED))
 
@@ -218,6 +223,7 @@ def measure_peak(device: str, alive: Iterable[Tensor] = ()) -> Iterator[Peak]:
     peak = Peak()
     meter = Meter(device)
     meter.start(alive)
+    del alive  # or what the phase lets go of would stay
     try:
         yield peak
     finally:
@@ -232,12 +238,13 @@ class MeasureTraining(lightning.Callback):
 
     Args:
         steps: first and last optimizer step to measure, from 0.
+        beside: gives tensors that are alive and that the module does not hold; asked when measuring starts.
     """
 
-    def __init__(self, steps: tuple[int, int] = (2, 3)) -> None:
+    def __init__(self, steps: tuple[int, int] = (2, 3), beside: Callable[[], Iterable[Tensor]] = tuple) -> None:
         if not 0 <= steps[0] <= steps[1]:
             raise ValueError(f"steps={steps}: the first must be at least 0 and not above the last")
-        self.steps = steps
+        self.steps, self.beside = steps, beside
         self.peak_bytes: int | None = None
         """Peak in bytes; None until it has been measured."""
         self.reserved_bytes: int | None = None
@@ -265,7 +272,8 @@ class MeasureTraining(lightning.Callback):
             return
         if trainer.global_step == min(self.skipped_steps):
             meter = Meter(pl_module.device.type)
-            meter.start(_training_tensors(trainer, pl_module, batch), bucket_bytes(trainer.strategy.model))
+            alive = [*_training_tensors(trainer, pl_module, batch), *self.beside()]
+            meter.start(alive, bucket_bytes(trainer.strategy.model))
             self._meter = meter
 
     def on_train_batch_end(
@@ -308,6 +316,8 @@ def _training_tensors(trainer: lightning.Trainer, module: lightning.LightningMod
     shards = [weight.ds_tensor for weight in module.parameters() if hasattr(weight, "ds_tensor")]
     parameters = [*module.parameters(), *stepped, *shards]
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    # Where stage 3 sums gradients.
+    gradients.append(getattr(getattr(trainer.strategy.model, "optimizer", None), "grad_partitions_flat_buffer", None))
     states = [leaf for optimizer in trainer.optimizers for leaf in tree_leaves(list(optimizer.state.values()))]
     leaves = [*parameters, *gradients, *module.buffers(), *states, *tree_leaves(batch)]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -41,6 +41,10 @@ class Model:
         """As `build`; pretrained weights, in `dtype`, may lie in files in `directory` instead of in memory."""
         return self.build(spec)
 
+    def lies_in_files(self) -> bool:
+        """Whether `build_offloaded` lays weights into files."""
+        return False
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that belongs to the model; None where the task has none."""
         return None

@@ -85,6 +85,14 @@ class HuggingFace(Model):
             )
         return cast("PreTrainedModel", model.train())
 
+    def lies_in_files(self) -> bool:
+        return bool(self._weight_files())
+
+    def _weight_files(self) -> list[Path]:
+        """The local files of weights; none where there are none, or no safetensors."""
+        local = Path(self.source)
+        return sorted({local / name for name in _weight_map(local).values()}) if local.is_dir() else []
+
     def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
         """The model of `build` with weights in `dtype`, each in a file of its own in `directory` (layers/offload.py).
 
@@ -97,8 +105,7 @@ class HuggingFace(Model):
 
         from pipeline.layers.offload import offload, offload_module
 
-        local = Path(self.source)
-        files = sorted({local / name for name in _weight_map(local).values()}) if local.is_dir() else []
+        files = self._weight_files()
         if not files:
             return self.build(spec)
         config = self._config(spec)
@@ -117,8 +124,8 @@ class HuggingFace(Model):
             model, loading = cls.from_pretrained(
                 None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
             )
-            if (local / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(local)
+            if (Path(self.source) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(self.source)
             return model, loading
 
         model = self._opened(read)

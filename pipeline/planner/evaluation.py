@@ -8,10 +8,13 @@ from torch import nn
 from torch.utils.data import Subset
 
 from pipeline.data.base import DataBundle
-from pipeline.planner.fakes import faked, sixteen_bit, tracing
+from pipeline.planner.fakes import faked, inside, put_into_files, tracing
 from pipeline.planner.live import Live, Peak
+from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
+from pipeline.stage_input import trains
 from pipeline.tasks.base import Task
+from pipeline.walk import changing_stages, stages_of
 
 BATCHES = 2
 """The second is computed while the first one's results are still there."""
@@ -22,14 +25,20 @@ def trace_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Data
 
     Where there is less held-out data than two batches, as much as there is.
     """
+    with tracing():
+        faked(model, config.precision.weight_dtype)
+        if not trains(changing_stages(stages_of(config))):  # the artifact is then opened in files
+            put_into_files(model)
+        return traced_evaluation(config, model, task, data, Supposing(inside))
+
+
+def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle, live: Live) -> Peak:
+    """The same for a `model` of fake tensors, counted by `live`. To be called within `tracing`."""
     size = config.trainer.evaluation_batch_size
     held_out = min(len(data.evaluation), BATCHES * size)  # type: ignore[arg-type]
     few = replace(data, evaluation=Subset(data.evaluation, range(held_out)))
-    live = Live(sixteen_bit)
-    with tracing():
-        faked(model, config.precision.weight_dtype)
-        live.hold_model(model)
-        live.phase = "activations"
-        with live, config.precision.evaluation_context("cpu"):
-            task.evaluate(model, few, size, "cpu")
-        return live.timeline.peak()
+    live.hold_model(model)
+    live.phase = "activations"
+    with live, config.precision.evaluation_context("cpu"):
+        task.evaluate(model, few, size, "cpu")
+    return live.timeline.peak()

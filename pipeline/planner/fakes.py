@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pipeline.layers.offload import IN_FILES
 from pipeline.precision import cpu_kernels
 from pipeline.tasks.base import Batch
 
@@ -41,6 +43,17 @@ def faked(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return model
 
 
+def put_into_files(model: nn.Module) -> None:
+    """Have what an artifact stores of `model`, of fake tensors, lie in files from now on: it is no memory."""
+    for module in model.modules():
+        stored = {
+            name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        for tensor in (*module._parameters.values(), *stored.values()):
+            if tensor is not None:
+                IN_FILES.add(tensor.untyped_storage())
+
+
 def fake_batch(batch: Batch) -> Batch:
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
 
@@ -55,6 +68,63 @@ def sixteen_bit(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if dtype not in cpu_kernels.NARROW or cpu_kernels.native(dtype):
         return NotImplemented
     return kernel(func, *args, **kwargs)
+
+
+def blocked(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What oneDNN holds inside a float32 convolution on a CPU: input, weight and output with the channels in blocks.
+
+    Those of input and weight are let go of before the output is written as torch lays it out.
+    """
+    if name != "aten::convolution" or args[6] or args[0].dtype != torch.float32 or args[0].ndim != 4:
+        return NotImplemented
+    x, weight, groups = args[0], args[1], args[8]
+    # Elsewhere torch has a convolution of its own (aten/src/ATen/native/Convolution.cpp).
+    spread = any(step != 1 for step in (*args[3], *args[5])) or max(weight.shape[2:]) > 3
+    if not (spread or len(x) >= 16 or torch.get_num_threads() > 1):
+        return NotImplemented
+    wide = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
+    def bytes_of(tensor: Tensor, *dimensions: int) -> int:
+        sizes = (-(-size // wide) * wide if at in dimensions else size for at, size in enumerate(tensor.shape))
+        return math.prod(sizes) * tensor.itemsize
+
+    out = func(*args, **kwargs)
+    plain = x.shape[1] < 4  # images are taken as they are
+    before = 0 if plain else bytes_of(x, 1) + bytes_of(weight, 0, *([1] if groups == 1 else []))
+    output = bytes_of(out, 1)
+    torch.empty(max(output, before + output - out.nbytes), dtype=torch.uint8)
+    return out
+
+
+CONVERTING = frozenset({"aten::sum", "aten::prod", "aten::cumsum", "aten::any", "aten::all"})
+
+
+def converted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where a reduction on a CPU gives another dtype than it is given, a copy of its input in that dtype."""
+    if name not in CONVERTING:
+        return NotImplemented
+    out = func(*args, **kwargs)
+    if out.dtype != args[0].dtype:
+        torch.empty(args[0].shape, dtype=out.dtype)
+    return out
+
+
+_within = False
+
+
+def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What operators do inside, as far as it is known."""
+    global _within
+    if _within:  # the operator itself, asked by one of these
+        return NotImplemented
+    out = sixteen_bit(name, func, args, kwargs)
+    _within = True
+    try:
+        for does in (converted, blocked):
+            out = does(name, func, args, kwargs) if out is NotImplemented else out
+    finally:
+        _within = False
+    return out
 
 
 @contextmanager

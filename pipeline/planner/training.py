@@ -20,7 +20,7 @@ from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
+from pipeline.planner.fakes import fake_batch, faked, inside, tracing
 from pipeline.planner.live import Live, Peak
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
@@ -84,9 +84,9 @@ def trace_training(
         model: on the meta device; it is filled with fake tensors in place.
         batch: one micro batch, whose shapes and dtypes count.
     """
-    with quiet_lightning(), tracing():
+    with tracing():
         faked(model, config.precision.weight_dtype)
-        return traced_fit(config, stage, model, task, architecture, batch, Live(sixteen_bit), STEPS, since=STEPS - 1)
+        return traced_fit(config, stage, model, task, architecture, batch, Live(inside), STEPS, since=STEPS - 1)
 
 
 def traced_fit(
@@ -110,7 +110,7 @@ def traced_fit(
     _, accumulation = micro_batch_size(config)
     blocks = [block.name for block in architecture.blocks]
     parts = [Phases(live), *callbacks, *levers(config, model, callbacks)]
-    with ExitStack() as stack:
+    with quiet_lightning(), ExitStack() as stack:
         stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
         plugin = config.precision.plugin("cpu")
         if getattr(plugin, "scaler", None) is not None:

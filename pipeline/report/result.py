@@ -126,6 +126,13 @@ class SpeedBeforeAfter(Section):
     batch_size: Count
 
 
+class LinkPeaks(Section):
+    """Peaks of a link: of its own fit, with its teacher; and of preparing and compressing."""
+
+    train: Count
+    compress: Count
+
+
 class StageRecord(Section):
     name: str
     method: str
@@ -134,6 +141,7 @@ class StageRecord(Section):
     quality_after: FiniteFloat | None
     bytes_after: Count
     train: Train | None
+    memory: LinkPeaks
     detail: dict[str, Any]
 
 

@@ -38,6 +38,7 @@ def language_result() -> dict[str, Any]:
             "quality_after": 8.934,
             "bytes_after": 5_400_000,
             "train": None,
+            "memory": {"train": None, "compress": 7_000_000},
             "detail": {"layers": 24, "kernel": "torch._int_mm"},
         }
     )

@@ -1,0 +1,274 @@
+"""The links of a chain on fake tensors: what each holds while it prepares, trains and compresses, and what it leaves.
+
+What is traced is what runs: the method's own `prepare`, `callbacks`, `loss` and `finalize`, on a model, a teacher and a
+calibration set of the real shapes and number, without their memory or values (see `supposed` for what is answered where
+a method looks at values). Each link is given the model that the one before has left, and the last one's is evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from pipeline import checkpoints, stage_input
+from pipeline.artifact import store
+from pipeline.chain import Stage
+from pipeline.compression.base import Answer, Context, Teacher
+from pipeline.data.base import DataBundle
+from pipeline.data.calibration import calibration_batches
+from pipeline.data.loader import evaluation_loader
+from pipeline.fitting import micro_batch_size
+from pipeline.layers import kernels, offload, pulse
+from pipeline.layers.distillation import head_size
+from pipeline.layers.offload import IN_FILES
+from pipeline.layers.sparsity import MASK, masked_layers
+from pipeline.models.architecture import describe, positions
+from pipeline.planner.evaluation import traced_evaluation
+from pipeline.planner.fakes import fake_batch, faked, inside, put_into_files, tracing
+from pipeline.planner.live import Peak
+from pipeline.planner.supposed import Supposing
+from pipeline.planner.training import traced_fit
+from pipeline.schema import RunConfig
+from pipeline.tasks import lookup
+from pipeline.teacher import FrozenTeacher, frozen
+from pipeline.walk import changing_stages, stages_of, teacher_tensors
+
+MEASURED = 4
+"""Steps of a link's fit that are traced; of the last two a run measures the peak, as of any fit."""
+
+
+@dataclass
+class Links:
+    """Predicted peaks by link: `train` of its own fit, with its teacher; `compress` of `prepare` and `finalize`. And of
+    the evaluation of what the chain leaves. `open`: {phase: why it is not predicted}."""
+
+    train: dict[str, Peak] = field(default_factory=dict)
+    compress: dict[str, Peak] = field(default_factory=dict)
+    evaluate: Peak | None = None
+    open: dict[str, str] = field(default_factory=dict)
+
+    def phases(self) -> dict[str, Peak]:
+        """As a plan names them: `compress` is the link that holds most."""
+        found = {f"train: {link}": peak for link, peak in self.train.items()}
+        if self.compress and not any(phase.startswith("compress") for phase in self.open):
+            found["compress"] = max(self.compress.values(), key=lambda peak: peak.bytes)
+        if self.evaluate is not None:
+            found["evaluate"] = self.evaluate
+        return found
+
+
+def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: str | None = None) -> Links:
+    """What the links of `config.chain` hold on a CPU, and the evaluation after them. Takes seconds; allocates nothing
+    of the model's size. Where a link cannot be traced, `open` says why, of it and of all that comes after it.
+
+    Args:
+        tokenizer: the run's, for a calibration set of its own text.
+        untraced: why fits are not traced with this config, where they are not; all else is.
+    """
+    found = Links()
+    line = changing_stages(stages_of(config))
+    left = [*(f"compress: {stage.name}" for stage in line[1:]), "evaluate"]
+    with _unreal(config, data, tokenizer) as chain:
+        try:
+            model = chain.entering(line[0])
+            for stage in line[1:]:
+                model = chain.linked(found, stage, model, untraced)
+                del left[0]
+            task = lookup.get(config.data.task)
+            loaded = as_loaded(model)
+            if not chain.trains:
+                put_into_files(loaded)
+            found.evaluate = traced_evaluation(config, loaded, task, data, chain.counting())
+            del left[0]
+        except Exception as error:  # whatever torch, or a method, makes of values that are not there
+            first = (str(error).strip().splitlines() or [""])[0]
+            why = f"cannot be traced: {type(error).__name__}: {first[:150]}"
+            found.open |= {phase: why if phase == left[0] else f"{left[0]} comes before it" for phase in left}
+    return found
+
+
+class _Chain:
+    """A chain on fake tensors. `stored`: it goes on with an artifact. `in_files`: weights lie in files, as those of an
+    artifact or a local checkpoint do where nothing trains."""
+
+    def __init__(self, config: RunConfig, data: DataBundle, tokenizer: Any) -> None:
+        self.config, self.data, self.tokenizer = config, data, tokenizer
+        self.dtype = config.precision.weight_dtype
+        self.stored = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
+        self.trains = stage_input.trains(changing_stages(stages_of(config)))
+        self.in_files = not self.trains and (self.stored or (config.artifact is None and config.model.lies_in_files()))
+        self.live = self.counting()
+
+    def counting(self) -> Supposing:
+        self.live = Supposing(inside)
+        return self.live
+
+    def entering(self, first: Stage) -> nn.Module:
+        """What stage 0 leaves."""
+        config = self.config
+        model = stage_input.shapes(config, self.data)
+        if self.stored:
+            give_masks(model, Path(str(config.artifact)))
+        faked(model, None if self.stored else self.dtype)
+        if self.in_files:
+            put_into_files(model)
+        if first.fit is not None and stage_input.link_under_adapters(config) is not None:
+            with self.counting():
+                model = stage_input.adapted(config, first, model, stage_input.context_of(config, first, model))
+        return model
+
+    def linked(self, found: Links, stage: Stage, model: nn.Module, untraced: str | None) -> nn.Module:
+        """The model as it leaves `stage`, whose peaks are entered in `found`."""
+        method = stage.method
+        assert method is not None
+        context = self.context(stage, model)
+        preparing = self.counting()
+        preparing.hold_model(model)
+        preparing.phase = "working set"
+        with preparing:
+            model = method.prepare(model, context)
+        context = replace(context, architecture=describe(model))
+        if stage.fit is not None:
+            if untraced is None:
+                found.train[stage.name] = self.trained(stage, model, context)
+                gc.collect()
+            else:
+                found.open[f"train: {stage.name}"] = untraced
+        finalizing = self.counting()
+        finalizing.hold_model(model)
+        finalizing.phase = "working set"
+        with finalizing:
+            model = method.finalize(model, context)
+        peaks = [live.timeline.peak() for live in (preparing, finalizing)]
+        found.compress[stage.name] = max(peaks, key=lambda peak: peak.bytes)
+        return model.eval()
+
+    def trained(self, stage: Stage, model: nn.Module, context: Context) -> Peak:
+        """The fit of a link."""
+        assert stage.fit is not None
+        assert stage.method is not None
+        micro, _ = micro_batch_size(self.config)
+        with unset_fake_temporarily():
+            batch = next(iter(evaluation_loader(self.data.train, micro)))
+        steps = min(MEASURED, stage.fit.steps)
+        live = self.counting()
+        live.hold(teacher_tensors(context.teacher), "teacher")
+        return traced_fit(
+            self.config, stage, model, lookup.get(self.config.data.task), context.architecture, batch, live,
+            steps, max(0, steps - 2), stage.method.callbacks(context), stage.method.loss(context),
+        )  # fmt: skip
+
+    def context(self, stage: Stage, model: nn.Module) -> Context:
+        """What the method is given: a calibration set and models of fake tensors."""
+        assert stage.method is not None
+        context = stage_input.context_of(self.config, stage, model)
+        if stage.method.needs_calibration:
+            with unset_fake_temporarily():
+                batches = calibration_batches(self.config.calibration, self.data, self.tokenizer, positions(model))
+            context = replace(context, calibration=functools.cache(lambda: [fake_batch(batch) for batch in batches]))
+        if stage.method.needs_teacher:
+            context = replace(context, teacher=self.teacher(stage))
+        opened = context.open_model
+        assert opened is not None
+        return replace(context, open_model=lambda key: faked(copy.deepcopy(opened(key)), self.dtype))
+
+    def teacher(self, stage: Stage) -> Teacher:
+        base = stage_input.shapes(self.config, self.data)
+        shapes = stage_input.context_of(self.config, stage, base).teacher
+        assert shapes is not None
+        assert stage.method is not None
+        model = frozen(faked(copy.deepcopy(shapes.model), self.dtype))
+        if stage.method.records_teacher:
+            return ReadTeacher(model, getattr(stage.method, "top_k", None))
+        return FrozenTeacher(lambda: model)
+
+
+class ReadTeacher:
+    """A teacher whose logits are read from disk: of the shapes that it gives, or `top_k` of them and their classes."""
+
+    def __init__(self, model: nn.Module, top_k: int | None) -> None:
+        self.model, self.top_k = model, top_k
+        self.architecture = describe(model)
+
+    def __call__(self, batch: Mapping[str, Tensor], observe: Sequence[str] = ()) -> Answer:
+        head = head_size(self.model)
+        assert head is not None  # or nothing could be recorded
+        inputs = next(iter(batch.values()))
+        rows = tuple(inputs.shape) if inputs.ndim == 2 else (len(inputs),)
+        if self.top_k is None:
+            return Answer(torch.empty(*rows, head, dtype=torch.float16).float(), {})
+        stored = torch.empty(*rows, self.top_k, dtype=torch.float16).float()
+        return Answer(stored, {}, torch.empty(*rows, self.top_k, dtype=torch.int64))
+
+
+def as_loaded(model: nn.Module) -> nn.Module:
+    """The model as its artifact gives it back: in eval mode, without gradients, what was masked as zeros alone."""
+    for _, layer in list(masked_layers(model)):
+        del layer._buffers[MASK]
+    return frozen(model)
+
+
+def give_masks(model: nn.Module, artifact: Path) -> None:
+    """Room, on the meta device, for the masks that a chain which goes on with an artifact finds in it."""
+    for name, record in store.read_manifest(artifact)["layers"].items():
+        if record["scheme"] == "float":
+            layer = model.get_submodule(name)
+            shape = layer.get_parameter("weight").shape
+            layer.register_buffer(MASK, torch.empty(shape, dtype=torch.bool, device="meta"))
+
+
+@contextlib.contextmanager
+def _unreal(config: RunConfig, data: DataBundle, tokenizer: Any) -> Iterator[_Chain]:
+    """Fake tensors, and what stands in for that which they cannot do: be moved, be told apart by their address, lie in
+    files, be packed for a kernel."""
+    chain = _Chain(config, data, tokenizer)
+
+    def address(tensor: Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata) + int(tensor.storage_offset()) * tensor.itemsize
+
+    def written(tensor: Tensor, directory: Path, dtype: torch.dtype) -> Tensor:
+        made = torch.empty(0, dtype=dtype)
+        IN_FILES.add(made.untyped_storage())
+        return made.resize_(tensor.shape)
+
+    def place(tensor: Tensor) -> Path | None:
+        return Path() if tensor.untyped_storage() in IN_FILES else None
+
+    with (
+        tracing(),
+        pulse.planned(),
+        mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
+        mock.patch.object(FakeTensor, "data_ptr", address),
+        mock.patch.object(kernels, "fbgemm_pack", _packed),
+        mock.patch.object(kernels, "_fbgemm", _product),
+        mock.patch.object(offload, "_written", written),
+        mock.patch.object(offload, "place_of", place),
+    ):
+        yield chain
+
+
+class _Packed(NamedTuple):
+    outputs: int
+
+
+def _packed(weight: Tensor, weight_scale: Tensor) -> _Packed:
+    """FBGEMM's own form is made of a quantized tensor with scales and zero points; it lies where torch sees none."""
+    _ = weight.clone(), weight_scale.double(), torch.empty(len(weight), dtype=torch.int64)
+    return _Packed(len(weight))
+
+
+def _product(rows: Tensor, zero_point: int, packed: _Packed) -> Tensor:
+    """FBGEMM's product holds its sums as integers beside its result."""
+    sums = torch.empty(*rows.shape[:-1], packed.outputs, dtype=torch.int32)
+    return torch.empty(sums.shape, dtype=torch.float32)

@@ -1,0 +1,100 @@
+"""What code asks of values, answered where there are none: so that methods run on fake tensors as they are.
+
+A method looks at values: is a weight finite, is a trial's change small, how much has a mask pruned? `Supposing` answers
+as the usual course would have it, and never by method:
+
+    a truth                   True: weights are finite. So a check is best worded as what is true in a run that goes on
+    a count of truths         all of them
+    an error code             0: matrices can be decomposed
+    a float                   1e-5 or a little less, and each less than the one before: what is tried is an improvement
+    an integer of a tensor    its place in it: indices differ and ascend; of a tensor of one element 1
+    are two tensors equal?    if both are of one shape, unless one is a copy of a third
+
+What depends on values more than so (the shape of a result) raises, and is not planned by tracing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from pipeline.layers.offload import IN_FILES
+from pipeline.planner.live import Block, Inner, Live
+
+aten = torch.ops.aten
+COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+COUNTS = frozenset({aten.sum.default, aten.count_nonzero.default})
+SMALL = 1e-5
+SHRINKS = 1e-6
+
+
+class Supposing(Live):  # type: ignore[no-untyped-call]
+    """Counts as `Live` does, but no storage that an operator was only given (what was there before is somebody else's,
+    unless it is said by `hold`), and none in `IN_FILES`."""
+
+    def __init__(self, inner: Inner | None = None) -> None:
+        super().__init__(inner)
+        self._given: set[int] = set()
+        self._read = 0
+        self._counted: dict[int, int] = {}
+        self._codes: set[int] = set()
+        self._copied: dict[int, int] = {}
+
+    def _release(self, key: int) -> None:
+        self._counted.pop(key, None)
+        self._codes.discard(key)
+        self._copied.pop(key, None)
+        super()._release(key)
+
+    def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
+        if (operator and _key(tensor) in self._given) or tensor.untyped_storage() in IN_FILES:
+            return None
+        return super()._note(tensor, operator, kind)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return self._value(args[0])
+        if func is aten.equal.default:
+            return self._equal(args[0], args[1])
+        given = {_key(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
+        self._given = given
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in COPIES:
+            source = _key(args[0])
+            if args[0].dtype == out.dtype:
+                self._copied[_key(out)] = self._copied.get(source, source)
+        elif func in COUNTS and args[0].dtype == torch.bool:
+            self._counted[_key(out)] = args[0].numel()
+        elif func.namespace == "aten" and "linalg" in func.__name__ and isinstance(out, tuple):
+            self._codes |= {_key(part) for part in out if part.dtype == torch.int32}
+        return out
+
+    def _value(self, scalar: Tensor) -> bool | int | float:
+        if scalar.dtype == torch.bool:
+            return True
+        if scalar.dtype.is_floating_point:
+            self._read += 1
+            return SMALL / (1 + SHRINKS * self._read)
+        key = _key(scalar)
+        if key in self._codes:
+            return 0
+        if key in self._counted:
+            return self._counted[key]
+        several = scalar.untyped_storage().nbytes() > scalar.itemsize
+        return int(scalar.storage_offset()) if several else 1
+
+    def _equal(self, one: Tensor, other: Tensor) -> bool:
+        if one.shape != other.shape:
+            return False
+        first, second = _key(one), _key(other)
+        origins = self._copied.get(first, first), self._copied.get(second, second)
+        return origins[0] == origins[1] or origins == (first, second)
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

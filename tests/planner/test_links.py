@@ -1,0 +1,144 @@
+"""Predicted peaks of links beside those that real ones hold, and that the evaluation of their artifact does."""
+
+import gc
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from pipeline.app import compose
+from pipeline.artifact import store
+from pipeline.compression.magnitude import prune_magnitude
+from pipeline.fitting import fit
+from pipeline.layers import kernels
+from pipeline.memory.measure import measure_peak
+from pipeline.models.architecture import describe
+from pipeline.planner.links import trace_links
+from pipeline.stage_input import context_of, stage_input, trains
+from pipeline.tasks import lookup
+from pipeline.walk import changing_stages, stages_of, teacher_tensors
+
+GPT = ["model=gpt_nano", "trainer=smoke", "trainer.max_steps=16", "device=cpu", "data.evaluation_tokens=4096"]
+CASES = {
+    "hessians and masks, then packed integers": [*GPT, "compression=[sparsegpt,int4]"],
+    "a smaller student beside its teacher": [*GPT, "compression=[distill,int8]"],
+    "trained rounding": [*GPT, "compression=int4_qat"],
+    "a smaller model by gradients": [*GPT, "compression=structured"],
+    "masks that grow": [*GPT, "compression=wanda", "compression.wanda.schedule=cubic"],
+    "llama": [
+        *GPT, "model=llama", "model.layers=2", "model.width=64", "model.heads=4", "model.key_value_heads=2",
+        "compression=int4_awq",
+    ],
+    "convolutions": ["model=efficientnet", "data=digits", *GPT[1:-1], "compression=int8_static"],
+}  # fmt: skip
+
+
+def opened(config):
+    tokenizer = config.model.tokenizer()
+    return tokenizer, config.data.open(tokenizer)
+
+
+def measured(config, directory):
+    """({link: peak of compressing}, {link: peak of its fit}, that of evaluating the artifact), as in a run."""
+    tokenizer, data = opened(config)
+    task, line = lookup.get(config.data.task), changing_stages(stages_of(config))
+    model = stage_input(config, directory, data, line, line[0])
+
+    def saved(model, place):
+        store.save(model, place, chain=[], probe=task.probe(data))
+
+    saved(model, directory / "stages" / line[0].directory)
+    compressing, fits = {}, {}
+    for stage in line[1:]:
+        method = stage.method
+        context = context_of(config, stage, model, data, tokenizer, directory)
+        with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as preparing:
+            model = method.prepare(model, context)
+        context = replace(context, architecture=describe(model))
+        if stage.fit is not None:
+            fits[stage.name] = fit(
+                config, stage, model, task, data, context.architecture, directory, callbacks=method.callbacks(context),
+                loss=method.loss(context), beside=partial(teacher_tensors, context.teacher),
+            ).peak_bytes  # fmt: skip
+        gc.collect()
+        with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as finalizing:
+            model = method.finalize(model, context)
+        compressing[stage.name] = max(preparing.bytes, finalizing.bytes)
+    saved(model.eval(), directory / "artifact")
+    after = store.load(directory / "artifact", offload_to=None if trains(line) else directory)
+    with (
+        measure_peak("cpu", [*after.parameters(), *after.buffers()]) as evaluating,
+        config.precision.evaluation_context("cpu"),
+    ):
+        task.evaluate(after, data, config.trainer.evaluation_batch_size, "cpu")
+    return compressing, fits, evaluating.bytes
+
+
+def test_links_of_an_artifact_whose_weights_lie_in_files_are_predicted_within_two_percent(tmp_path):
+    config = compose([*GPT, "precision=bf16-true"])
+    tokenizer, data = opened(config)
+    masked = prune_magnitude(
+        config.precision.convert(config.model.build(data.spec)), ["model.decoder.layers.0.fc1"], 0.5
+    )
+    store.save(masked, tmp_path / "given", chain=[], probe=lookup.get("causal_lm").probe(data))
+    config = compose([*GPT, "job=compress", f"artifact={tmp_path / 'given'}", "compression=int4_gptq"])
+    predicted = trace_links(config, data, tokenizer)
+    compressing, _, evaluating = measured(config, tmp_path)
+    assert predicted.compress["int4_gptq"].bytes == pytest.approx(compressing["int4_gptq"], rel=0.02)
+    assert "weights" not in predicted.compress["int4_gptq"].kinds
+    assert predicted.evaluate.bytes == pytest.approx(evaluating, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_links_and_what_they_leave_are_predicted_within_two_percent(name, tmp_path):
+    config = compose(CASES[name])
+    tokenizer, data = opened(config)
+    predicted = trace_links(config, data, tokenizer)
+    compressing, fits, evaluating = measured(config, tmp_path)
+    assert predicted.open == {}
+    assert {link: peak.bytes for link, peak in predicted.compress.items()} == pytest.approx(compressing, rel=0.02)
+    assert {link: peak.bytes for link, peak in predicted.train.items()} == pytest.approx(fits, rel=0.02)
+    assert predicted.evaluate.bytes == pytest.approx(evaluating, rel=0.02)
+    phases = predicted.phases()
+    assert phases["compress"].bytes == max(peak.bytes for peak in predicted.compress.values())
+    assert {*phases} == {"compress", "evaluate", *(f"train: {link}" for link in fits)}
+
+
+def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):
+    config = compose([*GPT, "compression=[wanda,int8]"])
+    tokenizer, data = opened(config)
+
+    def shaped_by_values(self, model, context):
+        next(model.parameters()).nonzero()
+        return model
+
+    monkeypatch.setattr(type(config.chain["wanda"]), "finalize", shaped_by_values)
+    found = trace_links(config, data, tokenizer, untraced="not today")
+    assert "nonzero" in found.open["compress: wanda"]
+    assert "compress: wanda comes before" in found.open["compress: int8"]
+    assert "evaluate" in found.open
+    assert found.open["train: wanda"] == "not today"
+    assert found.phases() == {}
+
+
+def test_a_link_of_eight_billion_weights_is_planned_without_their_memory():
+    sizes = ["layers=32", "width=4096", "heads=32", "key_value_heads=8", "intermediate=14336"]
+    llama = [*GPT, "model=llama", *(f"model.{size}" for size in sizes), "precision=bf16-true", "trainer.max_steps=0"]
+    config = compose([*llama, "compression=int4"])
+    tokenizer, data = opened(config)
+    with measure_peak("cpu") as peak:
+        found = trace_links(config, data, tokenizer)
+    assert found.compress["int4"].kinds["weights"] > 10e9
+    assert found.evaluate.bytes < 0.5 * found.compress["int4"].bytes
+    assert peak.bytes < 100e6
+
+
+def test_no_fake_constant_is_left_for_those_who_compute():
+    config = compose([*GPT, "compression=nf4"])
+    tokenizer, data = opened(config)
+    trace_links(config, data, tokenizer)
+    from pipeline.layers.nf4 import _pairs
+
+    assert type(_pairs(torch.device("cpu"))) is torch.Tensor
+    assert type(kernels._signed_levels(2)) is torch.Tensor
