@@ -8,6 +8,7 @@ depth, and blocks of any class will do.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,18 +101,23 @@ class Folding:
         return len(self.account.timeline.events)
 
     def unrolled(self) -> Timeline:
-        """The timeline as if every block had run."""
-        folded, done = self.account.timeline, 0
+        """The timeline as if every block had run. What is let go outside of blocks is let go of all of them."""
+        folded = self.account.timeline
         events: list[tuple[Block, int, str]] = []
         marks: list[tuple[int, str]] = []
-        waiting = list(folded.marks)
-        for at, pattern, backward in [*self.repeats, (self.now(), Pattern(), False)]:
-            while waiting and waiting[0][0] <= at:
-                mark, name = waiting.pop(0)
-                marks.append((len(events) + mark - done, name))
-            events += folded.events[done:at]
-            done = at
-            events += pattern.events(folded, backward)
+        copies: Counter[int] = Counter()
+        waiting, repeats = deque(folded.marks), deque(self.repeats)
+        for number in range(len(folded.events) + 1):
+            while waiting and waiting[0][0] == number:
+                marks.append((len(events), waiting.popleft()[1]))
+            while repeats and repeats[0][0] == number:
+                _, pattern, backward = repeats.popleft()
+                for event in pattern.events(folded, backward):
+                    copies[id(event[0])] += event[1]
+                    events.append(event)
+            for event in folded.events[number : number + 1]:
+                block, sign, _ = event
+                events += [event] * (1 + (copies.pop(id(block), 0) if sign < 0 else 0))
         return Timeline(events, marks)
 
 

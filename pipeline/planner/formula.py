@@ -14,11 +14,12 @@ for plain ones, which hold more.
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
@@ -35,7 +36,7 @@ from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, inside, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import Inner, Peak
-from pipeline.planner.ranks import Rank, part, split_layers
+from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
@@ -65,7 +66,8 @@ def training(
     with ExitStack() as stack:
         stack.enter_context(tracing())
         step = steps(config, faked(model, dtype), stage.fit.lr, inner)
-        faked(model, dtype_of(ranks.holding.gathered_in) or dtype)
+        if gathered_in := dtype_of(ranks.holding.gathered_in):
+            faked(model, gathered_in)
         stack.callback(config.precision.convert_layers(model, architecture))
         stack.callback(apply_activation_checkpointing(model, blocks, memory.activation_checkpointing))
         model.train()
@@ -77,7 +79,8 @@ def training(
         account.hold(given.values(), "batch")
         account.moment, account.phase = "forward pass", "activations"
         rank.forward()
-        with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context():
+        away = nullcontext() if memory.activation_offload == "none" else put_away(account, on_cpu)
+        with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context(), away:
             loss = task.loss(model, given, memory.loss_chunks)
         rank.backward()
         account.moment = account.phase = "backward pass"
@@ -165,6 +168,28 @@ def steps(config: RunConfig, model: nn.Module, lr: float, inner: Inner | None) -
         alone = max(found.alone.values()) if config.device.kind() == "cpu" else 0
         return Stepped([size for size in found.state if size < SMALLEST], alone, found.alone)
     return found
+
+
+def put_away(account: Account, on_cpu: bool) -> saved_tensors_hooks:
+    """Activations leave for the backward pass as `memory.offload` has them leave: into files, which on a CPU are used
+    where they are, or to a GPU's host, from where they come back one at a time."""
+
+    def pack(tensor: Tensor) -> Any:
+        block = account.block(tensor)
+        stays = block is None or block.kind in ("weights", "buffers", "batch", GATHERED) or tensor.nbytes < SMALLEST
+        return tensor if stays else (tensor.shape, tensor.stride(), tensor.dtype)
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        shape, stride, dtype = kept
+        back = torch.empty_strided(shape, stride, dtype=dtype)
+        block = account.block(back)
+        if on_cpu and block is not None:
+            block.bytes = 0
+        return back
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def step_early(trained: list[nn.Parameter], step: Stepped, account: Account) -> None:
