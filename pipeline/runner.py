@@ -121,7 +121,8 @@ def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
 
 def plan_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """`job=plan`: predicted peaks of `job=run` with this config, in plan.json and as a table."""
-    found = predicted(config, config.data.open(config.model.tokenizer()), run_dir, result)
+    tokenizer = config.model.tokenizer()
+    found = predicted(config, config.data.open(tokenizer), tokenizer, run_dir, result)
     write_text(run_dir / "report.md", plan_report(found, run_dir, config.overrides))
     if not config.sweep:
         console().print(plan_table(found))
@@ -138,11 +139,12 @@ def fit_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         train_and_compress(best, run_dir, result)
 
 
-def predicted(config: RunConfig, data: DataBundle, run_dir: Path, result: dict[str, Any]) -> Plan:
+def predicted(config: RunConfig, data: DataBundle, tokenizer: Any, run_dir: Path, result: dict[str, Any]) -> Plan:
     """The plan, in plan.json and in the result."""
-    found = plan(config, data)
+    found = plan(config, data, tokenizer)
     found.write(run_dir / "plan.json")
-    result["memory"]["predicted"].update({name: phase.bytes for name, phase in found.phases.items()})
+    for name in result["memory"]["predicted"]:
+        result["memory"]["predicted"][name] = found.phases[name].bytes if name in found.phases else None
     return found
 
 
@@ -200,7 +202,7 @@ def attempt(run: Run, line: Sequence[Stage], done: int) -> Candidate | None:
     """
     config = run.config
     with run.progress.phase("planning"):
-        found = predicted(config, run.data, run.directory, run.result)
+        found = predicted(config, run.data, run.tokenizer, run.directory, run.result)
     if found.fits is False and config.plan.enforce:
         raise ConfigError(f"{found.verdict()}; job=fit searches what fits, plan.enforce=false runs it all the same")
     try:

@@ -69,6 +69,8 @@ class Run:
     """The other machines, where this one leads."""
     begun: bool = False
     """Whether a stage is done: from then on nothing that goes wrong is a config that never ran."""
+    doing: str = "train"
+    """What runs now: train, compress: NAME, or evaluate."""
 
     @property
     def device(self) -> str:
@@ -113,6 +115,7 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
         if stage.index < done:
             record = store.read_manifest(run.snapshot(stage))["record"]
         else:
+            run.doing = "train" if stage.kind == "train" else f"compress: {stage.name}"
             if model is None:
                 model = stage_input(run.config, run.directory, run.data, changing, stage)
             model, record = train(run, stage, model) if stage.kind == "train" else compress(run, stage, model)

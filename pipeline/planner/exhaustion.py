@@ -18,7 +18,7 @@ from pipeline.report.result import new_result
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 
-SAID = re.compile(r"OutOfMemoryError|out of memory|DefaultCPUAllocator: not enough memory|can(.t|not) allocate memory", re.I)
+SAID = re.compile(r"OutOfMemoryError|out of memory|not enough memory|can(.t|not) allocate memory", re.I)
 LESS = 0.75
 """Of what was predicted, what the next config may need: how much there was is not known."""
 

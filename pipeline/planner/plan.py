@@ -1,16 +1,19 @@
 """What a run will need in memory, phase by phase, before anything is allocated: `job=plan`, and each run beforehand.
 
-`train` and `evaluate` are traced on fake tensors (see `training`). What cannot be traced yet is named in `open`, and is
-not guessed: ranks that share a model, links that compress, and devices other than the CPU.
+Two levels: `trace` runs the composed fit, the links and the evaluation on fake tensors (`training`, `links`,
+`evaluation`), in seconds; `formula` computes (`formula`), in well under one. What cannot be traced is computed, and
+`untraced` says why; what cannot be computed either is in `open`, and is not guessed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,16 +25,19 @@ from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
-from pipeline.planner import calibration
+from pipeline.planner import calibration, formula
 from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.links import trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.training import trace_training
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
+from pipeline.tasks.base import Task
 from pipeline.walk import stages_of
 
-
+log = logging.getLogger(__name__)
+Level = Literal["trace", "formula"]
 MARGINS = {"traced": 0.01, "computed": 0.1}
 """How far off predictions were at most, transformers without scratch space of kernels: benchmarks/README.md."""
 CONVOLUTIONS = 0.05
@@ -50,25 +56,37 @@ class Phase(Peak):
     margin: float = MARGINS["traced"]
     factor: float = 1.0
 
+    @property
+    def most(self) -> int:
+        """The upper end of its margin."""
+        return int(self.bytes * (1 + self.margin))
+
 
 @dataclass
 class Plan:
-    """Predicted peaks. `open`: {phase: why it is not predicted}. `capacity`: memory of one device, None: not known."""
+    """Predicted peaks on one device.
+
+    untraced: {phase: why it is computed and not traced}. open: {phase: why it is not predicted at all}.
+    capacity: bytes of memory of the device; None: not known.
+    disk: bytes of a checkpoint of the fit and, where nothing is compressed, of the artifact's weights.
+    """
 
     phases: dict[str, Phase] = field(default_factory=dict)
+    untraced: dict[str, str] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
     capacity: int | None = None
+    disk: dict[str, int] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool | None:
-        """Whether every phase fits in `capacity`; None where that is not known."""
+        """Whether every phase fits in `capacity`, with its margin; None where that is not known."""
         if self.capacity is None or not self.phases:
             return None
-        return self.binding()[1].bytes <= self.capacity
+        return all(phase.most <= self.capacity for phase in self.phases.values())
 
     def binding(self) -> tuple[str, Phase]:
         """The phase that needs most."""
-        return max(self.phases.items(), key=lambda phase: phase[1].bytes)
+        return max(self.phases.items(), key=lambda phase: phase[1].most)
 
     def verdict(self) -> str:
         """In one line whether it fits, and what it is made of where it needs most."""
@@ -78,8 +96,8 @@ class Plan:
         most = sorted(peak.kinds.items(), key=lambda kind: -kind[1])[:3]
         parts = ", ".join(f"{kind} {format_bytes(held)}" for kind, held in most)
         said = f"{name} needs {format_bytes(peak.bytes)} of {format_bytes(self.capacity)} ({parts})"
-        short = peak.bytes - self.capacity
-        return f"fits: {said}" if self.fits else f"does not fit by {format_bytes(short)}: {said}"
+        short = peak.most - self.capacity
+        return f"fits: {said}" if self.fits else f"does not fit by {format_bytes(short)}, its margin included: {said}"
 
     def write(self, path: Path) -> None:
         text = json.dumps({"schema": 1, **asdict(self), "fits": self.fits}, indent=2)
@@ -87,30 +105,96 @@ class Plan:
         path.write_text(flat + "\n", encoding="utf-8")
 
 
-def plan(config: RunConfig, data: DataBundle) -> Plan:
-    """The plan of `job=run` or `compress` with this config. Takes seconds; allocates no tensor of the model's size."""
-    found = Plan(capacity=capacity(config))
+def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Level = "trace") -> Plan:
+    """The plan of `job=run` or `compress` with this config; allocates no tensor of the model's size.
+
+    Args:
+        tokenizer: the run's, for links with a calibration text of their own; None: the model's.
+    """
     task = lookup.get(config.data.task)
-    first = stages_of(config)[0]
-    if first.fit is not None:
-        if why := untraceable(config):
-            found.open["train"] = why
-        else:
-            model = adapted(config, first, stage_input.shapes(config, data))
-            micro, _ = micro_batch_size(config)
-            batch = next(iter(evaluation_loader(data.train, micro)))
-            traced = trace_training(config, first, model, task, describe(model), batch)
-            found.phases["train"] = known(config, "train", traced, "traced", convolutional(model))
+    line = stages_of(config)
+    found = Plan(capacity=capacity(config))
+    why = "level=formula was asked for" if level == "formula" else untraceable(config)
+    if line[0].fit is not None:
+        plan_training(config, line[0], task, data, found, why)
+        if config.trainer.evaluate_every:
+            plan_validation(config, task, data, found)
     if config.chain:
-        found.open["compress"] = "links that compress are not planned yet"
-        found.open["evaluate"] = "the artifact is evaluated as the chain leaves it, which is not planned yet"
-    elif config.device.kind() != "cpu":
-        found.open["evaluate"] = "peaks of a GPU are not planned yet"
+        plan_links(config, data, tokenizer or config.model.tokenizer(), found, level)
     else:
-        model = stage_input.shapes(config, data)
-        traced = trace_evaluation(config, model, task, data)
-        found.phases["evaluate"] = known(config, "evaluate", traced, "traced", convolutional(model))
+        plan_evaluation(config, task, data, found, level)
+    if config.artifact is None:
+        found.disk = formula.on_disk(config, adapted(config, line[0], stage_input.shapes(config, data)))
+        if config.chain:
+            del found.disk["artifact"]
     return found
+
+
+def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle, found: Plan, why: str | None) -> None:
+    """Stage 0's fit, traced unless `why` says why not."""
+    batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+
+    def by(way: Callable[..., Peak], source: str) -> Phase:
+        model = adapted(config, stage, stage_input.shapes(config, data))
+        peak = way(config, stage, model, task, describe(model), batch)
+        return known(config, "train", peak, source, convolutional(model))
+
+    if why is None:
+        try:
+            found.phases["train"] = by(trace_training, "traced")
+            return
+        except Exception as error:  # whatever torch, or somebody's model, makes of tensors without values
+            log.info("training cannot be traced", exc_info=error)
+            why = f"cannot be traced: {first_line(error)}"
+    try:
+        found.phases["train"] = by(formula.training, "computed")
+        found.untraced["train"] = why
+    except Exception as error:
+        log.info("training cannot be computed", exc_info=error)
+        found.open["train"] = f"{why}; cannot be computed: {first_line(error)}"
+
+
+def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
+    """The evaluation of a model that no link changes: on one device, whoever trained it."""
+    model = stage_input.shapes(config, data)
+    if level == "trace" and config.device.kind() == "cpu":
+        peak, source = trace_evaluation(config, model, task, data), "traced"
+    else:
+        peak, source = formula.evaluation(config, model, task, data), "computed"
+    found.phases["evaluate"] = known(config, "evaluate", peak, source, convolutional(model))
+
+
+def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level) -> None:
+    """Links that compress, their own fits, and the evaluation of what they leave."""
+    if level == "formula" or config.device.kind() != "cpu":
+        where = "with level=formula" if level == "formula" else f"for device={config.device.kind()}"
+        found.open |= dict.fromkeys(("compress", "evaluate"), f"links are not planned {where}")
+        return
+    links = trace_links(config, data, tokenizer, untraceable(config))
+    convolutions = convolutional(stage_input.shapes(config, data))
+    for phase, peak in links.phases().items():
+        found.phases[phase] = known(config, phase, peak, "traced", convolutions)
+    found.open |= links.open
+
+
+def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan) -> None:
+    """Evaluation in the middle of the fit: beside what the fit keeps between two steps."""
+    train = found.phases.get("train")
+    if train is None or config.parallelism.distributed:
+        return
+    model = adapted(config, stages_of(config)[0], stage_input.shapes(config, data))
+    peak = formula.evaluation(config, model, task, data)
+    kept = {kind: train.kinds[kind] for kind in ("optimizer state", "gradients") if kind in train.kinds}
+    if config.memory.release_gradients or config.memory.step_in_backward:
+        kept.pop("gradients", None)
+    kinds = {**peak.kinds, **kept}
+    found.phases["validate"] = known(
+        config, "validate", Peak(sum(kinds.values()), kinds, peak.operator), "computed", convolutional(model)
+    )
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
 
 
 def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: bool) -> Phase:
@@ -159,15 +243,15 @@ def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
 def untraceable(config: RunConfig) -> str | None:
     """Why training is not traced; None where it is."""
     if config.parallelism.distributed:
-        return f"parallelism={config.parallelism.name}: ranks that work together are not planned yet"
+        return f"parallelism={config.parallelism.name}: ranks that work together are not traced"
     if config.device.kind() != "cpu":
-        return "peaks of a GPU are not planned yet"
+        return "what runs on a GPU is not traced"
     if stage_input.link_under_adapters(config) is not None:
-        return f"adapter={config.adapter.name} beside a compressed base is not planned yet"
+        return f"adapter={config.adapter.name} beside a compressed base is not traced"
     if config.trainer.compile:
-        return "compiled blocks are not planned yet"
+        return "compiled blocks are not traced"
     if config.memory.activation_offload != "none" or config.memory.optimizer_offload != "none":
-        return "offload is not planned yet"
+        return "offload is not traced"
     if config.precision.name not in ("full", "mixed"):
-        return f"precision={config.precision.label} is not planned yet"
+        return f"precision={config.precision.label} is not traced"
     return None

@@ -33,8 +33,8 @@ def plan_table(plan: Any) -> Table:
             table.add_section()
         bold = [label == TOGETHER and phase.bytes == highest for phase in phases.values()]
         table.add_row(label, *(Text(c, style="bold" if b else "") for c, b in zip(cells, bold, strict=True)))
-    if plan.open:
-        table.caption = Text("\n".join(f"{name}: {why}" for name, why in plan.open.items()))
+    if notes := plan_notes(plan):
+        table.caption = Text("\n".join(notes))
         table.caption_justify = "left"
     return table
 
@@ -52,12 +52,21 @@ def plan_rows(phases: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def plan_notes(plan: Any) -> list[str]:
+    """What is not planned, or not traced, and why; bytes on disk."""
+    return [
+        *(f"{name} is not planned: {why}" for name, why in plan.open.items()),
+        *(f"{name} is computed: {why}" for name, why in plan.untraced.items()),
+        *(f"on disk, {name}: {format_bytes(size)}" for name, size in plan.disk.items()),
+    ]
+
+
 def plan_report(plan: Any, run_dir: Path, overrides: Sequence[str]) -> str:
     """The text of report.md of `job=plan`; its plots are drawn into `run_dir`, which has plan.json."""
     lines = ["# Plan", "", "```bash", command(overrides), "```", ""]
     lines += [f"**{cell(plan.verdict())}**", ""] if plan.verdict() else []
     lines += markdown_table(["at the peak", *plan.phases], plan_rows(plan.phases), right=range(1, 1 + len(plan.phases)))
-    lines += [f"- {name}: {cell(why)}" for name, why in plan.open.items()]
+    lines += ["", *(f"- {cell(note)}" for note in plan_notes(plan))]
     for plot in draw_timelines(run_dir / "plan.json", run_dir / "plots").values():
         lines += ["", f"![live memory](plots/{plot.name})"]
     return "\n".join(lines) + "\n"

@@ -85,13 +85,15 @@ class Errors(Section):
 
 
 class Memory(Section):
-    """`measured`: what `kind` says. `reserved`: what torch's pool on a CUDA device held of it at most."""
+    """`measured`: what `kind` says. `reserved`: what torch's pool on a CUDA device held of it at most. `adapted`: what
+    was changed, and computes the same, each time that memory ran out (`fit.on_oom=adapt`)."""
 
     predicted: Peaks
     measured: Peaks
     reserved: Peaks
     error: Errors
     kind: Text
+    adapted: list[str]
 
 
 class QualityBeforeAfter(Section):

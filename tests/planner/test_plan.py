@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from pipeline import fitting
 from pipeline.app import compose, main
 from pipeline.fitting import fit
 from pipeline.memory.measure import measure_peak
+from pipeline.planner import plan as planner
 from pipeline.planner.plan import capacity, plan
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
@@ -150,18 +153,62 @@ def test_processes_on_one_machine_share_its_memory():
 
 
 @pytest.mark.parametrize(
-    ("override", "phase", "said"),
+    ("override", "said"),
     [
-        ("parallelism=ddp", "train", "parallelism=ddp"),
-        ("compression=int8", "compress", "not planned yet"),
-        ("memory.optimizer_offload=disk", "train", "offload"),
+        ("parallelism=ddp", "parallelism=ddp"),
+        ("memory.optimizer_offload=disk", "offload"),
+        ("device=cuda", "GPU"),
     ],
 )
-def test_what_is_not_planned_is_said_and_not_guessed(override, phase, said):
-    config = compose([*GPT, override])
+def test_what_is_not_traced_is_computed_and_says_why(override, said):
+    config = compose([*GPT, "job=plan", override])
     found = plan(config, opened(config)[1])
-    assert said in found.open[phase]
-    assert phase not in found.phases
+    assert said in found.untraced["train"]
+    assert found.phases["train"].source == "computed"
+    assert found.phases["train"].margin == 0.1
+
+
+def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk():
+    config = compose([*GPT, "trainer.evaluate_every=2", "compression=[magnitude,int8]"])
+    found = plan(config, opened(config)[1])
+    assert list(found.phases) == ["train", "validate", "train: magnitude", "compress", "evaluate"]
+    assert found.open == {}
+    assert set(found.disk) == {"checkpoint"}
+    by_formula = plan(config, opened(config)[1], level="formula")
+    assert set(by_formula.open) == {"compress", "evaluate"}
+    assert by_formula.phases["train"].bytes == pytest.approx(found.phases["train"].bytes, rel=0.1)
+
+
+class Unmeasured(Callback):
+    """In place of what measures warm steps: one measurement at a time."""
+
+    def __init__(self, beside):
+        self.peak_bytes = self.reserved_bytes = None
+        self.skipped_steps = ()
+
+
+def test_validation_in_the_middle_of_a_fit_is_computed_within_ten_percent(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "MeasureTraining", Unmeasured)
+    words = [*GPT, "trainer.batch_size=1", "trainer.evaluate_every=2", "trainer.evaluation_batch_size=16"]
+    config = compose(words)
+    tokenizer, data = opened(config)
+    predicted = plan(config, data).phases["validate"]
+    line = stages_of(config)
+    model, context = prepared(config, tmp_path, data, tokenizer, line, line[0])
+    with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as peak:
+        fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, tmp_path)
+    assert predicted.bytes == pytest.approx(peak.bytes, rel=0.1)
+
+
+def test_a_model_that_cannot_be_traced_is_computed_and_says_so(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("values are asked for\nhere")
+
+    monkeypatch.setattr(planner, "trace_training", refuse)
+    config = compose(GPT)
+    found = plan(config, opened(config)[1])
+    assert found.untraced["train"] == "cannot be traced: RuntimeError: values are asked for"
+    assert found.phases["train"].source == "computed"
 
 
 def test_nothing_is_left_behind_by_a_trace():
