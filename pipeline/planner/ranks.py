@@ -123,6 +123,9 @@ class Rank:
             return
         if self.holding.bucket is not None and not self.accumulates:
             return  # DeepSpeed lets go of them after its step
+        if not self.accumulates and not self.gradients_stay:  # nothing is added to them
+            self.have("gradients", sum(grad_bytes(weight) for weight in self.trained), "gradients")
+            return
         for weight in self.trained:
             weight.grad = torch.empty(weight.shape, dtype=gradient_dtype(weight))
         self.account.hold((weight.grad for weight in self.trained if weight.grad is not None), "gradients")
@@ -167,8 +170,6 @@ class Rank:
         """Before the backward pass; gradients of the step before are freed where it is the first one of a step."""
         if not self.accumulates and not self.gradients_stay:
             self.drop("gradients")
-            for weight in self.trained:
-                weight.grad = None
         if sent := dtype_of(self.holding.sent_in):
             self.have("sent", sum(weight.numel() for weight in self.trained) * sent.itemsize, COMMUNICATION)
         if self.holding.bucket is not None:

@@ -1,0 +1,190 @@
+"""The formula beside the trace, the allocator, real files and real ranks."""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import stage_input
+from pipeline.app import compose
+from pipeline.artifact import store
+from pipeline.data.loader import evaluation_loader
+from pipeline.fitting import fit, micro_batch_size
+from pipeline.layers.decoding import decode
+from pipeline.memory.measure import measure_peak, storage_bytes
+from pipeline.models.architecture import describe
+from pipeline.planner import formula
+from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.fakes import faked, tracing
+from pipeline.planner.training import trace_training
+from pipeline.registry import available
+from pipeline.stage_input import prepared
+from pipeline.tasks import lookup
+from pipeline.walk import stages_of
+from tests.ranks import made_by_ranks
+
+SHORT = ["trainer=smoke", "trainer.max_steps=4", "trainer.evaluate_every=0", "device=cpu"]
+GPT = ["model=gpt_nano", *SHORT]
+DEEP = ["model=gpt", "model.layers=5", "model.width=48", "model.heads=4", *SHORT]
+LLAMA = ["model=llama", "model.layers=3", "model.width=96", "model.heads=6", "model.key_value_heads=2", *SHORT]
+FEW = ["trainer.batch_size=1", "data.sequence_length=16"]  # what is left are weights, gradients and state
+CONFIGS = {
+    "autocast's copies, blocks recomputed": [
+        *DEEP, "precision=bf16-mixed", "memory.activation_checkpointing=full", "trainer.batch_size=2",
+    ],
+    "lean": [*LLAMA, "memory=lean", "memory.loss_chunks=3"],
+    "adapters": [*LLAMA, "adapter=lora", "model.tie_embeddings=false"],
+    "all weights stepped at once": [*LLAMA, *FEW, "optimizer.implementation=foreach"],
+    "weights stepped in turn, micro batches": [
+        *LLAMA, "optimizer=adafactor", "data.sequence_length=16", "trainer.batch_size=2", "trainer.micro_batch_size=1",
+    ],
+    "steps in the backward pass": [
+        *LLAMA, *FEW, "optimizer=sgd", "memory.step_in_backward=true", "trainer.grad_clip=null",
+    ],
+    "convolutions": ["model=efficientnet", "data=digits", "model.width_coefficient=2.0", *SHORT],
+}  # fmt: skip
+
+
+@functools.cache
+def opened(data, model):
+    return data.open(model.tokenizer())
+
+
+def given(words):
+    """(config, its data, stage 0, what it trains on the meta device, its task)."""
+    config = compose(words)
+    data, stage = opened(config.data, config.model), stages_of(config)[0]
+    model = stage_input.shapes(config, data)
+    with torch.device("meta"):
+        model = stage_input.adapted(config, stage, model, stage_input.context_of(config, stage, model))
+    return config, data, stage, model, lookup.get(config.data.task)
+
+
+def trained(words, how=formula.training):
+    config, data, stage, model, task = given(words)
+    batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+    return how(config, stage, model, task, describe(model), batch)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_is_computed_as_it_is_traced(name):
+    computed, traced = trained(CONFIGS[name]), trained(CONFIGS[name], trace_training)
+    assert computed.bytes == pytest.approx(traced.bytes, rel=0.01)
+    assert sum(computed.kinds.values()) == computed.bytes
+    assert computed.kinds["weights"] == traced.kinds["weights"]
+    assert computed.kinds.get("optimizer state") == traced.kinds.get("optimizer state")
+
+
+def test_activations_that_are_put_away_leave_memory(tmp_path):
+    words = [*DEEP, "memory.activation_offload=disk"]
+    config, data, stage, _, task = given(words)
+    model, context = prepared(config, tmp_path, data, None, [stage], stage)
+    measured = fit(config, stage, model, task, data, context.architecture, tmp_path).peak_bytes
+    assert trained(words).bytes == pytest.approx(measured, rel=0.02)
+
+
+def test_evaluation_is_computed_as_it_is_traced():
+    config, data, _, model, task = given(DEEP)
+    computed = formula.evaluation(config, model, task, data)
+    _, _, _, model, _ = given(DEEP)
+    assert computed.bytes == pytest.approx(trace_evaluation(config, model, task, data).bytes, rel=0.01)
+
+
+def test_decoding_holds_a_cache_of_every_block():
+    config, data, _, model, _ = given(LLAMA)
+    predicted = formula.generation(config, model, prompt=4, tokens=128, batch=64)
+    real = config.model.build(data.spec).eval()
+    with torch.no_grad():
+        _, cache = decode(real, torch.zeros(64, 127, dtype=torch.long))
+        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        alive = [*real.parameters(), *real.buffers(), *held]
+        del held
+        with measure_peak("cpu", alive) as peak:
+            del alive
+            decode(real, torch.zeros(64, 1, dtype=torch.long), cache)
+    assert predicted.bytes == pytest.approx(peak.bytes, rel=0.02)
+    assert predicted.operator == "last token"
+
+
+@pytest.mark.parametrize("name", available("optimizer"))
+def test_every_optimizer_is_asked_for_its_state(name):
+    config, data, _, model, _ = given([*GPT, f"optimizer={name}"])
+    with tracing():
+        computed = formula.steps(config, faked(model), 1e-3, None)
+    real = config.model.build(data.spec)
+    optimizer = config.optimizer.build(real, lr=1e-3)
+    for weight in real.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    leaves = [leaf for state in optimizer.state.values() for leaf in state.values() if isinstance(leaf, torch.Tensor)]
+    assert sum(computed.state) == storage_bytes(leaves)
+
+
+@pytest.mark.parametrize("override", ["optimizer=adamw8bit", "adapter=dora"])
+def test_files_are_known_before_they_are_written(override, tmp_path):
+    config, data, stage, meta, task = given([*GPT, override])
+    model, context = prepared(config, tmp_path, data, None, [stage], stage)
+    fit(config, stage, model, task, data, context.architecture, tmp_path)
+    known = formula.on_disk(config, meta)
+    assert known["checkpoint"] == pytest.approx((tmp_path / "checkpoints/last.ckpt").stat().st_size, rel=0.01)
+    store.save(config.adapter.merge(model), tmp_path / "artifact", chain=[], probe=task.probe(data))
+    assert known["artifact"] == store.tensor_bytes(tmp_path / "artifact")
+
+
+def test_a_model_of_eight_billion_parameters_on_eight_gpus_that_are_not_here():
+    sizes = ["layers=32", "width=4096", "heads=32", "key_value_heads=8", "intermediate=14336"]
+    words = [*SHORT, "model=llama", *(f"model.{size}" for size in sizes), "precision=bf16-true", "job=plan"]
+    words = [*words, "device=cuda", "parallelism.devices=8", "trainer.batch_size=8"]
+    with measure_peak("cpu") as peak:
+        sharded = trained([*words, "parallelism=fsdp"])
+    whole = trained([*words, "parallelism=ddp"])
+    for kind in ("weights", "optimizer state"):
+        assert sharded.kinds[kind] == pytest.approx(whole.kinds[kind] / 8, rel=0.001)
+    split = trained([*words, "parallelism=tp"])
+    assert whole.kinds["weights"] / 8 < split.kinds["weights"] < whole.kinds["weights"] / 7
+    assert peak.bytes < 10e6
+
+
+RANKED = {
+    "ddp": ["parallelism=ddp"],
+    "ddp, micro batches": ["parallelism=ddp", "trainer.micro_batch_size=1"],
+    "tp": ["parallelism=tp"],
+    "fsdp": ["parallelism=fsdp"],
+}
+
+
+def ranked(name, count):
+    sizes = ["model=gpt", "model.layers=4", "model.width=256", "model.heads=8", "data.sequence_length=16"]
+    return [*sizes, *SHORT, *RANKED[name], f"parallelism.devices={count}", "trainer.batch_size=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKED)
+def test_a_rank_holds_what_was_computed(name, tmp_path_factory):
+    measured = json.loads((made_by_ranks(__file__, 2, tmp_path_factory) / "measured.json").read_text())[name]
+    computed = trained(ranked(name, 2)).bytes
+    if name != "fsdp":
+        assert computed == pytest.approx(measured, rel=0.1)
+    else:  # gloo's threads, and Python's collector, let go of buffers and of old gradients when they come to it
+        assert 0.95 * computed < measured < 1.35 * computed
+
+
+def rank_main(count, directory):
+    """Fits of all `RANKED`, on this rank of `count`; rank 0 writes what it measured."""
+    found = {}
+    for name in RANKED:
+        config = compose(ranked(name, count))
+        data, line, place = opened(config.data, config.model), stages_of(config), directory / name
+        model, context = prepared(config, place, data, None, line, line[0])
+        task = lookup.get(config.data.task)
+        found[name] = fit(config, line[0], model, task, data, context.architecture, place).peak_bytes
+    if os.environ["RANK"] == "0":
+        (directory / "measured.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
