@@ -128,7 +128,7 @@ def one(number: int, out: Path) -> None:
     write(out, number, found)
     with tempfile.TemporaryDirectory() as place:
         run = Run(
-            config, Path(place), task, data, tokenizer, [], Progress({}, "none", task.unit), new_result("run", [], {})
+            config, Path(place), task, data, tokenizer, [], Progress({}, "silent", task.unit), new_result("run", [], {})
         )
         line = stages_of(config)
         walk(run, line, begin(run, line))

@@ -301,6 +301,7 @@ def launch(_: DictConfig) -> None:
 
 def task() -> None:
     """Check the job's config again where it runs, copy its recipes, hand it to the runner, record how it ended."""
+    environment.prepare()  # a launcher of other processes (joblib, submitit) comes in here
     job = HydraConfig.get()
     run_dir, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     overrides = _as_composed(job.overrides.task)

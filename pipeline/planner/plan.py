@@ -189,7 +189,7 @@ def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan
         kept.pop("gradients", None)
     kinds = {**peak.kinds, **kept}
     found.phases["validate"] = known(
-        config, "validate", Peak(sum(kinds.values()), kinds, peak.operator), "computed", convolutional(model)
+        config, "validate", Peak(sum(kinds.values()), kinds, "evaluation"), "computed", convolutional(model)
     )
 
 
