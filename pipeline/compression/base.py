@@ -138,6 +138,17 @@ class Method:
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         """The compressed model. Raises on a NaN weight (naming the layer) and where there was no effect at all."""
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        """Bytes by kind at the peak of `prepare` and `finalize`, by formula; None where none is known for this model.
+
+        `model` and the batches of `context.calibration` are on the meta device; nothing is run. For plans that do not
+        run `finalize` on tensors without values. Here: the model, and the largest layer to be rounded.
+        """
+        from pipeline.layers.holding import checked, layer_work
+        from pipeline.layers.select import select
+
+        return layer_work(model, select(model, context.architecture).layers, checked)
+
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         """JSON facts for `stages[].detail` of result.json: layers touched, kernel, measured sparsity, ..."""
         return {}

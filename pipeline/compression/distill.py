@@ -285,6 +285,14 @@ class Distill(Method):
             classes=classes,
         )
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        """The model before it loses layers, or what is left of it, whose parameters are looked through."""
+        from pipeline.layers.holding import checked, held, largest
+
+        student = self.reshaped(model, context)
+        most = max(int(weight.numel() * checked(weight.itemsize)) for weight in student.parameters())
+        return largest([{"weights": held(model)}, {"weights": held(student), "working set": most}])
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         from pipeline.errors import LeanfitError
 

@@ -96,6 +96,14 @@ class Int4Awq(GroupQuantizer):
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         return super().preflight(model, context) or norm_problems(context, "scale", "int4")
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import calibrated, largest
+
+        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        return (
+            None if known is None else largest([known.running(known.hessians(), extra=1), known.solving(2, layers=10)])
+        )
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None
         model, facts = quantize_int4_awq(

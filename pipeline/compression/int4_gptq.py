@@ -56,6 +56,12 @@ class Int4Gptq(GroupQuantizer):
     activation_order: bool
     block_size: Annotated[int, Ge(1)]
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import calibrated, largest
+
+        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        return None if known is None else largest([known.running(known.hessians()), known.solving(7)])
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None
         return quantize_gptq(

@@ -72,6 +72,12 @@ class Int8SmoothQuant(Quantizer):
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         return super().preflight(model, context) or norm_problems(context, "smooth", "int8")
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import calibrated
+
+        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        return None if known is None else known.integers()
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None
         model, facts = quantize_int8_smoothquant(

@@ -66,6 +66,12 @@ class Int8Static(Quantizer):
     observer: Observer
     percentile: Annotated[float, Gt(0), Le(100)]
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import calibrated
+
+        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        return None if known is None else known.integers()
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None
         return quantize_int8_static(

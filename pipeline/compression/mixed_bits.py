@@ -89,6 +89,23 @@ class MixedBits(Quantizer):
             ]
         return []
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        """Whichever is more: logits, their logarithms and a divergence, or GPTQ."""
+        from pipeline.layers.distillation import head_size
+        from pipeline.layers.holding import calibrated, largest
+
+        known, classes = (
+            calibrated(model, context.architecture, context.calibration and context.calibration()),
+            head_size(model),
+        )
+        if known is None or classes is None:
+            return None
+        measuring = {kind: size for kind, size in known.base.items() if kind != "hidden states"}
+        moments = [{**measuring, "logits": 5 * 4 * known.tokens * classes}]
+        if self.rounding == "gptq":
+            moments += [known.running(known.hessians()), known.solving(7)]
+        return largest(moments)
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         """Measure, choose, quantize. What was measured and chosen goes into the link's detail."""
         from pipeline.layers.gptq import round_with_gptq

@@ -55,6 +55,12 @@ class NF4(TableQuantizer):
             return model
         return quantize_nf4(model, self.layers(model, context), self.block_size, self.double_quant)
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        """Weights over their maxima, and the place of each among the values, as int64 and otherwise."""
+        from pipeline.layers.holding import layer_work
+
+        return layer_work(model, self.layers(model, context), lambda itemsize: 18 + max(4, itemsize))
+
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.lora import adapters_detail
 

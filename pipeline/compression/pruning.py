@@ -163,6 +163,15 @@ class Pruner(Method):
         due = max(keep, math.ceil(block * (1 - sparsity) - 1e-6))
         return None if due >= block else f"{due}:{block}"
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        """Scores, of which the lowest are picked with their places, beside the masks."""
+        from pipeline.layers.holding import layer_work, masks
+
+        layers, kept = self.layers(model, context), 1 - self.target()
+        picked = self.target() if self.pattern is None else kept
+        work = layer_work(model, layers, lambda itemsize: max(9, itemsize + picked * (itemsize + 8)))
+        return {**work, "masks": masks(model, layers)}
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         from pipeline.errors import LeanfitError
         from pipeline.layers.sparsity import apply_masks, has_masks, measured_sparsity

@@ -45,6 +45,11 @@ class Quantizer(Method):
             model, context.architecture, self.ignore, f"compression.{context.stage}", self.types()
         )
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import checked, layer_work
+
+        return layer_work(model, self.layers(model, context), checked)
+
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.schemes import quantization_detail
 

@@ -169,6 +169,16 @@ class SparseGpt(Pruner):
     damping: Annotated[float, Ge(0)]
     block_size: Annotated[int, Ge(1)]
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import calibrated, largest, masks
+
+        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        if known is None:
+            return None
+        grown = masks(model, self.layers(model, context))
+        moments = [known.running(known.hessians()), known.solving(6, layers=1)]
+        return {**largest(moments), "masks": grown}
+
     def prune(
         self, model: nn.Module, layers: Sequence[str], sparsity: float, pattern: str | None, context: Context
     ) -> nn.Module:

@@ -254,6 +254,10 @@ class Structured(Method):
 
         return [HoldMasks()]
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        """No formula is known for a backward pass that frees its gradients as it goes, nor for cutting."""
+        return None
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         from pipeline.layers.schemes import require_finite
         from pipeline.layers.select import select

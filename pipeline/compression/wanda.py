@@ -79,6 +79,16 @@ class Wanda(Pruner):
     needs_calibration: ClassVar[bool] = True
     updates: ClassVar[int] = 8
 
+    def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.holding import calibrated, largest, masks
+
+        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        if known is None:
+            return None
+        grown = masks(model, self.layers(model, context))
+        moments = [known.running()]
+        return {**largest(moments), "masks": grown}
+
     def prune(
         self, model: nn.Module, layers: Sequence[str], sparsity: float, pattern: str | None, context: Context
     ) -> nn.Module:

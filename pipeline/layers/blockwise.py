@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pipeline.layers.offload import offload, place_of_model
-from pipeline.layers.pulse import pulse
+from pipeline.layers.pulse import alike, pulse
 from pipeline.models.base import Architecture
 
 Batch = Mapping[str, Tensor]
@@ -105,9 +105,9 @@ class Segment:
                 pass
 
 
-def run_calls(module: nn.Module, calls: Iterable[Call], device: str) -> Iterator[Any]:
+def run_calls(module: nn.Module, calls: Sequence[Call], device: str) -> Iterator[Any]:
     """What `module` gives for each call, on `device`, without gradients."""
-    for call in calls:
+    for call in alike(calls):
         pulse()
         moved = call.on(device)
         with torch.no_grad():

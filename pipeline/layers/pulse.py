@@ -11,8 +11,8 @@ Turn = TypeVar("Turn")
 
 listeners: list[Callable[[], None]] = []
 """Called at each `pulse`; a measurement enters itself while it runs."""
-PLANNED = 3
-"""Turns of a loop that are planned: the first makes what the loop keeps, the second finds it there, more are alike."""
+PLANNED = 2
+"""Turns of a loop that are planned: the first makes what the loop keeps, the second finds it there."""
 
 _planned = False
 

@@ -12,6 +12,7 @@ from pipeline.artifact import store
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.fitting import fit
 from pipeline.layers import kernels
+from pipeline.layers.nf4 import _pairs
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
 from pipeline.planner.links import trace_links
@@ -115,10 +116,13 @@ def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):
 
     monkeypatch.setattr(type(config.chain["wanda"]), "finalize", shaped_by_values)
     found = trace_links(config, data, tokenizer, untraced="not today")
-    assert "nonzero" in found.open["compress: wanda"]
-    assert "compress: wanda comes before" in found.open["compress: int8"]
-    assert "evaluate" in found.open
     assert found.open["train: wanda"] == "not today"
+    assert "compress: wanda comes before" in found.open["evaluate"]
+    assert found.computed == {"wanda", "int8"}
+    assert {*found.phases()} == {"compress"}
+    monkeypatch.setattr(type(config.chain["wanda"]), "memory", lambda *_: None)
+    found = trace_links(config, data, tokenizer, untraced="not today")
+    assert "nonzero" in found.open["compress: wanda"]
     assert found.phases() == {}
 
 
@@ -134,11 +138,18 @@ def test_a_link_of_eight_billion_weights_is_planned_without_their_memory():
     assert peak.bytes < 100e6
 
 
-def test_no_fake_constant_is_left_for_those_who_compute():
-    config = compose([*GPT, "compression=nf4"])
-    tokenizer, data = opened(config)
-    trace_links(config, data, tokenizer)
-    from pipeline.layers.nf4 import _pairs
+def test_what_is_found_once_for_a_process_is_not_found_by_a_plan():
+    def forget():
+        for constant in (kernels._cpu_kernel, kernels.works, kernels._signed_limits, _pairs):
+            constant.cache_clear()
 
+    forget()
+    fitting = kernels.choose(torch.device("cpu"), torch.float32, 1)
+    forget()
+    for method in ("int8", "nf4"):
+        config = compose([*GPT, f"compression={method}"])
+        tokenizer, data = opened(config)
+        assert trace_links(config, data, tokenizer).open == {}
+    assert kernels.choose(torch.device("cpu"), torch.float32, 1) == fitting
     assert type(_pairs(torch.device("cpu"))) is torch.Tensor
-    assert type(kernels._signed_levels(2)) is torch.Tensor
+    assert type(kernels._signed_limits(2)) is torch.Tensor
