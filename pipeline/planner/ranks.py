@@ -7,7 +7,8 @@ together for each block, as torch's FSDP2 does it:
     backward  the weights again, while those of the next block arrive already; whole gradients are copied into a
               buffer, which is summed over the ranks into this rank's part, and stays a block long
 
-Between processes on a CPU gloo has a copy of each buffer for a moment.
+Between processes on a CPU gloo has a copy of each buffer for a moment. Where its threads are the last to hold one, the
+release is not among the allocator's events, so that measured peaks of these ranks may be some blocks too high.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ def test_a_rank_holds_what_was_computed(name, tmp_path_factory):
     computed = trained(ranked(name, 2)).bytes
     if name != "fsdp":
         assert computed == pytest.approx(measured, rel=0.1)
-    else:  # gloo's threads, and Python's collector, let go of buffers and of old gradients when they come to it
-        assert 0.95 * computed < measured < 1.35 * computed
+    else:  # what gloo's threads let go of is not among the allocator's events, so the measured sum drifts upwards
+        assert 0.95 * computed < measured < 1.8 * computed
 
 
 def rank_main(count, directory):
