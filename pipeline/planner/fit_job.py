@@ -29,7 +29,19 @@ from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import describe
 from pipeline.planner import formula, search, speed
 from pipeline.planner.live import Peak
-from pipeline.planner.plan import MARGINS, Phase, adapted, capacity, convolutional, known, plan, untraceable
+from pipeline.planner.plan import (
+    MARGINS,
+    Phase,
+    Plan,
+    adapted,
+    capacity,
+    convolutional,
+    known,
+    plan_evaluation,
+    plan_links,
+    plan_validation,
+    untraceable,
+)
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
 from pipeline.planner.training import trace_training
 from pipeline.recipes import lock_text
@@ -70,6 +82,8 @@ class Chosen:
     scale: float
     """Measured over predicted seconds; 1 where nothing was timed."""
     overrides: list[str]
+    open: dict[str, str]
+    """Phases that are not predicted, and why."""
 
     @property
     def best(self) -> Rated:
@@ -143,6 +157,8 @@ class Search:
         self._computed: dict[Any, Peak] = {}
         self._books: dict[Any, speed.Workbook] = {}
         self._convolutional: dict[Any, bool] = {}
+        self.open: dict[str, str] = {}
+        """Phases that are not predicted, and why."""
         self._useless: dict[Any, set[tuple[str, Any]]] = {}
 
     def run(self) -> Chosen:
@@ -160,7 +176,7 @@ class Search:
             raise ConfigError(self.miss(looked))
         ranked, scale = self.timed(ranked)
         overrides = search.command(self.typed.overrides, ranked[0].candidate.changes)
-        return Chosen(self.budget, ranked, looked, len(candidates), rates, scale, overrides)
+        return Chosen(self.budget, ranked, looked, len(candidates), rates, scale, overrides, self.open)
 
     def data(self, config: RunConfig) -> DataBundle:
         if config.data not in self._opened:
@@ -218,8 +234,7 @@ class Search:
             if grown is None or not search.valid(grown):
                 return False
             try:
-                phase = self.computed(self.leanest(grown))[1]
-                return phase.bytes * (1 + phase.margin) <= self.budget
+                return self.computed(self.leanest(self.evaluated(grown)))[1].most <= self.budget
             except ConfigError:  # more tokens than the model has positions, or the data has
                 return False
 
@@ -256,19 +271,21 @@ class Search:
         Raises:
             ConfigError: evaluation keeps the bound of `fit.inference` with no batch.
         """
-        limit = self.budget if self.inference is None else min(self.budget, self.inference)
         size = one.config.trainer.evaluation_batch_size
         fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
         while True:
             tried = one.with_values("trainer", evaluation_batch_size=size)
-            phase = self.others(tried.config).get("evaluate")
-            if phase is None or phase.bytes * (1 + phase.margin) <= limit:
+            evaluation = self.others(tried.config, traced=False).get("evaluate")
+            bounded = self.inference is None or evaluation is None or evaluation.most <= self.inference
+            lean = self.phases(self.leanest(tried).config, traced=False)
+            if bounded and all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean):
                 return tried
             if size == 1 or fixed:
                 break
             size //= 2
-        if self.inference is not None and phase.bytes * (1 + phase.margin) > self.inference:
-            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {format_bytes(phase.bytes)}")
+        if evaluation is not None and not bounded:
+            takes = format_bytes(evaluation.bytes)
+            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {takes} of {size} at once")
         return tried
 
     def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:
@@ -277,6 +294,7 @@ class Search:
         config = base.config
         here = config.device.memory is None and not config.device.problems(config.parallelism.devices)
         listed: list[tuple[Candidate, speed.Work | None]] = []
+        hopeless: list[Rated] = []
         for variant in variants:
             stage = stages_of(variant.config)[0]
             if stage.fit is None:
@@ -286,13 +304,17 @@ class Search:
             blocks = bool(describe(model).blocks)
             batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
             every = list(search.levers(variant, self.typed.fit.free, blocks, batch_norm))
-            if len(variants) > 1 and not self.hopeful(every):
+            lean = self.rated(leanest(every), traced=False)
+            if len(variants) > 1 and lean.phase.bytes * (1 - MARGINS["computed"]) > self.budget:
+                hopeless.append(lean)
                 continue
             every = self.worthwhile(variant, every)
             work = self.book(variant.config).work(variant.config, stage)
             listed += [(one, work) for one in every]
         if not listed:
-            raise ConfigError(self.miss(Looked([self.rated(self.leanest(base))], [])))
+            raise ConfigError(
+                self.miss(Looked([], [self.rated(Looked(hopeless, []).nearest().candidate, traced=True)]))
+            )
         dtypes = {dtype for work in {id(work): work for _, work in listed}.values() if work for dtype in work.dtypes()}
         rates = speed.rates_of(config.device.kind(), dtypes, here)
         found = [(one, 0.0 if work is None else self.seconds(one, work, rates)) for one, work in listed]
@@ -343,10 +365,6 @@ class Search:
             self._books[key] = speed.Workbook(lambda: shapes(config, data), self.task, sample)
         return self._books[key]
 
-    def hopeful(self, every: list[Candidate]) -> bool:
-        """Whether the leanest of a variant's candidates may fit: what is computed twice and in the smallest parts."""
-        return self.computed(leanest(every))[1].bytes * (1 - MARGINS["computed"]) <= self.budget
-
     def leanest(self, base: Candidate) -> Candidate:
         model = shapes(base.config, self.data(base.config))
         batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -360,12 +378,31 @@ class Search:
 
     def worst(self, config: RunConfig, traced: bool) -> Worst:
         """The phase of the run that needs most."""
-        phases = dict(self.others(config))
+        return max(self.phases(config, traced).items(), key=lambda phase: phase[1].most)
+
+    def phases(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
+        """Every phase of the run that can be predicted."""
+        found = dict(self.others(config, traced))
         if stages_of(config)[0].fit is not None:
             traced = traced and untraceable(config) is None
             peak, source = (self.known(config, True), "traced") if traced else (self.lower(config), "computed")
-            phases["train"] = known(config, "train", peak, source, self.convolutional(config))
-        return max(phases.items(), key=lambda phase: phase[1].bytes)
+            found["train"] = known(config, "train", peak, source, self.convolutional(config))
+            if (beside := self.validation(config)) is not None:
+                kept = {kind: peak.kinds.get(kind, 0) for kind in kept_between_steps(config)}
+                kinds = {**beside.kinds, **kept}
+                found["validate"] = replace(beside, bytes=beside.bytes + sum(kept.values()), kinds=kinds)
+        return found
+
+    def validation(self, config: RunConfig) -> Phase | None:
+        """An evaluation in the middle of the fit, without what the fit keeps meanwhile."""
+        if not config.trainer.evaluate_every:
+            return None
+        key = ("validate", config.model, config.data, config.precision, config.adapter, evaluation_batch(config))
+        if key not in self._others:
+            bare = Plan(phases={"train": Phase(0, {}, "")})
+            plan_validation(config, self.task, self.data(config), bare)
+            self._others[key] = bare.phases
+        return self._others[key].get("validate")
 
     def convolutional(self, config: RunConfig) -> bool:
         if config.model not in self._convolutional:
@@ -395,13 +432,21 @@ class Search:
             self._computed[key] = known(config, stage, model, self.task, describe(model), batch)
         return self._computed[key]
 
-    def others(self, config: RunConfig) -> dict[str, Phase]:
-        """Peaks of the phases that do not depend on how training saves memory."""
-        untrained = replace(config.trainer, max_steps=0, micro_batch_size=None)
-        key = (config.model, config.data, config.precision, repr(config.chain), config.trainer.evaluation_batch_size)
+    def others(self, config: RunConfig, traced: bool = True) -> dict[str, Phase]:
+        """Every phase but stage 0's fit. Fits of links depend on what saves memory: they are left out unless traced."""
+        fits = traced and any(method.trains for method in config.chain.values())
+        levers = (config.memory, micro_batch_size(config)) if fits else None
+        key = (config.model, config.data, config.precision, repr(config.chain), evaluation_batch(config), levers)
         if key not in self._others:
-            found = plan(replace(config, trainer=untrained), self.data(config))
-            self._others[key] = {name: phase for name, phase in found.phases.items() if name != "train"}
+            found, data = Plan(), self.data(config)
+            if config.chain:
+                plan_links(config, data, self.tokenizer, found, "trace")
+            else:
+                plan_evaluation(config, self.task, data, found, "trace")
+            self._others[key] = {
+                name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
+            }
+            self.open |= found.open
         return self._others[key]
 
     def artifact_bytes(self, config: RunConfig) -> int:
@@ -421,14 +466,14 @@ class Search:
 
         return search.closest(candidates, self.budget, self.computed, trace)
 
-    def rated(self, one: Candidate) -> Rated:
-        return Rated(one, 0.0, *self.traced(one))
+    def rated(self, one: Candidate, traced: bool) -> Rated:
+        return Rated(one, 0.0, *self.worst(one.config, traced))
 
     def miss(self, looked: Looked) -> str:
         """Why nothing fits: the nearest miss, and what takes most of it."""
         one = looked.nearest()
         kind, held = search.term(one.phase)
-        over = one.phase.bytes * (1 + one.phase.margin) - self.budget
+        over = one.phase.most - self.budget
         what = " ".join(one.candidate.changes) or "the config as typed"
         return (
             f"{self.said()}: nothing fits. The nearest, {what}, needs {format_bytes(one.phase.bytes)} to {one.name}, "
@@ -486,6 +531,8 @@ def fit(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> RunConfig:
     )  # fmt: skip
     if not config.sweep:
         console().print(fit_table(result["fit"]["ranking"]))
+        for phase, why in chosen.open.items():
+            console().print(f"not predicted: {phase}: {why}", soft_wrap=True, markup=False)
         for line in (chosen.said(), f"  {chosen.command()}", f"  python run.py recipe={run_dir / RECIPE}"):
             console().print(line, soft_wrap=True, markup=False)
     return best.candidate.config
@@ -525,6 +572,16 @@ def without_micro(config: RunConfig) -> RunConfig:
     """For comparing what computes the same."""
     trainer = replace(config.trainer, micro_batch_size=None, evaluation_batch_size=1)
     return replace(config, choices={}, overrides=(), trainer=trainer)
+
+
+def kept_between_steps(config: RunConfig) -> list[str]:
+    """Kinds of what training holds while it is not at work, beside weights."""
+    early = config.memory.release_gradients or config.memory.step_in_backward
+    return ["optimizer state"] if early else ["optimizer state", "gradients"]
+
+
+def evaluation_batch(config: RunConfig) -> int:
+    return config.trainer.evaluation_batch_size
 
 
 def with_fewer_parts(config: RunConfig) -> RunConfig:

@@ -35,7 +35,7 @@ PLACES = ("devices", "nodes", "launcher", "rendezvous", "node_rank", "address")
 """Settings of a strategy that say where it runs, whichever it is."""
 GROUPS = ("precision", "optimizer", "adapter")
 TRACED = 10
-ENOUGH, BEYOND = 5, 40
+ENOUGH, BEYOND = 5, 10
 """How many that fit are enough; and how many candidates are computed after the first of them."""
 SAVES = 0.05
 """The share of another's peak that a slower candidate must save to be traced as well."""
@@ -255,7 +255,7 @@ class Rated:
 
     def fits(self, budget: int) -> bool:
         """Whether its peak stays within, with its margin."""
-        return self.phase.bytes * (1 + self.phase.margin) <= budget
+        return self.phase.most <= budget
 
 
 Worst = tuple[str, Phase]

@@ -1,0 +1,195 @@
+"""job=fit from the outside: its choice keeps the budget when it really runs, its recipe is that choice, and what cannot
+be met is one line."""
+
+import json
+import shlex
+
+import pytest
+
+from pipeline import app
+from pipeline.app import compose, main
+from pipeline.errors import ConfigError
+from pipeline.fitting import fit
+from pipeline.planner import fit_job
+from pipeline.planner.fit_job import Search
+from pipeline.planner.plan import plan
+from pipeline.report.progress import Progress
+from pipeline.report.result import new_result, read_result, schema_problems
+from pipeline.stage_input import prepared
+from pipeline.tasks import lookup
+from pipeline.walk import stages_of
+
+SMALL = [
+    "model=gpt_nano", "trainer=smoke", "trainer.batch_size=4", "trainer.evaluate_every=0", "device=cpu",
+    "plan.calibrate=false",
+]  # fmt: skip
+DDP = ["parallelism=ddp", "trainer.batch_size=128"]
+FIT = [*SMALL, "job=fit", "fit.measure=0"]
+
+
+def searched(directory, *words):
+    config = compose([*FIT, *words])
+    return Search(config, directory, new_result("fit", [], {}), Progress({}, "silent")).run()
+
+
+def planned_bytes(*words):
+    config = compose([*SMALL, *words])
+    return max(phase.bytes for phase in plan(config, config.data.open(config.model.tokenizer())).phases.values())
+
+
+def measured_peak(config, directory):
+    data = config.data.open(config.model.tokenizer())
+    line = stages_of(config)
+    model, context = prepared(config, directory, data, None, line, line[0])
+    return fit(config, line[0], model, lookup.get("causal_lm"), data, context.architecture, directory).peak_bytes
+
+
+def test_the_choice_keeps_a_budget_that_the_typed_config_breaks_and_costs_the_least_time(tmp_path):
+    budget = 3_000_000
+    assert planned_bytes() > 2 * budget
+    chosen = searched(tmp_path, f"budget={budget}")
+    best = chosen.best
+    assert measured_peak(best.candidate.config, tmp_path) <= budget
+    assert best.phase.bytes == pytest.approx(planned_bytes(*best.candidate.changes), rel=0.01)
+    assert [one.seconds for one in chosen.ranked] == sorted(one.seconds for one in chosen.ranked)
+    faster = [one for one in chosen.looked.computed if one.seconds < best.seconds]
+    assert faster
+    assert not any(one.phase.bytes < 0.9 * budget for one in faster)
+
+
+def test_the_job_leaves_its_ranking_a_plot_and_a_recipe_that_is_its_choice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "budget=3MB", "hydra.run.dir=found"]) == 0
+    found = tmp_path / "found"
+    result = read_result(found / "result.json")
+    assert schema_problems(result) == []
+    best = result["fit"]["ranking"][0]
+    assert best["bytes"] == result["memory"]["predicted"][best["phase"]]
+    assert (found / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert not (found / "checkpoints").exists()
+    told = capsys.readouterr().out
+    assert result["fit"]["command"] in told.replace("\n", " ")
+    assert all(change in told for change in best["changes"])
+    typed = compose(shlex.split(result["fit"]["command"])[2:])
+    shared = compose([f"recipe={found / fit_job.RECIPE}"])
+    assert typed.job == shared.job == "run"
+    for group in ("model", "data", "trainer", "memory", "optimizer", "precision", "plan", "budget", "device"):
+        assert getattr(typed, group) == getattr(shared, group)
+
+
+@pytest.mark.slow
+def test_the_winner_runs_in_the_same_directory_within_the_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timed = [*SMALL, "job=fit", "fit.measure=2", "fit.run=true", "budget=4MB", "hydra.run.dir=won"]
+    assert main(timed) == 0
+    result = read_result(tmp_path / "won" / "result.json")
+    assert schema_problems(result) == []
+    assert result["train"]["steps"] == 8
+    assert max(peak for peak in result["memory"]["measured"].values() if peak) <= 4_000_000
+    assert result["fit"]["ranking"][0]["seconds_measured"] > 0
+    assert (tmp_path / "won" / "artifact" / "manifest.json").is_file()
+    assert main([f"resume={tmp_path / 'won'}", "trainer.max_steps=9"]) == 0
+
+
+@pytest.mark.slow
+def test_named_groups_find_room_where_there_is_none_otherwise(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        searched(tmp_path, "budget=2MB")
+    (line,) = caught.value.problems
+    assert line.startswith("budget=2MB: nothing fits. The nearest, ")
+    assert "in the way is optimizer state, 999 kB. Give more, fit.free=[optimizer]" in line
+    chosen = searched(tmp_path, "budget=2MB", "fit.free=[optimizer]")
+    assert any(change.startswith("optimizer=") for change in chosen.best.candidate.changes)
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batch_the_longest_sequences_and_the_largest_model(tmp_path):
+    def micro(one):
+        return one.candidate.config.trainer.micro_batch_size or 4
+
+    found = searched(tmp_path, "budget=3MB", "fit.maximize=micro_batch")
+    larger = [one for one in found.looked.computed if micro(one) > micro(found.best)]
+    assert larger
+    assert all(one.phase.bytes > 0.9 * found.budget for one in larger)
+    long = searched(tmp_path, "budget=5MB", "fit.maximize=sequence", "trainer.micro_batch_size=4")
+    length = long.best.candidate.config.data.sequence_length
+    assert length % 64 == 0
+    assert 64 < length < 1024
+    grown = searched(tmp_path, "budget=30MB", "fit.maximize=parameters").best.candidate.config.model
+    assert grown.heads > 2
+    assert grown.width == 32 * grown.heads == 32 * grown.layers
+
+
+def test_what_comes_out_keeps_its_bound(tmp_path):
+    chosen = searched(tmp_path, "budget=1GB", "fit.inference=5MB")
+    assert chosen.best.candidate.changes == ("trainer.evaluation_batch_size=8",)  # all else fits as typed
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["budget=6GB?"], "budget=6GB? is no size: give a number of bytes, or a size such as 2.5MB or 6GiB"),
+        (["budget=0"], "budget=0 is not above zero"),
+        (["budget=1GB", "fit.free=[optimzer]"], "fit.free[0]=optimzer must be one of memory, optimizer"),
+        (["budget=1GB", "fit.free=[compression]"], "fit.free=[compression] chooses by bytes that come out"),
+        (["budget=1GB", "fit.artifact=small"], "fit.artifact=small is no size"),
+        (["budget=1GB", "fit.maximize=speed"], "fit.maximize=speed must be one of micro_batch, sequence, parameters"),
+        (
+            ["budget=1GB", "fit.run=true", "parallelism=ddp", "parallelism.devices=128", "trainer.batch_size=128"],
+            "parallelism.devices=128: ",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_without_torch_being_asked(words, line, capsys):
+    assert main([*FIT, *words]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"error: {line}")
+
+
+def test_a_budget_goes_with_no_other_job(capsys):
+    assert main([*SMALL, "budget=1GB"]) == 2
+    assert "budget=1GB goes with job=fit, not job=run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["budget=100kB"], "budget=100kB is below the weights alone, 499 kB; give more, fit.free=[precision]"),
+        (["budget=1GB", "fit.maximize=parameters", "model=efficientnet", "data=digits"], "fit.maximize=parameters: "),
+        (["budget=1GB", "fit.maximize=sequence", "model=efficientnet", "data=digits"], "fit.maximize=sequence: "),
+        (["budget=1GB", "fit.inference=100kB"], "fit.inference=100kB: "),
+        (["budget=1GB", "compression=int4", "compression.int4.group_size=48"], "compression.int4.group_size=48"),
+    ],
+)
+def test_what_only_shapes_tell_is_one_line_too(words, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, *words]) == 2
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"error: {line}")
+
+
+def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):
+    config = compose([*FIT, "budget=1GB"])
+    monkeypatch.setattr(
+        type(config.model), "build", lambda self, spec: (_ for _ in ()).throw(NotImplementedError("no meta\nkernel"))
+    )
+    with pytest.raises(ConfigError, match=r"model=gpt_nano cannot be built on the meta device.*no meta kernel"):
+        Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent")).run()
+
+
+def test_a_machine_that_is_not_here_is_planned_for_and_not_timed(tmp_path):
+    words = ["parallelism=ddp", "parallelism.devices=2", "device.memory=8MB", "fit.measure=3"]
+    chosen = searched(tmp_path, *words)
+    assert chosen.budget == 8_000_000
+    assert chosen.rates.source == "assumed"
+    assert all(one.measured is None for one in chosen.ranked)
+    assert {one.candidate.config.parallelism.name for one in chosen.looked.computed} == {"ddp", "fsdp"}
+    assert {one.phase.source for one in chosen.ranked if one.name == "train"} <= {"computed"}
+
+
+def test_help_names_the_job_and_its_keys(capsys):
+    assert app.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert "fit.free=[]" in told
+    assert "budget=null" in told
+    assert "job=fit budget=6GiB" in told
+    assert json.dumps(None) in told
