@@ -23,11 +23,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
+from pipeline.device.cpu import CPU
 from pipeline.errors import ConfigError
 from pipeline.fitting import micro_batch_size
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import describe
 from pipeline.planner import formula, search, speed
+from pipeline.planner.links import trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.plan import (
     MARGINS,
@@ -83,7 +85,7 @@ class Chosen:
     """Measured over predicted seconds; 1 where nothing was timed."""
     overrides: list[str]
     open: dict[str, str]
-    """Phases that are not predicted, and why."""
+    """Phases of the best that are not predicted, and why."""
 
     @property
     def best(self) -> Rated:
@@ -157,8 +159,8 @@ class Search:
         self._computed: dict[Any, Peak] = {}
         self._books: dict[Any, speed.Workbook] = {}
         self._convolutional: dict[Any, bool] = {}
-        self.open: dict[str, str] = {}
-        """Phases that are not predicted, and why."""
+        self._open: dict[Any, dict[str, str]] = {}
+        self._stored: dict[Any, int | None] = {}
         self._useless: dict[Any, set[tuple[str, Any]]] = {}
 
     def run(self) -> Chosen:
@@ -176,7 +178,9 @@ class Search:
             raise ConfigError(self.miss(looked))
         ranked, scale = self.timed(ranked)
         overrides = search.command(self.typed.overrides, ranked[0].candidate.changes)
-        return Chosen(self.budget, ranked, looked, len(candidates), rates, scale, overrides, self.open)
+        best = ranked[0].candidate.config
+        unknown = self._open.get((best.model, best.data, best.precision, repr(best.chain)), {})
+        return Chosen(self.budget, ranked, looked, len(candidates), rates, scale, overrides, unknown)
 
     def data(self, config: RunConfig) -> DataBundle:
         if config.data not in self._opened:
@@ -246,22 +250,33 @@ class Search:
     def variants(self, base: Candidate) -> list[Candidate]:
         """Variants that pass the preflight, keep the bounds of what comes out, and can fit at all."""
         asked = replace(base.config, fit=self.typed.fit)
-        found = []
+        found: list[Candidate] = []
+        stored: list[tuple[int, int, Candidate]] = []
+        told: list[str] = []
         for one in search.variants(asked, self.artifact):
             one = Candidate(one.config, (*base.changes, *one.changes))
             try:
                 if one.changes:
                     self.preflight(one.config)
                 one = self.evaluated(one)
-            except ConfigError:
+            except ConfigError as error:
+                told += error.problems
                 continue
-            if self.artifact is None or self.artifact_bytes(one.config) <= self.artifact:
+            size = 0 if self.artifact is None else self.artifact_bytes(one.config)
+            if size is None:
+                told.append(f"fit.artifact={self.typed.fit.artifact}: what {label(one)} leaves cannot be traced")
+            elif self.artifact is None or size <= self.artifact:
                 found.append(one)
+            else:
+                stored.append((size, len(stored), one))
+        if not found and not stored:
+            raise ConfigError(told)
         if not found:
+            size, _, least = min(stored)
+            what = " ".join(least.changes) or "the config as typed"
             raise ConfigError(
-                f"fit.artifact={self.typed.fit.artifact}: no choice of compression makes an artifact so small"
-                if self.artifact is not None
-                else f"fit.inference={self.typed.fit.inference}: no choice evaluates within it"
+                f"fit.artifact={self.typed.fit.artifact}: the smallest, {what}, takes {format_bytes(size)}; "
+                f"{'give more' if 'compression' in self.typed.fit.free else 'give more, or fit.free=[compression]'}"
             )
         return found
 
@@ -321,7 +336,8 @@ class Search:
         largest_first = self.typed.fit.maximize == "micro_batch"
         found.sort(
             key=lambda pair: (
-                -micro_batch_size(pair[0].config)[0] if largest_first else 0, pair[1], len(pair[0].changes)
+                -micro_batch_size(pair[0].config)[0] if largest_first else 0, pair[1], -self.kept(pair[0].config),
+                len(pair[0].changes),
             )
         )  # fmt: skip
         return found, rates
@@ -348,6 +364,10 @@ class Search:
             without, without.with_values("memory", **{name: value})
         )]  # fmt: skip
         return peaks[1] < (1 - WORTH) * peaks[0]
+
+    def kept(self, config: RunConfig) -> int:
+        """Where compression is searched, bytes of the artifact: the more of them, the less is lost."""
+        return (self.artifact_bytes(config) or 0) if "compression" in self.typed.fit.free else 0
 
     def seconds(self, one: Candidate, work: speed.Work, rates: speed.Rates) -> float:
         moved = 0
@@ -441,18 +461,29 @@ class Search:
             found, data = Plan(), self.data(config)
             if config.chain:
                 plan_links(config, data, self.tokenizer, found, "trace")
+                if "artifact" in found.disk:
+                    self._stored[config.model, config.data, config.precision, repr(config.chain)] = found.disk[
+                        "artifact"
+                    ]
             else:
                 plan_evaluation(config, self.task, data, found, "trace")
             self._others[key] = {
                 name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
             }
-            self.open |= found.open
+            self._open[key[:4]] = found.open
         return self._others[key]
 
-    def artifact_bytes(self, config: RunConfig) -> int:
-        """Bytes of the artifact's weights."""
-        model = config.precision.convert(shapes(config, self.data(config)))
-        return file_bytes(model_tensors(model, {}))
+    def artifact_bytes(self, config: RunConfig) -> int | None:
+        """Bytes of the artifact's weights; None where what a chain leaves cannot be traced."""
+        if not config.chain:
+            model = config.precision.convert(shapes(config, self.data(config)))
+            return file_bytes(model_tensors(model, {}))
+        key = (config.model, config.data, config.precision, repr(config.chain))
+        self.others(config, traced=False)
+        if key not in self._stored:  # of another device no links are planned, but a file is as large
+            here = replace(config, device=CPU(name="cpu", memory=None))
+            self._stored[key] = trace_links(here, self.data(config), self.tokenizer).stored
+        return self._stored[key]
 
     def look(self, candidates: list[tuple[Candidate, float]]) -> Looked:
         """Peaks of candidates, with a line for each that is traced."""

@@ -31,6 +31,7 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import micro_batch_size
 from pipeline.layers import kernels, offload, pulse
 from pipeline.layers.distillation import head_size
+from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.layers.offload import IN_FILES
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
@@ -57,6 +58,8 @@ class Links:
     train: dict[str, Peak] = field(default_factory=dict)
     compress: dict[str, Peak] = field(default_factory=dict)
     evaluate: Peak | None = None
+    stored: int | None = None
+    """Bytes of the artifact's weights; masked ones may take less."""
     open: dict[str, str] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
 
@@ -89,6 +92,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 del left[0]
             task = lookup.get(config.data.task)
             loaded = as_loaded(model)
+            found.stored = file_bytes(model_tensors(loaded, {}))
             if not chain.trains:
                 put_into_files(loaded)
             found.evaluate = traced_evaluation(config, loaded, task, data, chain.counting())
@@ -173,7 +177,8 @@ class _Chain:
         if stage.fit is not None:
             if untraced is None:
                 found.train[stage.name] = self.trained(stage, model, context)
-                gc.collect()
+                self.live.forget()
+                gc.collect()  # as a run does then
             else:
                 found.open[f"train: {stage.name}"] = untraced
         finalizing = self.counting()
