@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.layers.offload import IN_FILES
+from pipeline.planner.live import COUNTING, FILES
 from pipeline.precision import cpu_kernels
 from pipeline.tasks.base import Batch
 
@@ -51,7 +52,8 @@ def put_into_files(model: nn.Module) -> None:
         }
         for tensor in (*module._parameters.values(), *stored.values()):
             if tensor is not None:
-                IN_FILES.add(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                FILES[storage._cdata] = storage
 
 
 def fake_batch(batch: Batch) -> Batch:
@@ -132,11 +134,18 @@ def tracing() -> Iterator[FakeTensorMode]:
     """A FakeTensorMode in which transformers builds the attention masks that it builds on real tensors."""
     from transformers import masking_utils
 
+    collecting = gc.isenabled()
+    gc.disable()
     with (
+        ExitStack() as stack,
         warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         mock.patch.object(masking_utils, "is_tracing", return_value=False),
     ):
         # Copies of tensors ask whether there is memory behind them.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        if collecting:
+            stack.callback(gc.enable)
+        stack.callback(FILES.clear)
+        stack.callback(lambda: [live.forget() for live in tuple(COUNTING)])
         yield mode

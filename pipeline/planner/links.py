@@ -14,7 +14,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -32,12 +32,11 @@ from pipeline.fitting import micro_batch_size
 from pipeline.layers import kernels, offload, pulse
 from pipeline.layers.distillation import head_size
 from pipeline.layers.footprint import file_bytes, model_tensors
-from pipeline.layers.offload import IN_FILES
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
 from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, inside, put_into_files, tracing
-from pipeline.planner.live import Peak
+from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.training import traced_fit
 from pipeline.schema import RunConfig
@@ -274,19 +273,27 @@ def _unreal(config: RunConfig, data: DataBundle, tokenizer: Any) -> Iterator[_Ch
     def address(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata) + int(tensor.storage_offset()) * tensor.itemsize
 
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        # torch would copy the bytes behind a tensor that has an address.
+        if id(tensor) not in memo:
+            made = torch.empty_like(tensor)
+            memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        return cast(Tensor, memo[id(tensor)])
+
     def written(tensor: Tensor, directory: Path, dtype: torch.dtype) -> Tensor:
         made = torch.empty(0, dtype=dtype)
-        IN_FILES.add(made.untyped_storage())
+        FILES[made.untyped_storage()._cdata] = made.untyped_storage()
         return made.resize_(tensor.shape)
 
     def place(tensor: Tensor) -> Path | None:
-        return Path() if tensor.untyped_storage() in IN_FILES else None
+        return Path() if tensor.untyped_storage()._cdata in FILES else None
 
     with (
         tracing(),
         pulse.planned(),
         mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
         mock.patch.object(FakeTensor, "data_ptr", address),
+        mock.patch.object(FakeTensor, "__deepcopy__", copied),
         mock.patch.object(kernels, "fbgemm_pack", _packed),
         mock.patch.object(kernels, "_fbgemm", _product),
         mock.patch.object(offload, "_written", written),

@@ -20,6 +20,10 @@ from torch.utils._pytree import tree_iter
 
 Inner = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 """(operator's name, operator, arguments, named arguments) -> its result; NotImplemented where torch's own will do."""
+COUNTING: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Each `Live` that there is."""
+FILES: dict[int, torch.UntypedStorage] = {}
+"""Storages of fake tensors that stand for such in files, by address."""
 SAMPLES = 200
 """Moments of a phase that a plan keeps, for its plot."""
 
@@ -111,6 +115,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What storages that appear now are for, unless somebody says."""
         self._inner = inner
         self._blocks: dict[int, Block] = {}
+        self._watched: dict[int, Any] = {}
+        COUNTING.add(self)
 
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what storages hold, also of those that are known already."""
@@ -135,10 +141,18 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if block is None:
             block = self._blocks[key] = Block(storage.nbytes(), kind)
             self.timeline.events.append((block, 1, operator))
-            weakref.finalize(storage, self._release, key).atexit = False
+            self._watched[key] = weakref.finalize(storage, self._release, key)
+            self._watched[key].atexit = False
         return block
 
+    def forget(self) -> None:
+        """Watch no storage any more: before garbage is collected, which torch does not outlive otherwise."""
+        for watched in self._watched.values():
+            watched.detach()
+        self._watched.clear()
+
     def _release(self, key: int) -> None:
+        del self._watched[key]
         block = self._blocks.pop(key)
         self.timeline.events.append((block, -1, ""))
 

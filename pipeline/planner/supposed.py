@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from pipeline.layers.offload import IN_FILES
-from pipeline.planner.live import Block, Inner, Live
+from pipeline.planner.live import FILES, Block, Inner, Live
 
 aten = torch.ops.aten
 COPIES = frozenset({aten.clone.default, aten._to_copy.default})
@@ -33,7 +32,7 @@ SHRINKS = 1e-6
 
 class Supposing(Live):  # type: ignore[no-untyped-call]
     """Counts as `Live` does, but no storage that an operator was only given (what was there before is somebody else's,
-    unless it is said by `hold`), and none in `IN_FILES`."""
+    unless it is said by `hold`), and none in `FILES`."""
 
     def __init__(self, inner: Inner | None = None) -> None:
         super().__init__(inner)
@@ -50,7 +49,7 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         super()._release(key)
 
     def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
-        if (operator and _key(tensor) in self._given) or tensor.untyped_storage() in IN_FILES:
+        if (operator and _key(tensor) in self._given) or _key(tensor) in FILES:
             return None
         return super()._note(tensor, operator, kind)
 

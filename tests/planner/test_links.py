@@ -24,6 +24,7 @@ GPT = ["model=gpt_nano", "trainer=smoke", "trainer.max_steps=16", "device=cpu", 
 CASES = {
     "hessians and masks, then packed integers": [*GPT, "compression=[sparsegpt,int4]"],
     "a smaller student beside its teacher": [*GPT, "compression=[distill,int8]"],
+    "a student with masks": [*GPT, "compression=[magnitude,distill]"],
     "trained rounding": [*GPT, "compression=int4_qat"],
     "a smaller model by gradients": [*GPT, "compression=structured"],
     "masks that grow": [*GPT, "compression=wanda", "compression.wanda.schedule=cubic"],
