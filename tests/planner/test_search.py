@@ -146,7 +146,7 @@ def test_hopeless_candidates_and_those_that_a_better_one_beats_are_not_traced():
 
 
 def test_no_more_than_ten_are_traced_and_five_that_fit_are_enough():
-    assert len(search_of([99] * 15, budget=100).traced) == 10  # within, but not with the margin
+    assert len(search_of([990] * 15, budget=1000).traced) == 10  # within, but not with the margin
     assert names(search_of(range(1000, 0, -60), budget=5000).traced) == [0, 1, 2, 3, 4]
 
 
