@@ -98,7 +98,9 @@ def blocked(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return out
 
 
-CONVERTING = frozenset({"aten::sum", "aten::prod", "aten::cumsum", "aten::any", "aten::all"})
+CONVERTING = frozenset(
+    {"aten::sum", "aten::prod", "aten::cumsum", "aten::any", "aten::all", "aten::norm", "aten::linalg_vector_norm"}
+)
 
 
 def converted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
 from pipeline.planner import calibration, formula
 from pipeline.planner.evaluation import trace_evaluation
-from pipeline.planner.links import trace_links
+from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.training import trace_training
 from pipeline.report.units import format_bytes
@@ -42,6 +42,8 @@ MARGINS = {"traced": 0.01, "computed": 0.1}
 """How far off predictions were at most, transformers without scratch space of kernels: benchmarks/README.md."""
 CONVOLUTIONS = 0.05
 """And where there are convolutions, whose kernels take scratch space that is not traced."""
+NARROW, NARROW_CONVOLUTIONS = 0.05, 0.35
+"""And where a CPU computes in 16 bits, by kernels whose scratch space depends on the processor."""
 SHARDED = 0.3
 """And of ranks that gather what they share (fsdp, ZeRO 3): what was measured there varied from run to run by as much."""
 UNSEEN = "kernels' scratch space"
@@ -169,14 +171,19 @@ def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan
 
 def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level) -> None:
     """Links that compress, their own fits, and the evaluation of what they leave."""
-    if level == "formula" or config.device.kind() != "cpu":
-        where = "with level=formula" if level == "formula" else f"for device={config.device.kind()}"
-        found.open |= dict.fromkeys(("compress", "evaluate"), f"links are not planned {where}")
+    if config.device.kind() != "cpu":
+        why = f"links are not planned for device={config.device.kind()}"
+        found.open |= dict.fromkeys(("compress", "evaluate"), why)
         return
-    links = trace_links(config, data, tokenizer, untraceable(config))
+    if level == "formula":
+        links = declare_links(config, data, tokenizer)
+        found.open["evaluate"] = "what the chain leaves is evaluated by tracing alone"
+    else:
+        links = trace_links(config, data, tokenizer, untraceable(config))
     convolutions = convolutional(stage_input.shapes(config, data))
     for phase, peak in links.phases().items():
-        found.phases[phase] = known(config, phase, peak, "traced", convolutions)
+        source = "computed" if level == "formula" or (phase == "compress" and links.computed) else "traced"
+        found.phases[phase] = known(config, phase, peak, source, convolutions)
     found.open |= links.open
     if links.stored is not None:
         found.disk["artifact"] = links.stored
@@ -206,6 +213,8 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     """The peak of a phase with its margin, corrected by what earlier runs of its kind measured on this machine."""
     gathers = config.parallelism.sharded and source == "computed" and phase == "train"
     margin = max(MARGINS[source], CONVOLUTIONS if convolutions else 0.0, SHARDED if gathers else 0.0)
+    if config.device.kind() == "cpu" and config.precision.dtype in ("float16", "bfloat16"):
+        margin = max(margin, NARROW_CONVOLUTIONS if convolutions else NARROW)
     found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, source, margin)
     if not config.plan.calibrate:
         return found
