@@ -257,6 +257,14 @@ def levers(config: RunConfig, model: nn.Module, callbacks: Sequence[lightning.Ca
     return parts
 
 
+def forget(callbacks: Sequence[lightning.Callback]) -> None:
+    """Lightning binds its module's `log` to each callback. One that outlives the fit, as the progress bar does, would
+    keep the module, the trainer, and with it the optimizer's state."""
+    for callback in callbacks:
+        for name in ("log", "log_dict"):
+            vars(callback).pop(name, None)
+
+
 def trainer_of(
     config: RunConfig,
     device: str,
@@ -373,6 +381,7 @@ def fit(
             ckpt_path=last if resume and checkpoints.exists(last) else None,
             weights_only=False,
         )
+    forget(parts)
     return Fitted(
         {**metrics.totals(), "trainable_parameters": trained},
         meter.peak_bytes,

@@ -215,11 +215,13 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
         load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
         return fitted
     method = stage.method
-    return fit(
+    fitted = fit(
         run.config, stage, model, run.task, run.data, context.architecture, run.directory,
         callbacks=method.callbacks(context) if method else [], loss=method.loss(context) if method else None,
         progress=run.progress, resume=run.config.resume, beside=partial(teacher_tensors, context.teacher),
     )  # fmt: skip
+    gc.collect()  # the optimizer's state goes round in circles with the trainer, and would stay
+    return fitted
 
 
 def teacher_tensors(teacher: Teacher | None) -> list[Tensor]:
@@ -257,7 +259,6 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
         with run.progress.phase(f"recording the teacher: {stage.name}"):
             context = recorded(run.config, stage, run.directory, run.data, context, run.progress.say)
     fitted = run_fit(run, stage, model, context)
-    gc.collect()  # the optimizer's state goes round in circles with the trainer, and would stay
     with run.progress.phase(f"compressing: {stage.name}"):
         model.to(run.device)
         with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as finalizing:

@@ -45,7 +45,7 @@ CONVOLUTIONS = 0.05
 NARROW, NARROW_CONVOLUTIONS = 0.05, 0.35
 """And where a CPU computes in 16 bits, by kernels whose scratch space depends on the processor."""
 SHARDED = 0.3
-"""And of ranks that gather what they share (fsdp, ZeRO 3): what was measured there varied from run to run by as much."""
+"""And of ranks that gather what they share (fsdp, ZeRO 3): what was measured varied from run to run by as much."""
 UNSEEN = "kernels' scratch space"
 
 
