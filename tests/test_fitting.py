@@ -23,7 +23,7 @@ def test_a_progress_bar_that_outlives_a_fit_keeps_neither_its_trainer_nor_the_op
     progress = Progress({"train": 1}, "lines", target=Console(file=StringIO()))
     task = lookup.get("causal_lm")
     gc.collect()
-    before = sum(isinstance(thing, lightning.Trainer) for thing in gc.get_objects())
+    before = sum(type(thing) is lightning.Trainer for thing in gc.get_objects())
     fit(config, line[0], model, task, data, context.architecture, tmp_path, progress=progress)
     gc.collect()
-    assert sum(isinstance(thing, lightning.Trainer) for thing in gc.get_objects()) == before
+    assert sum(type(thing) is lightning.Trainer for thing in gc.get_objects()) == before
