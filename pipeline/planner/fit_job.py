@@ -45,7 +45,7 @@ from pipeline.planner.plan import (
     untraceable,
 )
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
-from pipeline.planner.training import trace_training
+from pipeline.planner.training import trace_training, with_fewer_parts
 from pipeline.recipes import lock_text
 from pipeline.report.console import console, mode
 from pipeline.report.fit_table import fit_table
@@ -613,13 +613,6 @@ def kept_between_steps(config: RunConfig) -> list[str]:
 
 def evaluation_batch(config: RunConfig) -> int:
     return config.trainer.evaluation_batch_size
-
-
-def with_fewer_parts(config: RunConfig) -> RunConfig:
-    """With two micro batches where there are more: they hold as much."""
-    micro, accumulation = micro_batch_size(config)
-    batch = micro * min(accumulation, 2) * config.parallelism.data_ranks
-    return replace(config, trainer=replace(config.trainer, batch_size=batch, micro_batch_size=micro))
 
 
 def with_micro(config: RunConfig, size: int) -> RunConfig:

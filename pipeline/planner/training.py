@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def trace_training(
         return traced_fit(config, stage, model, task, architecture, batch, Live(inside), STEPS, since=STEPS - 1)
 
 
+def with_fewer_parts(config: RunConfig) -> RunConfig:
+    """With two micro batches where there are more: they hold as much."""
+    micro, accumulation = micro_batch_size(config)
+    batch = micro * min(accumulation, 2) * config.parallelism.data_ranks
+    return replace(config, trainer=replace(config.trainer, batch_size=batch, micro_batch_size=micro))
+
+
 def traced_fit(
     config: RunConfig,
     stage: Stage,
@@ -107,6 +115,7 @@ def traced_fit(
     `callbacks` and `loss` are those of a link's method. To be called within `tracing`.
     """
     assert stage.fit is not None
+    config = with_fewer_parts(config)
     _, accumulation = micro_batch_size(config)
     blocks = [block.name for block in architecture.blocks]
     parts = [Phases(live), *callbacks, *levers(config, model, callbacks)]
