@@ -37,7 +37,7 @@ from pipeline.report.table import closing_lines, closing_table
 from pipeline.schema import RunConfig, values_of
 from pipeline.tasks import lookup
 from pipeline.versions import versions
-from pipeline.walk import Run, begin, evaluate, stages_of, walk
+from pipeline.walk import Run, begin, changing_stages, evaluate, preflight, stages_of, walk
 
 log = logging.getLogger(__name__)
 Job = Callable[[RunConfig, Path, dict[str, Any]], None]
@@ -122,7 +122,10 @@ def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
 def plan_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """`job=plan`: predicted peaks of `job=run` with this config, in plan.json and as a table."""
     tokenizer = config.model.tokenizer()
-    found = predicted(config, config.data.open(tokenizer), tokenizer, run_dir, result)
+    data, task = config.data.open(tokenizer), lookup.get(config.data.task)
+    line = changing_stages(stages_of(config))
+    preflight(Run(config, run_dir, task, data, tokenizer, [], Progress({}, "silent"), result), line)
+    found = predicted(config, data, tokenizer, run_dir, result)
     write_text(run_dir / "report.md", plan_report(found, run_dir, config.overrides))
     if not config.sweep:
         console().print(plan_table(found))

@@ -147,6 +147,12 @@ def test_a_machine_that_is_not_here_is_planned_for():
     assert plan(config, opened(config)[1]).capacity == 80 * 2**30
 
 
+def test_what_only_shapes_tell_ends_a_plan_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["job=plan", "model=efficientnet", "data=digits", "optimizer=muon", "device=cpu"]) == 2
+    assert "optimizer=muon" in capsys.readouterr().err
+
+
 def test_processes_on_one_machine_share_its_memory():
     config, several = compose(GPT), compose([*GPT, "parallelism=ddp", "parallelism.devices=2"])
     assert capacity(several) == capacity(config) // 2
