@@ -23,6 +23,7 @@ from pipeline import stage_input
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
+from pipeline.errors import ConfigError
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
 from pipeline.planner import calibration, formula
@@ -119,20 +120,39 @@ def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Leve
     line = stages_of(config)
     found = Plan(capacity=capacity(config))
     why = "level=formula was asked for" if level == "formula" else untraceable(config)
-    if line[0].fit is not None:
-        plan_training(config, line[0], task, data, found, why)
+    first = line[0]
+    if first.fit is not None:
+        plan_training(config, first, task, data, found, why)
         if config.trainer.evaluate_every:
-            plan_validation(config, task, data, found)
+            attempt(found, "validate", lambda: plan_validation(config, task, data, found))
     if config.chain:
-        plan_links(config, data, tokenizer or config.model.tokenizer(), found, level)
+        attempt(
+            found, "compress", lambda: plan_links(config, data, tokenizer or config.model.tokenizer(), found, level)
+        )
     else:
-        plan_evaluation(config, task, data, found, level)
+        attempt(found, "evaluate", lambda: plan_evaluation(config, task, data, found, level))
     if config.artifact is None:
-        disk = formula.on_disk(config, adapted(config, line[0], stage_input.shapes(config, data)))
-        if config.chain:
-            del disk["artifact"]
-        found.disk |= disk
+        attempt(found, "what goes to disk", lambda: plan_disk(config, first, data, found))
     return found
+
+
+def attempt(found: Plan, what: str, part: Callable[[], None]) -> None:
+    """Plan a part; one that fails is not planned and says so, since a run does without."""
+    try:
+        part()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever torch, or somebody's model, makes of tensors without values
+        log.info("%s cannot be planned", what, exc_info=error)
+        found.open[what] = f"cannot be planned: {first_line(error)}"
+
+
+def plan_disk(config: RunConfig, stage: Stage, data: DataBundle, found: Plan) -> None:
+    """A checkpoint of stage 0's fit, and the artifact where no link changes it."""
+    disk = formula.on_disk(config, adapted(config, stage, stage_input.shapes(config, data)))
+    if config.chain:
+        del disk["artifact"]
+    found.disk |= disk
 
 
 def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle, found: Plan, why: str | None) -> None:

@@ -147,6 +147,14 @@ def test_a_machine_that_is_not_here_is_planned_for():
     assert plan(config, opened(config)[1]).capacity == 80 * 2**30
 
 
+def test_a_run_does_without_what_cannot_be_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(planner.formula, "on_disk", lambda *_: 1 / 0)
+    config = compose(GPT)
+    found = plan(config, opened(config)[1])
+    assert found.open == {"what goes to disk": "cannot be planned: ZeroDivisionError: division by zero"}
+    assert set(found.phases) == {"train", "evaluate"}
+
+
 def test_what_only_shapes_tell_ends_a_plan_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["job=plan", "model=efficientnet", "data=digits", "optimizer=muon", "device=cpu"]) == 2
