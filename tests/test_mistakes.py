@@ -310,6 +310,9 @@ def test_a_mistake_in_the_primary_config(conf: Path, key: str) -> None:
         for changed in ({f"{k}x" if k == key else k: v for k, v in content.items()}, {**content, key: 5}):
             file.write_text(yaml.safe_dump(changed, sort_keys=False))
             config, problems = with_conf(conf)
+            if key == "budget" and changed.get(key) == 5:  # bytes
+                assert config is not None
+                continue
             if key != "lock" or changed.get(key) != 5:
                 assert config is None, (key, config)
             assert problems

@@ -410,7 +410,8 @@ def test_magnitude_is_the_norm_of_all_weights_that_go_together():
     assert found.hidden[5].item() == pytest.approx(math.sqrt(square), rel=1e-5)
 
 
-@pytest.mark.parametrize("place", ["fc1", "self_attn.q_proj"])
+# Not a query's: attention on a CPU with AVX-512 lets its NaN vanish in the softmax.
+@pytest.mark.parametrize("place", ["fc1", "self_attn.v_proj"])
 def test_nan_weights_are_told_by_block(place):
     model = opt()
     model.get_submodule(f"model.decoder.layers.1.{place}").weight.data[0, 0] = float("nan")
