@@ -29,7 +29,7 @@ FLOAT16_SMALLEST = 6.1e-5
 def problems(config: RunConfig) -> list[str]:
     """Every problem of a decoded config. What could not run cannot be planned, but for a device that is not here."""
     rules = RULES
-    found = fitting(config)
+    found = _fitting(config)
     if config.job == "plan" or (config.job == "fit" and not config.fit.run):
         rules = tuple(rule for rule in RULES if rule is not device)
     if config.job in ("plan", "fit"):
@@ -37,7 +37,7 @@ def problems(config: RunConfig) -> list[str]:
     return [*found, *(told for rule in rules for told in rule(config))]
 
 
-def fitting(config: RunConfig) -> list[str]:
+def _fitting(config: RunConfig) -> list[str]:
     """Sizes that are none, and keys of `job=fit` with another job or without what they choose by."""
     asked, found = config.fit, []
     sizes = {"budget": config.budget, "fit.artifact": asked.artifact, "fit.inference": asked.inference}
