@@ -187,7 +187,7 @@ def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk()
     found = plan(config, opened(config)[1])
     assert list(found.phases) == ["train", "validate", "train: magnitude", "compress", "evaluate"]
     assert found.open == {}
-    assert set(found.disk) == {"checkpoint"}
+    assert set(found.disk) == {"checkpoint", "artifact"}
     by_formula = plan(config, opened(config)[1], level="formula")
     assert set(by_formula.open) == {"evaluate"}
     assert by_formula.phases["compress"].bytes == pytest.approx(found.phases["compress"].bytes, rel=0.1)
