@@ -330,7 +330,7 @@ def test_the_time_of_a_link_counts_what_it_took_before_it_was_interrupted() -> N
     assert main([f"resume={directory}"]) == 0
     (stage,) = read_result(directory / "result.json")["stages"]
     assert 5000 < stage["seconds"] < 5600
-    assert 4000 < stage["train"]["seconds"] < 4600
+    assert 4000 <= stage["train"]["seconds"] < 4600  # both steps left were measured, which rates leave out
 
 
 def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
