@@ -18,7 +18,11 @@ from pipeline.report.result import new_result
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 
-SAID = re.compile(r"OutOfMemoryError|out of memory|not enough memory|can(.t|not) allocate memory", re.I)
+SAID = re.compile(
+    r"OutOfMemoryError|out of memory|not enough memory|can(.t|not) allocate memory"
+    r"|could not create a primitive",  # what oneDNN makes of it
+    re.I,
+)
 LESS = 0.75
 """Of what was predicted, what the next config may need: how much there was is not known."""
 

@@ -47,6 +47,7 @@ def limited(room: int, *words: str, place: Path) -> subprocess.CompletedProcess[
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("could not create a primitive"), True),
         (RuntimeError("rank 1: OutOfMemoryError: CUDA out of memory"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),

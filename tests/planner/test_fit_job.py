@@ -111,7 +111,7 @@ def test_the_largest_micro_batch_the_longest_sequences_and_the_largest_model(tmp
     larger = [one for one in found.looked.computed if micro(one) > micro(found.best)]
     assert larger
     assert all(one.phase.bytes > 0.9 * found.budget for one in larger)
-    long = searched(tmp_path, "budget=5MB", "fit.maximize=sequence", "trainer.micro_batch_size=4")
+    long = searched(tmp_path, "budget=12MB", "fit.maximize=sequence", "trainer.micro_batch_size=4")
     length = long.best.candidate.config.data.sequence_length
     assert length % 64 == 0
     assert 64 < length < 1024
