@@ -35,6 +35,11 @@ class ReceiptError(LeanfitError):
     exit_code = 3
 
 
+def first_line(error: BaseException, width: int = 150) -> str:
+    """`RuntimeError: what it says first`, the message cut at `width`."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:width]}"
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'int8'?"` for the nearest allowed word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

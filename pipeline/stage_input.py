@@ -24,7 +24,7 @@ from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.sparsity import MASK
 from pipeline.models.architecture import describe, positions
@@ -78,8 +78,7 @@ def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = 
     try:
         state = checkpoints.weights(path, device)
     except Exception as error:  # whatever an altered file makes torch and pickle raise
-        first = (str(error).strip().splitlines() or [""])[0][:100]
-        raise ConfigError(f"{said} cannot be read as a checkpoint: {type(error).__name__}: {first}") from error
+        raise ConfigError(f"{said} cannot be read as a checkpoint: {first_line(error, 100)}") from error
     weights = {name.removeprefix("model."): value for name, value in state.items()}
     modules = dict(model.named_modules())
     for name, value in weights.items():

@@ -40,7 +40,10 @@ def kind(config: RunConfig, phase: str) -> str:
 
 def ratios(file: Path, kind: str) -> list[float]:
     """Measured over predicted of earlier runs of this kind; none where the file is not there or damaged."""
-    found = _read(file).get(kind)
+    return _ratios(_read(file).get(kind))
+
+
+def _ratios(found: Any) -> list[float]:
     return [ratio for ratio in found if isinstance(ratio, float)] if isinstance(found, list) else []
 
 
@@ -48,7 +51,7 @@ def remember(file: Path, ratio_of: Mapping[str, float]) -> None:
     """Add one run's ratios, by kind. Of two runs that end at once one may be forgotten."""
     known = _read(file)
     for name, ratio in ratio_of.items():
-        known[name] = [*ratios(file, name), ratio][-KEPT:]
+        known[name] = [*_ratios(known.get(name)), ratio][-KEPT:]
     write_text(file, json.dumps(known, indent=1) + "\n")
 
 

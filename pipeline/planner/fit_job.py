@@ -36,13 +36,14 @@ from pipeline.planner.plan import (
     Phase,
     Plan,
     adapted,
+    beside_fit,
     capacity,
     convolutional,
     known,
     plan_evaluation,
     plan_links,
-    plan_validation,
     untraceable,
+    validation,
 )
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
 from pipeline.planner.training import trace_training, with_fewer_parts
@@ -315,10 +316,7 @@ class Search:
             if stage.fit is None:
                 listed.append((variant, None))
                 continue
-            model = shapes(variant.config, self.data(variant.config))
-            blocks = bool(describe(model).blocks)
-            batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-            every = list(search.levers(variant, self.typed.fit.free, blocks, batch_norm))
+            every = self.levers(variant)
             lean = self.rated(leanest(every), traced=False)
             if len(variants) > 1 and lean.phase.bytes * (1 - MARGINS["computed"]) > self.budget:
                 hopeless.append(lean)
@@ -385,10 +383,14 @@ class Search:
             self._books[key] = speed.Workbook(lambda: shapes(config, data), self.task, sample)
         return self._books[key]
 
-    def leanest(self, base: Candidate) -> Candidate:
+    def levers(self, base: Candidate) -> list[Candidate]:
+        """`base` with everything that leaves its results as they are."""
         model = shapes(base.config, self.data(base.config))
         batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-        return leanest(list(search.levers(base, self.typed.fit.free, bool(describe(model).blocks), batch_norm)))
+        return list(search.levers(base, self.typed.fit.free, bool(describe(model).blocks), batch_norm))
+
+    def leanest(self, base: Candidate) -> Candidate:
+        return leanest(self.levers(base))
 
     def computed(self, one: Candidate) -> Worst:
         return self.worst(one.config, traced=False)
@@ -408,9 +410,7 @@ class Search:
             peak, source = (self.known(config, True), "traced") if traced else (self.lower(config), "computed")
             found["train"] = known(config, "train", peak, source, self.convolutional(config))
             if (beside := self.validation(config)) is not None:
-                kept = {kind: peak.kinds.get(kind, 0) for kind in kept_between_steps(config)}
-                kinds = {**beside.kinds, **kept}
-                found["validate"] = replace(beside, bytes=beside.bytes + sum(kept.values()), kinds=kinds)
+                found["validate"] = beside_fit(config, beside, peak)
         return found
 
     def validation(self, config: RunConfig) -> Phase | None:
@@ -419,9 +419,8 @@ class Search:
             return None
         key = ("validate", config.model, config.data, config.precision, config.adapter, evaluation_batch(config))
         if key not in self._others:
-            bare = Plan(phases={"train": Phase(0, {}, "")})
-            plan_validation(config, self.task, self.data(config), bare)
-            self._others[key] = bare.phases
+            bare = validation(config, self.task, self.data(config))
+            self._others[key] = {} if bare is None else {"validate": bare}
         return self._others[key].get("validate")
 
     def convolutional(self, config: RunConfig) -> bool:
@@ -603,12 +602,6 @@ def without_micro(config: RunConfig) -> RunConfig:
     """For comparing what computes the same."""
     trainer = replace(config.trainer, micro_batch_size=None, evaluation_batch_size=1)
     return replace(config, choices={}, overrides=(), trainer=trainer)
-
-
-def kept_between_steps(config: RunConfig) -> list[str]:
-    """Kinds of what training holds while it is not at work, beside weights."""
-    early = config.memory.release_gradients or config.memory.step_in_backward
-    return ["optimizer state"] if early else ["optimizer state", "gradients"]
 
 
 def evaluation_batch(config: RunConfig) -> int:

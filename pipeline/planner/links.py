@@ -28,6 +28,7 @@ from pipeline.compression.base import Answer, Context, Teacher
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
 from pipeline.data.loader import evaluation_loader
+from pipeline.errors import first_line
 from pipeline.fitting import micro_batch_size
 from pipeline.layers import kernels, offload, pulse
 from pipeline.layers.distillation import head_size
@@ -97,8 +98,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
             found.evaluate = traced_evaluation(config, loaded, task, data, chain.counting())
             del left[0]
         except Exception as error:  # whatever torch, or a method, makes of values that are not there
-            first = (str(error).strip().splitlines() or [""])[0]
-            why = f"cannot be traced: {type(error).__name__}: {first[:150]}"
+            why = f"cannot be traced: {first_line(error)}"
             found.open |= {phase: why if phase == left[0] else f"{left[0]} comes before it" for phase in left}
     if any(phase.startswith("compress") for phase in found.open):
         computed = declare_links(config, data, tokenizer).compress

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from pipeline import stage_input
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
 from pipeline.planner import calibration, formula
@@ -211,22 +211,27 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
 
 def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan) -> None:
     """Evaluation in the middle of the fit: beside what the fit keeps between two steps."""
-    train = found.phases.get("train")
-    if train is None or config.parallelism.distributed:
-        return
+    train, bare = found.phases.get("train"), validation(config, task, data)
+    if train is not None and bare is not None:
+        found.phases["validate"] = beside_fit(config, bare, train)
+
+
+def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase | None:
+    """An evaluation of what stage 0 trains, without what its fit keeps meanwhile; None: several ranks share it."""
+    if config.parallelism.distributed:
+        return None
     model = adapted(config, stages_of(config)[0], stage_input.shapes(config, data))
     peak = formula.evaluation(config, model, task, data)
-    kept = {kind: train.kinds[kind] for kind in ("optimizer state", "gradients") if kind in train.kinds}
-    if config.memory.release_gradients or config.memory.step_in_backward:
-        kept.pop("gradients", None)
-    kinds = {**peak.kinds, **kept}
-    found.phases["validate"] = known(
-        config, "validate", Peak(sum(kinds.values()), kinds, "evaluation"), "computed", convolutional(model)
-    )
+    evaluated = Peak(peak.bytes, peak.kinds, "evaluation")
+    return known(config, "validate", evaluated, "computed", convolutional(model))
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
+def beside_fit(config: RunConfig, bare: Phase, train: Peak) -> Phase:
+    """A validation with what the fit of `train` keeps between two steps."""
+    early = config.memory.release_gradients or config.memory.step_in_backward
+    kept = ("optimizer state",) if early else ("optimizer state", "gradients")
+    held = {kind: train.kinds[kind] for kind in kept if kind in train.kinds}
+    return replace(bare, bytes=bare.bytes + sum(held.values()), kinds={**bare.kinds, **held})
 
 
 def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: bool) -> Phase:
