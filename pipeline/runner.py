@@ -190,7 +190,7 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
         result["memory"]["adapted"] += next_one.changes
         result["stages"].clear()
         resumable = checkpoints.exists(checkpoint_directory(run_dir, line[0]) / "last.ckpt")
-        run = replace(run, config=replace(next_one.config, resume=resumable), begun=False, links=[])
+        run = replace(run, config=replace(next_one.config, fit=config.fit, resume=resumable), begun=False, links=[])
     config = run.config
     lock["result"] = {key: result[key] for key in ("quality", "size", "speed")}
     write_text(locked, lock_text(values_of(config), config.choices, lock))

@@ -38,7 +38,7 @@ def explained(error: str, phase: str, found: Plan, next_one: Candidate | None) -
     planned = found.phases.get(phase.partition(":")[0])
     of = "" if found.capacity is None else f" of {format_bytes(found.capacity)}"
     plan = "it was not planned" if planned is None else f"planned were {format_bytes(planned.bytes)}{of}"
-    way = "nothing that computes the same needs clearly less"
+    way = "nothing was found that computes the same and needs clearly less"
     if next_one is not None:
         way = f"{' '.join(next_one.changes)} needs less and computes the same"
     return f"out of memory in {phase} ({said}): {plan}; {way}"
@@ -47,10 +47,11 @@ def explained(error: str, phase: str, found: Plan, next_one: Candidate | None) -
 def lighter(config: RunConfig, found: Plan, phase: str, run_dir: Path) -> Candidate | None:
     """The fastest config, by prediction, that computes the same and needs clearly less than `phase` did; None: none.
 
-    Only what leaves results as they are is changed; values that the command line sets stay.
+    Only what leaves results as they are is changed; values that the command line sets stay. Of `job=run` alone: the
+    search is for a run that trains.
     """
     planned = found.phases.get(phase.partition(":")[0])
-    if planned is None:
+    if planned is None or config.job != "run":
         return None
     asked = replace(config.fit, free=(), maximize=None, artifact=None, inference=None, run=False, measure=0)
     wanted = replace(config, job="fit", budget=int(LESS * planned.bytes), fit=asked, resume=False)

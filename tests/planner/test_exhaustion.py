@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_what_needs_less_computes_the_same_and_leaves_what_was_typed(tmp_path):
     assert next_one.config.memory.loss_chunks == 1
     after = plan(next_one.config, config.data.open(config.model.tokenizer()))
     assert after.phases["train"].bytes < 0.76 * found.phases["train"].bytes
+    assert lighter(replace(config, job="compress"), found, "train", tmp_path) is None
     assert next_one.changes[0] in explained("no room", "train", found, next_one)
 
 
