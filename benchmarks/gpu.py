@@ -354,6 +354,8 @@ def work(part: str, arguments: argparse.Namespace) -> None:
     sides = [side for side in SIDES if side != "nanogpt" or (kind == "gpt" and precision != "fp8-mixed")]
     for compiled in (True, False):
         for side in sides:
+            if side not in arguments.sides or compiled not in arguments.compiled:
+                continue
             row = Row(size.label, precision, compiled, side)
             if time.time() > arguments.until:
                 row.error = "not run: no time left"
@@ -369,6 +371,7 @@ def sizes(smoke: bool) -> dict[str, Size]:
 def rows_of(part: str, arguments: argparse.Namespace) -> list[Row]:
     """What a process of its own measures; where it dies, a row that says so."""
     passed = [f"--device={arguments.device}", f"--steps={arguments.steps}", f"--until={arguments.until}"]
+    passed += ["--sides", *arguments.sides, "--compiled", *("yes" if on else "no" for on in arguments.compiled)]
     command = [sys.executable, __file__, "--part", part, *passed, *(["--smoke"] if arguments.smoke else [])]
     left = max(1.0, arguments.until + 60 - time.time())
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -470,10 +473,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="timed steps of each row (default 15; smoke 3)")
     parser.add_argument("--limit", type=float, default=530, help="seconds after which no row is begun")
     parser.add_argument("--parts", nargs="+", help="of these only: llama:bf16-mixed gpt:fp8-mixed ...")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="of these only")
+    parser.add_argument("--compiled", nargs="+", choices=("yes", "no"), default=("yes", "no"), help="of these only")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.compiled = [said == "yes" for said in arguments.compiled]
     arguments.steps = arguments.steps or (3 if arguments.smoke else 15)
     if arguments.part:
         work(arguments.part, arguments)

@@ -382,6 +382,7 @@ def fit(
             weights_only=False,
         )
     forget(parts)
+    model.zero_grad(set_to_none=True)  # those of the last step would stay beside the model wherever it goes
     return Fitted(
         {**metrics.totals(), "trainable_parameters": trained},
         meter.peak_bytes,

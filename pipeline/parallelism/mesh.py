@@ -24,9 +24,15 @@ class OnMesh(Parallelism):
         """Raises ConfigError for a device between whose copies nothing can be sent."""
         from pipeline.parallelism.sharding import MeshStrategy
 
+        offload = self.holding.on_host == "all"
+        between = backend(self.name, device)
+        if offload and device != "cpu":
+            # Norms of gradients that lie in the host's memory are summed there.
+            between = f"cpu:{backend(self.name, 'cpu')},{device}:{between}"
         return MeshStrategy(
+            offload=offload,
             data_parallel_size=self.data_ranks,
             tensor_parallel_size=self.tensor_ranks,
             save_distributed_checkpoint=self.checkpoint == "sharded",
-            process_group_backend=backend(self.name, device),
+            process_group_backend=between,
         )

@@ -163,7 +163,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """Keeps the former checkpoint until the new one is whole, in one file or in a directory of shards."""
+    """Keeps the former checkpoint until the new one is whole, in one file or in a directory of shards.
+
+    Args:
+        offload: shards stay in the host's memory, and what is whole on each rank goes to its device.
+    """
+
+    def __init__(self, *, offload: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.offload = offload
+
+    def model_to_device(self) -> None:
+        if not self.offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        # FSDP2 copies shards to the device itself, and refuses to start where it finds them there.
+        self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))  # type: ignore[no-untyped-call]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if not self._save_distributed_checkpoint:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from pipeline.data.base import DataBundle
-from pipeline.planner.fakes import faked, inside, put_into_files, tracing
+from pipeline.planner.fakes import faked, kernels_of, put_into_files, tracing
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
@@ -29,7 +29,7 @@ def trace_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Data
         faked(model, config.precision.weight_dtype)
         if not trains(changing_stages(stages_of(config))):  # the artifact is then opened in files
             put_into_files(model)
-        return traced_evaluation(config, model, task, data, Supposing(inside))
+        return traced_evaluation(config, model, task, data, Supposing(*kernels_of(config)))
 
 
 def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle, live: Live) -> Peak:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.planner.live import COUNTING, FILES
+from pipeline.planner.live import COUNTING, FILES, Inner
+from pipeline.planner.workspaces import workspace
 from pipeline.precision import cpu_kernels
+from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch
 
 
@@ -129,6 +131,11 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     finally:
         _within = False
     return out
+
+
+def kernels_of(config: RunConfig) -> tuple[Inner | None, int]:
+    """What kernels of the device of `config` hold inside, and bytes of a workspace of its matrix products."""
+    return inside if config.device.kind() == "cpu" else None, workspace(config)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pipeline.layers.depth import INDICES
 from pipeline.planner.live import Block, Live, Timeline
+from pipeline.planner.workspaces import WORKSPACES
 
 Around = Callable[[nn.Module, bool, bool], None]
 """(block, whether it is the backward pass, whether the block begins): what else happens there."""
@@ -84,7 +85,9 @@ class Pattern:
         if backward:
             span = range(0) if self.began is None or self.ended is None else range(self.began, self.ended)
         apart = {id(block) for block in self.between}
-        return [event for event in timeline.events[span.start : span.stop] if id(event[0]) not in apart]
+        events = timeline.events[span.start : span.stop]
+        # A workspace is taken once, by whichever block comes first.
+        return [event for event in events if id(event[0]) not in apart and event[0].kind != WORKSPACES]
 
 
 @dataclass

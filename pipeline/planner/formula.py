@@ -33,11 +33,12 @@ from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import dtype_of
 from pipeline.planner.evaluation import traced_evaluation
-from pipeline.planner.fakes import fake_batch, faked, inside, tracing
+from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import Inner, Peak
 from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
+from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
@@ -59,7 +60,8 @@ def training(
     _, accumulation = micro_batch_size(config)
     ranks, memory, dtype = config.parallelism, config.memory, config.precision.weight_dtype
     on_cpu = config.device.kind() == "cpu"
-    inner = inside if on_cpu else None
+    inner, workspace = kernels_of(config)
+    workspaces = 2 * workspace + WITH_BIAS if workspace else 0
     blocks = [block.name for block in architecture.blocks]
     split_layers(model, architecture, ranks.tensor_ranks)
     account = Account(inner)
@@ -75,6 +77,7 @@ def training(
         folding = Folding(account, rank.around)
         stack.enter_context(account)
         rank.enter(sum(step.state), kept=not (memory.release_gradients or memory.step_in_backward))
+        taken = account.guest(workspaces, WORKSPACES)  # by the step before
         given = fake_batch(batch)
         account.hold(given.values(), "batch")
         account.moment, account.phase = "forward pass", "activations"
@@ -93,12 +96,13 @@ def training(
         account.moment = "optimizer step"
         if not memory.step_in_backward:
             account.guest(step.at_work, "optimizer step")
+        del taken
     return folding.unrolled().peak()
 
 
 def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
     """The peak on one device while the task evaluates `model`, of the meta device; fake tensors are put into it."""
-    folding = Folding(Account(inside if config.device.kind() == "cpu" else None), lambda *_: None)
+    folding = Folding(Account(*kernels_of(config)), lambda *_: None)
     with tracing(), folded(model, [block.name for block in describe(model).blocks], folding):
         faked(model, config.precision.weight_dtype)
         traced_evaluation(config, model, task, data, folding.account)
@@ -114,14 +118,13 @@ def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, ba
         tokens: those of the text at its end, prompt included.
         batch: texts at once.
     """
-    inner = inside if config.device.kind() == "cpu" else None
     blocks = [block.name for block in describe(model).blocks]
     model.eval()
     peaks = []
     with tracing(), torch.no_grad():
         faked(model, config.precision.weight_dtype)
         for length, moment in ((prompt, "prompt"), (tokens - 1, "last token")):
-            account = Account(inner)
+            account = Account(*kernels_of(config))
             folding = Folding(account, lambda *_: None)
             account.hold_model(model)
             account.moment = moment

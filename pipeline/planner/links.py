@@ -36,10 +36,11 @@ from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
 from pipeline.planner.evaluation import traced_evaluation
-from pipeline.planner.fakes import fake_batch, faked, inside, put_into_files, tracing
+from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files, tracing
 from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.training import traced_fit
+from pipeline.planner.workspaces import BIASED, WITH_BIAS, WORKSPACES, workspace
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.teacher import FrozenTeacher, frozen
@@ -126,6 +127,8 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
         if terms is None:
             found.open[f"compress: {stage.name}"] = f"no formula is known for {stage.method.name} of this model"
         else:
+            if taken := workspace(config):
+                terms = {**terms, WORKSPACES: taken + WITH_BIAS}
             found.compress[stage.name] = Peak(sum(terms.values()), terms, "")
             found.computed.add(stage.name)
         model = stage.method.reshaped(model, context)
@@ -145,7 +148,8 @@ class _Chain:
         self.live = self.counting()
 
     def counting(self) -> Supposing:
-        self.live = Supposing(inside)
+        self.live = Supposing(*kernels_of(self.config))
+        self.live.multiply(BIASED)  # the model was evaluated before
         return self.live
 
     def entering(self, first: Stage) -> nn.Module:
@@ -212,6 +216,7 @@ class _Chain:
             with unset_fake_temporarily():
                 batches = calibration_batches(self.config.calibration, self.data, self.tokenizer, positions(model))
             context = replace(context, calibration=functools.cache(lambda: [fake_batch(batch) for batch in batches]))
+        context = replace(context, device="cpu")  # whose operators are traced, whatever the device
         if stage.method.needs_teacher:
             context = replace(context, teacher=self.teacher(stage))
         opened = context.open_model

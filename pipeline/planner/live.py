@@ -3,7 +3,7 @@
 Under torch's FakeTensorMode each operator gives tensors of the right shape, dtype and aliasing without memory. `Live`
 sees each operator after autograd and autocast, notes every new storage, and when it is freed: the sum over time is
 what the allocator of a real run would hold. Kernels that take scratch space of their own inside one operator are not
-seen, but for those in `inner`.
+seen, but for those in `inner`, and the workspaces of matrix products.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from pipeline.planner.workspaces import BIASED, PRODUCTS, WITH_BIAS, WORKSPACES
 
 Inner = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 """(operator's name, operator, arguments, named arguments) -> its result; NotImplemented where torch's own will do."""
@@ -106,16 +108,21 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         inner: what an operator does inside where its kernel is another than torch's.
+        workspace: bytes that a thread's first matrix product takes, and keeps.
     """
 
-    def __init__(self, inner: Inner | None = None) -> None:
+    def __init__(self, inner: Inner | None = None, workspace: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
         self.phase = "other"
         """What storages that appear now are for, unless somebody says."""
         self._inner = inner
+        self._workspace = workspace
+        self._taken: set[tuple[bool, bool]] = set()
         self._blocks: dict[int, Block] = {}
         self._watched: dict[int, Any] = {}
+        self._drawn: set[int] = set()
+        self._dropped: set[int] = set()
         COUNTING.add(self)
 
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
@@ -145,6 +152,17 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._watched[key].atexit = False
         return block
 
+    def multiply(self, name: str) -> None:
+        """A product of matrices: what its thread takes for the first one, and for the first with a bias."""
+        if not self._workspace:
+            return
+        backward = torch._C._current_graph_task_id() != -1  # which a GPU's autograd runs in a thread of its own
+        for biased in {False, name == BIASED}:
+            if (backward, biased) not in self._taken:
+                self._taken.add((backward, biased))
+                taken = Block(WITH_BIAS if biased else self._workspace, WORKSPACES)
+                self.timeline.events.append((taken, 1, name))
+
     def forget(self) -> None:
         """Watch no storage any more: before garbage is collected, which torch does not outlive otherwise."""
         for watched in self._watched.values():
@@ -153,6 +171,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _release(self, key: int) -> None:
         del self._watched[key]
+        self._drawn.discard(key)
+        self._dropped.discard(key)
         block = self._blocks.pop(key)
         self.timeline.events.append((block, -1, ""))
 
@@ -162,8 +182,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             # Fake tensors have no values. With these no mask hides anything, and no count of steps or tokens is 0.
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].dtype.is_floating_point else 1
+            return self.truth(args[0]) if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         name = func.name().partition(".")[0]
+        if name in PRODUCTS:
+            self.multiply(name)
         out = NotImplemented
         if self._inner is not None:
             with self:  # what it calls is counted too
@@ -173,4 +195,13 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf, name, self.phase)
+        if name == "aten::rand" and out.ndim == 0:
+            self._drawn.add(out.untyped_storage()._cdata)
+        elif name == "aten::lt" and args[0].untyped_storage()._cdata in self._drawn:
+            self._dropped.add(out.untyped_storage()._cdata)
         return out
+
+    def truth(self, scalar: Tensor) -> bool:
+        """What a truth is taken for: true, but for a number drawn at random that is compared with a rate (LayerDrop):
+        nothing is dropped."""
+        return scalar.untyped_storage()._cdata not in self._dropped

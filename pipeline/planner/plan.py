@@ -47,6 +47,11 @@ NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
 """And where a CPU computes in 16 bits, by kernels whose scratch space depends on the processor."""
 SHARDED = 0.3
 """And of ranks that gather what they share (fsdp, ZeRO 3): what was measured varied from run to run by as much."""
+ON_GPU, COMPRESSED_ON_GPU = 0.05, 0.25
+"""And on a GPU, whose kernels are supposed to hold what a CPU's hold, but for workspaces of matrix products; and of
+links and what they leave there, whose layers have kernels of their own."""
+TRACED = ("cpu", "cuda")
+"""Devices whose operators are known well enough to be traced."""
 UNSEEN = "kernels' scratch space"
 
 
@@ -182,7 +187,7 @@ def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle,
 def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """The evaluation of a model that no link changes: on one device, whoever trained it."""
     model = stage_input.shapes(config, data)
-    if level == "trace" and config.device.kind() == "cpu":
+    if level == "trace" and config.device.kind() in TRACED:
         peak, source = trace_evaluation(config, model, task, data), "traced"
     else:
         peak, source = formula.evaluation(config, model, task, data), "computed"
@@ -191,7 +196,7 @@ def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan
 
 def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level) -> None:
     """Links that compress, their own fits, and the evaluation of what they leave."""
-    if config.device.kind() != "cpu":
+    if config.device.kind() not in TRACED:
         why = f"links are not planned for device={config.device.kind()}"
         found.open |= dict.fromkeys(("compress", "evaluate"), why)
         return
@@ -240,6 +245,8 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     margin = max(MARGINS[source], CONVOLUTIONS if convolutions else 0.0, SHARDED if gathers else 0.0)
     if config.device.kind() == "cpu" and config.precision.dtype in ("float16", "bfloat16"):
         margin = max(margin, NARROW_CONVOLUTIONS if convolutions else NARROW)
+    if config.device.kind() == "cuda":
+        margin = max(margin, COMPRESSED_ON_GPU if config.chain and phase != "train" else ON_GPU)
     found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, source, margin)
     if not config.plan.calibrate:
         return found
@@ -284,8 +291,8 @@ def untraceable(config: RunConfig) -> str | None:
     """Why training is not traced; None where it is."""
     if config.parallelism.distributed:
         return f"parallelism={config.parallelism.name}: ranks that work together are not traced"
-    if config.device.kind() != "cpu":
-        return "what runs on a GPU is not traced"
+    if config.device.kind() not in TRACED:
+        return f"what runs on {config.device.kind()} is not traced"
     if stage_input.link_under_adapters(config) is not None:
         return f"adapter={config.adapter.name} beside a compressed base is not traced"
     if config.trainer.compile:

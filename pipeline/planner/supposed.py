@@ -3,7 +3,8 @@
 A method looks at values: is a weight finite, is a trial's change small, how much has a mask pruned? `Supposing` answers
 as the usual course would have it, and never by method:
 
-    a truth                   True: weights are finite. So a check is best worded as what is true in a run that goes on
+    a truth                   True: weights are finite. So a check is best worded as what is true in a run that goes on;
+                              but no layer is dropped by chance
     a count of truths         all of them
     an error code             0: matrices can be decomposed
     a float                   1e-5 or a little less, and each less than the one before: what is tried is an improvement
@@ -34,8 +35,8 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
     """Counts as `Live` does, but no storage that an operator was only given (what was there before is somebody else's,
     unless it is said by `hold`), and none in `FILES`."""
 
-    def __init__(self, inner: Inner | None = None) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: Inner | None = None, workspace: int = 0) -> None:
+        super().__init__(inner, workspace)
         self._given: set[int] = set()
         self._read = 0
         self._counted: dict[int, int] = {}
@@ -75,7 +76,7 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
 
     def _value(self, scalar: Tensor) -> bool | int | float:
         if scalar.dtype == torch.bool:
-            return True
+            return self.truth(scalar)
         if scalar.dtype.is_floating_point:
             self._read += 1
             return SMALL / (1 + SHRINKS * self._read)

@@ -21,7 +21,7 @@ from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.planner.fakes import fake_batch, faked, inside, tracing
+from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
 from pipeline.planner.live import Live, Peak
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
@@ -87,7 +87,8 @@ def trace_training(
     """
     with tracing():
         faked(model, config.precision.weight_dtype)
-        return traced_fit(config, stage, model, task, architecture, batch, Live(inside), STEPS, since=STEPS - 1)
+        live = Live(*kernels_of(config))
+        return traced_fit(config, stage, model, task, architecture, batch, live, STEPS, since=STEPS - 1)
 
 
 def with_fewer_parts(config: RunConfig) -> RunConfig:

@@ -93,3 +93,97 @@ def test_new_weights_are_used_after_load_copy_pickle_and_move():
     made = empty_layer("int8", linear)
     made.load_state_dict(second.state_dict(), assign=True)
     assert torch.equal(made(x), want)
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_token_alone_gives_what_it_gives_among_others(kernel):
+    torch.manual_seed(0)
+    layer = KINDS["int8", nn.Linear].from_float(nn.Linear(768, 40))
+    x = torch.randn(12, 768)
+    with kernels.forced(kernel):
+        together = layer(x)
+        for row, want in zip(x, together, strict=True):
+            for shape in ((768,), (1, 768), (1, 1, 768)):
+                torch.testing.assert_close(layer(row.view(shape)).view(-1), want, rtol=1e-6, atol=1e-6)
+
+
+FBGEMM_HERE = [name for name in kernels.FBGEMM if name in HERE]
+CUT = {"fbgemm": 1e-6, "fbgemm_split": 8e-6}
+"""Error of a product of three digits beside its exact value, as norms: 2^-24 and 2^-20 of the peak an input."""
+
+
+def weight_only(inputs, outputs, bias=True, **settings):
+    return KINDS["weight_only", nn.Linear].from_float(nn.Linear(inputs, outputs, bias=bias), bits=8, **settings)
+
+
+def product_by_hand(x, layer):
+    bias = 0 if layer.bias is None else layer.bias.double()
+    return x.double() @ (layer.integers().double() * layer.weight_scale.double()).t() + bias
+
+
+@pytest.mark.parametrize("kernel", FBGEMM_HERE)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96)])
+def test_a_token_of_floats_times_int8_weights_is_as_near_as_in_float(kernel, bias, shape):
+    torch.manual_seed(0)
+    layer, x = weight_only(96, 72, bias), torch.randn(shape)
+    x[..., 5] = -4 * x.abs().max()
+    with kernels.forced(kernel):
+        y = layer(x)
+    exact = product_by_hand(x, layer)
+    assert y.dtype == torch.float32
+    assert y.shape == exact.shape
+    assert layer._packed.value is not None
+    assert (y - exact).norm() / exact.norm() < CUT[kernel]
+
+
+@pytest.mark.parametrize("kernel", FBGEMM_HERE)
+def test_the_largest_digits_and_weights_do_not_saturate(kernel):
+    layer = weight_only(128, 16, bias=False)
+    signs = torch.tensor([1, -1]).repeat(64)
+    layer.set_integers(torch.stack([signs * 127, signs.abs() * 127] * 8).to(torch.int8))
+    for x in (signs.float(), torch.ones(128), -torch.ones(128), signs.roll(1) * 0.503937):
+        with kernels.forced(kernel):
+            y = layer(x.view(1, -1))
+        torch.testing.assert_close(y.double(), product_by_hand(x.view(1, -1), layer), rtol=1e-6, atol=1e-6)
+
+
+def test_weight_only_is_the_float_product_where_that_is_forced_or_tokens_are_many_or_a_gradient_flows():
+    torch.manual_seed(0)
+    layer, x = weight_only(96, 72), torch.randn(3, 96)
+    want = nn.functional.linear(x, layer.dequantized(), layer.bias)
+    assert torch.equal(layer(x), want)
+    with kernels.forced("float"):
+        assert torch.equal(layer(x[:1]), nn.functional.linear(x[:1], layer.dequantized(), layer.bias))
+    x = x[:1].clone().requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], layer.dequantized().sum(0))
+    assert layer._packed.value is None
+
+
+@pytest.mark.parametrize("settings", [{"group_size": 32}, {"symmetric": False}])
+def test_weights_that_the_kernel_cannot_scale_are_dequantized(settings):
+    torch.manual_seed(0)
+    layer, x = weight_only(96, 72, **settings), torch.randn(1, 96)
+    assert layer.kernel == "dequantize"
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.dequantized(), layer.bias))
+
+
+def test_a_weight_only_token_of_zeros_gives_the_bias_and_what_is_not_a_number_stays_so():
+    layer = weight_only(32, 8)
+    assert torch.equal(layer(torch.zeros(1, 32))[0], layer.bias)
+    torch.testing.assert_close(layer(torch.full((1, 32), 1e-42))[0], layer.bias)
+    x = torch.randn(1, 32)
+    x[0, 3] = torch.nan
+    assert layer(x).isnan().all()
+
+
+def test_new_weight_only_weights_are_used_after_load_copy_and_pickle():
+    torch.manual_seed(0)
+    first, second, x = weight_only(32, 16), weight_only(32, 16), torch.randn(1, 32)
+    want, before = second(x), first(x)
+    assert torch.equal(copy.deepcopy(first)(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(first))(x), before)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), want)
+    assert set(first.state_dict()) == {"bias", "weight_packed", "weight_shape", "weight_scale"}

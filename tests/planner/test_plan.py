@@ -171,7 +171,7 @@ def test_processes_on_one_machine_share_its_memory():
     [
         ("parallelism=ddp", "parallelism=ddp"),
         ("memory.optimizer_offload=disk", "offload"),
-        ("device=cuda", "GPU"),
+        ("device=mps", "mps"),
     ],
 )
 def test_what_is_not_traced_is_computed_and_says_why(override, said):
