@@ -1,10 +1,11 @@
 """Decoding at batch 1: float32 against int8 and int8_weight_only, at width 768, in one process, in turns.
 
 The model is a GPT of random weights: speed does not depend on what they are. Each round decodes the same tokens with
-each model; a round makes one ratio.
+each model; a round makes one ratio. Threads: one, and as many as torch takes here, one after the other, since they wait
+for one another at each of some 50 products a token.
 
     python benchmarks/int8_decode.py
-    python benchmarks/int8_decode.py --layers 6 --rounds 9
+    python benchmarks/int8_decode.py --layers 6 --rounds 9 --threads 1 2 4
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import nn
 from pipeline.app import compose
 from pipeline.compression.base import Context
 from pipeline.data.base import DataSpec
+from pipeline.layers import kernels
 from pipeline.layers.decoding import decode
 from pipeline.models.architecture import describe
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = compose(["model=gpt_124m", f"model.layers={arguments.layers}"])
@@ -57,16 +60,24 @@ def main() -> None:
         context = Context(stage=choice, architecture=describe(model), device=device, steps=0, seed=0)
         models[choice] = method.finalize(method.prepare(model, context), context).eval()
     prompt = torch.randint(0, 256, (1, 16), device=device)
+    print(
+        f"torch {torch.__version__}, {device}, {torch.backends.cpu.get_cpu_capability()}, int8 kernel "
+        f"{kernels.choose(torch.device(device), torch.float32, 1)}, {arguments.layers} layers of width 768"
+    )
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        compare(models, prompt, arguments.rounds)
+
+
+def compare(models: dict[str, nn.Module], prompt: torch.Tensor, rounds: int) -> None:
+    """Print seconds a token of each model, and the ratios of each to the first."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(arguments.rounds + 1):
+    for turn in range(rounds + 1):
         for name, model in models.items():
             spent = seconds_a_token(model, prompt)
             if turn:  # the first warms up
                 seconds[name].append(spent)
-    print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
-        f"{arguments.layers} layers of width 768, load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     for name, values in seconds.items():
         ratios = sorted(slow / fast for slow, fast in zip(seconds["float32"], values, strict=True))
         print(

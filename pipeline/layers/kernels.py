@@ -18,6 +18,8 @@ products.
 Up to `INTEGER_ROWS` tokens at once (decoding, where a layer waits for its weights) the integer kernels run. Above,
 where weights are read once for many tokens, `float` does; but where integers are much faster (`fbgemm`, and `int_mm` on
 CUDA) only up to `FLOAT_ROWS`.
+
+Weights alone in int8 (`weight_only_token`): the same product of integers makes one of floats, for one token.
 """
 
 from __future__ import annotations
@@ -169,11 +171,12 @@ def int8_linear_static(
 def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[Tensor, Tensor]:
     """(steps, sums times weight scales): what `rescaled` makes the layer's output of.
 
-    `fbgemm`: [tokens or 1, 1] and [tokens, out]. `fbgemm_split`: a first dimension of 2 before these, the positive part
-    and the negative one with its step below zero; but for one token [1, 2] and [2, out].
+    `fbgemm`: [tokens or 1, 1] and [tokens, out]; but for one token a number and [..., out]. `fbgemm_split`: a first
+    dimension of 2 before these, the positive part and the negative one with its step below zero; but for one token
+    [1, 2] and [2, out].
     """
-    if kernel == "fbgemm_split" and x.numel() == x.shape[-1]:
-        return _one_token_sums(x, packed)
+    if x.numel() == x.shape[-1]:
+        return _one_token_sums(x, kernel, packed)
     rows = _rows(x)
     peaks = _peaks(rows, share_flat and x.ndim == 2)
     if kernel == "fbgemm":
@@ -183,20 +186,78 @@ def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[
     return steps, _fbgemm(torch.minimum(rows / steps, _signed_limits(3)), 0, packed)
 
 
-def _one_token_sums(x: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
+def _one_token_sums(x: Tensor, kernel: str, packed: Any) -> tuple[Tensor, Tensor]:
     """As few operators as there can be: a product leaves the caches cold, and each costs about 5 microseconds then."""
     if x.dtype != torch.float32 or x.requires_grad:
         x = x.detach().float()
+    if kernel == "fbgemm":
+        return token_sums(x if x.ndim > 1 else x.view(1, -1), packed)
     row = x if x.ndim == 2 else x.reshape(1, -1)
     steps = row.abs().max() / _signed_levels(2)
     # A token of zeros is 0 / 0 here: fmin makes a limit of it, which a step of zero then takes back.
     return steps.view(1, 2), _fbgemm(torch.fmin(row / steps, _signed_limits(2)), 0, packed)
 
 
+def is_fast_token(x: Tensor, features: int) -> bool:
+    """Whether `token_sums` can take x as it is."""
+    return (
+        x.numel() == features
+        and x.dtype == torch.float32
+        and x.ndim > 1
+        and not x.requires_grad
+        and choose(x.device, torch.float32, 1) == "fbgemm"
+    )
+
+
+def token_sums(x: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
+    """`fbgemm_sums` of `fbgemm` at one token in float32, x [1, ..., in] (FBGEMM takes no vectors)."""
+    # A token of zeros is 0 / 0 here: FBGEMM makes some integer of it, which a step of zero then takes back.
+    step = x.abs().max() / _levels()
+    return step, _fbgemm(x / step, 128, packed)
+
+
+def reads_integers(x: Tensor, scales: Tensor) -> bool:
+    """Whether `weight_only_token` can take x [..., in] at weights with `scales` [out, groups]."""
+    return (
+        x.numel() == x.shape[-1]
+        and x.dtype == scales.dtype == torch.float32
+        and scales.shape[1] == 1
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and choose(x.device, x.dtype, 1) in FBGEMM
+    )
+
+
+def weight_only_token(x: Tensor, bias: Tensor | None, packed: Any) -> Tensor:
+    """float32 token x [..., in] times `packed` int8 weights [out, in] with their scales, plus bias: [..., out].
+
+    x = step (d1 + d2 / base + d3 / base^2), digits of int8, as floats are split into slices whose products sum exactly
+    (Ozaki et al., 2012, "Error-free transformations of matrix multiplication by using fast routines of matrix
+    multiplication and its applications", Numerical Algorithms 59). The digits are three rows of one product, which
+    reads the weights once, as int8. What is cut off of an input is at most 2^-24 of the token's peak (`fbgemm`), or
+    2^-20 (`fbgemm_split`, where digits of 7 bits at zero point 64 keep a pair of products within 16 bits).
+    """
+    zero_point, levels, base, places = _digits(choose(x.device, x.dtype, 1))
+    row = x.detach().reshape(1, -1)
+    step = row.abs().max() / levels  # zeros are 0 / 0 below: some integers, which a step of zero then takes back
+    rest = row / step
+    first = rest.round()
+    rest = (rest - first).mul_(base)
+    second = rest.round()
+    sums = _fbgemm(torch.cat((first, second, (rest - second).mul_(base))), zero_point, packed)
+    steps = places * step
+    y = torch.mm(steps, sums) if bias is None else torch.addmm(bias, steps, sums)
+    return y.view(*x.shape[:-1], -1)
+
+
 def rescaled(x: Tensor, steps: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's output, of the shape and dtype that `x` asks for, from what `fbgemm_sums` returned."""
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
+    if not steps.ndim:  # one token, and its sums have its shape
+        y = sums * steps if bias is None else torch.addcmul(bias, sums, steps)
+        if x.ndim == 1:
+            y = y.view(-1)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
     if steps.shape[-1] == 2:  # one token: the two signs and the bias are one small product
         y = torch.mm(steps, sums) if bias is None else torch.addmm(bias, steps, sums)
     else:
@@ -221,6 +282,13 @@ def _peaks(rows: Tensor, shared: bool) -> Tensor:
 
 
 @constant
+def _levels() -> Tensor:
+    """A number as a tensor: dividing by it takes half as long as by one of Python."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor(ACTIVATION_LEVELS, dtype=torch.float32)
+
+
+@constant
 def _signed_levels(dimensions: int) -> Tensor:
     """Levels of the two signs, along the first of `dimensions`."""
     with torch.inference_mode(False), torch.device("cpu"):
@@ -233,6 +301,18 @@ def _signed_limits(dimensions: int) -> Tensor:
     """The largest integers of the two signs, along the first of `dimensions`."""
     with torch.inference_mode(False), torch.device("cpu"):
         return torch.tensor([127.0, 128.0], dtype=torch.float32).view(-1, *[1] * (dimensions - 1))
+
+
+@constant
+def _digits(kernel: str) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Of a kernel's digits: their zero point, the largest, how many of a digit's steps the one before has, and their
+    places' worth [1, 3]."""
+    zero_point = 128 if kernel == "fbgemm" else 64
+    largest = zero_point - 1
+    base = 2.0 * largest  # what rounding leaves, half a step at most, is all levels of the next digit
+    with torch.inference_mode(False), torch.device("cpu"):
+        places = torch.tensor([[1.0, 1 / base, 1 / base**2]])
+        return zero_point, torch.tensor(float(largest)), torch.tensor(base), places
 
 
 def _fbgemm(rows: Tensor, zero_point: int, packed: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """Quantized forms of nn.Linear: int8 W8A8, and weights alone in 2 to 8 bits. Forward and layout as compressed-tensors.
 
 Weight-only layers multiply in the model's dtype by the dequantized weight, made anew each time: they save memory and
-disk, not time.
+disk, not time. But where 8 bits are read by an int8 kernel, a token alone is faster too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,13 @@ from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
 
-class KernelLinear(IntegerLayer):
-    """int8 weights per output channel whose products an int8 kernel makes, from a packed copy of its own."""
+class CopiedLinear(IntegerLayer):
+    """Weights of which a kernel has a packed copy of its own. Whatever changes the weights makes the copy void."""
 
-    packed = False
-
-    def __init__(self, layer: FloatLayer) -> None:
-        super().__init__(layer, Grid(bits=8))
+    def __init__(self, layer: FloatLayer, grid: Grid) -> None:
+        super().__init__(layer, grid)
         self.out_features, self.in_features = self.weight_dims
         self._packed = kernels.Packed()
-
-    @property
-    def kernel(self) -> str:
-        few, many = (kernels.choose(self.weight.device, self.weight_scale.dtype, rows) for rows in (1, 64))
-        return few if few == many else f"{few} up to {kernels.INTEGER_ROWS} tokens, then {many}"
-
-    # Whatever changes the weights makes the packed copy void.
 
     def set_integers(self, integers: Tensor) -> None:
         super().set_integers(integers)
@@ -48,6 +39,20 @@ class KernelLinear(IntegerLayer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed = kernels.Packed()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class KernelLinear(CopiedLinear):
+    """int8 weights per output channel whose products an int8 kernel makes."""
+
+    packed = False
+
+    def __init__(self, layer: FloatLayer) -> None:
+        super().__init__(layer, Grid(bits=8))
+
+    @property
+    def kernel(self) -> str:
+        few, many = (kernels.choose(self.weight.device, self.weight_scale.dtype, rows) for rows in (1, 64))
+        return few if few == many else f"{few} up to {kernels.INTEGER_ROWS} tokens, then {many}"
 
 
 @quantizes("int8", nn.Linear)
@@ -65,11 +70,22 @@ class Int8Linear(KernelLinear):
         self._siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._siblings is not None and not torch.compiler.is_compiling():
-            found = self._siblings.take(self, x)
-            if found is not None:
-                return kernels.rescaled(x, *found, self.bias)
-        return kernels.int8_linear(x, self.weight, self.weight_scale, self.bias, self._packed, self.share_flat)
+        # Attributes of nn.Module are looked for in Python, and a token waits for that at every layer.
+        weight, scale, bias = self._buffers["weight"], self._buffers["weight_scale"], self._parameters.get("bias")
+        assert weight is not None
+        assert scale is not None
+        if torch.compiler.is_compiling():
+            return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
+        group = self._siblings
+        if group is None:
+            if self._packed.value is not None and kernels.is_fast_token(x, self.in_features):
+                step, sums = kernels.token_sums(x, self._packed.value)
+                return sums * step if bias is None else torch.addcmul(bias, sums, step)
+            return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
+        found = group.take(self, x)
+        if found is None:
+            return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
+        return kernels.rescaled(x, found[0], found[1], bias)
 
     def settings(self) -> dict[str, Any]:
         return {"share_flat": self.share_flat}
@@ -113,18 +129,18 @@ class Siblings:
     def _multiply(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         self._waiting = None
         tokens = x.numel() // x.shape[-1]
+        if tokens > kernels.INTEGER_ROWS:
+            return None
         kernel = kernels.choose(x.device, x.dtype, tokens)
-        if tokens > kernels.INTEGER_ROWS or kernel not in kernels.FBGEMM:
+        if kernel not in kernels.FBGEMM:
             return None
         steps, sums = kernels.fbgemm_sums(x, kernel, self._pack(), self.layers[0].share_flat)
-        first, *others = sums.split_with_sizes(self.sizes, -1)
-        self._waiting = x, steps, dict(zip(self.layers[1:], others, strict=True))
-        return steps, first
+        parts = dict(zip(self.layers, sums.split_with_sizes(self.sizes, -1), strict=True))
+        self._waiting = x, steps, parts
+        return steps, parts.pop(self.layers[0])
 
     def _pack(self) -> Any:
-        if not all(was is layer._packed for was, layer in zip(self._packed_of, self.layers, strict=False)):
-            self._packed = None
-        if self._packed is None:
+        if self._packed_of != [layer._packed for layer in self.layers]:
             weights, scales = ([getattr(layer, name) for layer in self.layers] for name in ("weight", "weight_scale"))
             self._packed = kernels.fbgemm_pack(torch.cat(weights), torch.cat(scales))
             self._packed_of = [layer._packed for layer in self.layers]
@@ -139,12 +155,27 @@ class Siblings:
 
 
 @quantizes("weight_only", nn.Linear)
-class WeightOnlyLinear(WeightOnly):
-    """Packed weights of 2 to 8 bits, a scale for each `group_size` inputs; float activations."""
+class WeightOnlyLinear(WeightOnly, CopiedLinear):
+    """Packed weights of 2 to 8 bits, a scale for each `group_size` inputs; float activations.
+
+    At 8 bits and one scale a row, one token in float32 is multiplied without a dequantized copy, from int8
+    (`kernels.weight_only_token`). The first such token makes the kernel's copy, a byte a weight, which then stays.
+    """
 
     def __init__(self, layer: FloatLayer, **settings: Any) -> None:
         super().__init__(layer, **settings)
-        self.out_features, self.in_features = self.weight_dims
+        self._token = self.bits == 8 and self.group_size is None and self.grid.symmetric
+
+    @property
+    def kernel(self) -> str:
+        scale = self.weight_scale
+        few = kernels.choose(scale.device, scale.dtype, 1) if self._token else ""
+        return f"{few} at one token, then dequantize" if few in kernels.FBGEMM else "dequantize"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._token and kernels.reads_integers(x, self.weight_scale):
+            packed = self._packed
+            if packed.value is None:
+                packed.value = kernels.fbgemm_pack(self.integers(), self.weight_scale)
+            return kernels.weight_only_token(x, self.bias, packed.value)
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
