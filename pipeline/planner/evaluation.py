@@ -25,7 +25,7 @@ def trace_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Data
 
     Where there is less held-out data than two batches, as much as there is.
     """
-    with tracing():
+    with tracing(config):
         faked(model, config.precision.weight_dtype)
         if not trains(changing_stages(stages_of(config))):  # the artifact is then opened in files
             put_into_files(model)

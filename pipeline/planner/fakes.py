@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.planner.live import COUNTING, FILES, Inner
 from pipeline.planner.workspaces import workspace
@@ -139,8 +140,11 @@ def kernels_of(config: RunConfig) -> tuple[Inner | None, int]:
 
 
 @contextmanager
-def tracing() -> Iterator[FakeTensorMode]:
-    """A FakeTensorMode in which transformers builds the attention masks that it builds on real tensors."""
+def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
+    """A FakeTensorMode in which transformers builds the attention masks that it builds on real tensors.
+
+    `config`: of a fit or an evaluation whose device may compute attention otherwise than a CPU does.
+    """
     from transformers import masking_utils
 
     collecting = gc.isenabled()
@@ -155,6 +159,8 @@ def tracing() -> Iterator[FakeTensorMode]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         if collecting:
             stack.callback(gc.enable)
+        if config is not None and config.device.kind() == "cuda" and config.precision.weight_dtype == torch.float64:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # a GPU has no other kernel for float64
         stack.callback(FILES.clear)
         stack.callback(lambda: [live.forget() for live in tuple(COUNTING)])
         yield mode

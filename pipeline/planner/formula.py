@@ -66,7 +66,7 @@ def training(
     split_layers(model, architecture, ranks.tensor_ranks)
     account = Account(inner)
     with ExitStack() as stack:
-        stack.enter_context(tracing())
+        stack.enter_context(tracing(config))
         step = steps(config, faked(model, dtype), stage.fit.lr, inner)
         if gathered_in := dtype_of(ranks.holding.gathered_in):
             faked(model, gathered_in)
@@ -103,7 +103,7 @@ def training(
 def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
     """The peak on one device while the task evaluates `model`, of the meta device; fake tensors are put into it."""
     folding = Folding(Account(*kernels_of(config)), lambda *_: None)
-    with tracing(), folded(model, [block.name for block in describe(model).blocks], folding):
+    with tracing(config), folded(model, [block.name for block in describe(model).blocks], folding):
         faked(model, config.precision.weight_dtype)
         traced_evaluation(config, model, task, data, folding.account)
     return folding.unrolled().peak()
@@ -121,7 +121,7 @@ def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, ba
     blocks = [block.name for block in describe(model).blocks]
     model.eval()
     peaks = []
-    with tracing(), torch.no_grad():
+    with tracing(config), torch.no_grad():
         faked(model, config.precision.weight_dtype)
         for length, moment in ((prompt, "prompt"), (tokens - 1, "last token")):
             account = Account(*kernels_of(config))

@@ -294,7 +294,7 @@ def _unreal(config: RunConfig, data: DataBundle, tokenizer: Any) -> Iterator[_Ch
         return Path() if tensor.untyped_storage()._cdata in FILES else None
 
     with (
-        tracing(),
+        tracing(config),
         pulse.planned(),
         mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
         mock.patch.object(FakeTensor, "data_ptr", address),

@@ -47,7 +47,7 @@ NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
 """And where a CPU computes in 16 bits, by kernels whose scratch space depends on the processor."""
 SHARDED = 0.3
 """And of ranks that gather what they share (fsdp, ZeRO 3): what was measured varied from run to run by as much."""
-ON_GPU, COMPRESSED_ON_GPU = 0.05, 0.25
+ON_GPU, COMPRESSED_ON_GPU = 0.08, 0.4
 """And on a GPU, whose kernels are supposed to hold what a CPU's hold, but for workspaces of matrix products; and of
 links and what they leave there, whose layers have kernels of their own."""
 TRACED = ("cpu", "cuda")

@@ -85,7 +85,7 @@ def trace_training(
         model: on the meta device; it is filled with fake tensors in place.
         batch: one micro batch, whose shapes and dtypes count.
     """
-    with tracing():
+    with tracing(config):
         faked(model, config.precision.weight_dtype)
         live = Live(*kernels_of(config))
         return traced_fit(config, stage, model, task, architecture, batch, live, STEPS, since=STEPS - 1)

@@ -1,9 +1,9 @@
 """Lightning plugins behind the precision choices: what Lightning's own do, and what they leave out.
 
 On a CPU without 16-bit matrix kernels both use `cpu_kernels`, forward and backward. `TrueSixteen` keeps constants that
-are not saved with a model (rotary frequencies) in float32. `Mixed` has autocast's weight cache, and unscales the
-gradients before clipping whatever the optimizer is: Lightning leaves that to fused optimizers and then refuses to
-clip.
+are not saved with a model (rotary frequencies) in float32, and what the model creates as it runs. `Mixed` has
+autocast's weight cache, and unscales the gradients before clipping whatever the optimizer is: Lightning leaves that to
+fused optimizers and then refuses to clip.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class TrueSixteen(HalfPrecision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        with kernels(self.device), super().forward_context():
+        # Lightning's makes 16 bits the default of what a model creates: positions counted in bfloat16 end at 256.
+        with kernels(self.device):
             yield
 
     def backward(  # type: ignore[override]

@@ -1,21 +1,29 @@
 """Predicted peaks beside those that a real fit and a real evaluation of the same config hold."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import fitting
 from pipeline.app import compose, main
 from pipeline.fitting import fit
 from pipeline.memory.measure import measure_peak
 from pipeline.planner import plan as planner
+from pipeline.planner import workspaces
+from pipeline.planner.live import Live
 from pipeline.planner.plan import capacity, plan
+from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES, workspace
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
 
+ROOT = Path(__file__).parents[2]
 GPT = ["model=gpt_nano", "trainer=smoke", "trainer.max_steps=4", "trainer.evaluate_every=0", "device=cpu"]
 LLAMA = [*GPT, "model=llama", "model.layers=2", "model.width=64", "model.heads=4", "model.key_value_heads=2"]
 CONFIGS = {
@@ -230,3 +238,85 @@ def test_nothing_is_left_behind_by_a_trace():
     config = compose(GPT)
     plan(config, opened(config)[1])
     assert type(torch.ones(2)) is torch.Tensor
+
+
+MEASURED = Path(__file__).parents[2] / "benchmarks/results/planner-nvidia-h200-2026-11-28.json"
+"""What runs held on a GPU, recorded there."""
+RECORDED = {
+    "gpt": "model.layers=6 model.width=384 model.heads=6 data.sequence_length=512 trainer.batch_size=16 precision=32",
+    "gpt, float64": (
+        "model.layers=6 model.width=384 model.heads=6 data.sequence_length=512 trainer.batch_size=16 precision=64-true"
+    ),
+    "llama, checkpointing": (
+        "model=llama model.layers=8 model.width=512 data.sequence_length=256 precision=bf16-mixed "
+        "memory.activation_checkpointing=full"
+    ),
+    "efficientnet": "memory=lean trainer.batch_size=64",
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_plan_for_a_gpu_that_is_not_here_is_within_five_percent_of_what_one_measured(name):
+    runs = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+    (run,) = (run for run in runs if run["command"].endswith(RECORDED[name]))
+    config = compose([*run["command"].split()[2:], "job=plan", "device=cuda", "device.memory=140GiB"])
+    found = plan(config, opened(config)[1])
+    assert found.untraced == {}
+    for phase in ("train", "evaluate"):
+        assert found.phases[phase].bytes == pytest.approx(run["measured"][phase], rel=0.05)
+        assert found.phases[phase].most >= run["measured"][phase]
+
+
+def test_a_thread_takes_one_workspace_for_all_its_products_and_a_little_for_those_with_a_bias():
+    with FakeTensorMode():
+        x, layer = torch.ones(4, 8, requires_grad=True), torch.nn.Linear(8, 8)
+        with Live(workspace=1000) as live:
+            loss = (layer(layer(x)) @ x.t()).sum()
+            forward = [block.bytes for block, _, _ in live.timeline.events if block.kind == WORKSPACES]
+            loss.backward()
+    both = [block.bytes for block, _, _ in live.timeline.events if block.kind == WORKSPACES]
+    assert sorted(forward) == [1000, WITH_BIAS]
+    assert sorted(both) == [1000, 1000, WITH_BIAS]
+
+
+@pytest.mark.parametrize(("said", "expected"), [(None, 32 * 2**20), (":4096:2:16:8", 8_519_680), (":16:8", 131_072)])
+def test_a_workspace_is_as_large_as_cublas_is_told(said, expected, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if said:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", said)
+    monkeypatch.setattr(workspaces, "capability", lambda: (9, 0))
+    assert workspace(compose([*GPT, "job=plan", "device=cuda"])) == expected
+    assert workspace(compose(GPT)) == 0
+
+
+def test_older_gpus_have_smaller_workspaces(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(workspaces, "capability", lambda: (8, 6))
+    assert workspace(compose([*GPT, "job=plan", "device=cuda"])) == 8_519_680
+
+
+def test_no_layer_is_dropped_by_chance_on_tensors_without_values():
+    with FakeTensorMode(), Live():
+        assert not torch.rand([]) < 0.5
+        assert (torch.ones(3) < 0.5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["precision=bf16-mixed"],
+        ["precision=bf16-true", "data.sequence_length=512"],
+        ["parallelism=fsdp", "parallelism.devices=1", "parallelism.offload=true"],
+        ["memory.activation_offload=host", "memory.optimizer_offload=host"],
+        ["compression=int8"],
+    ],
+)
+def test_a_run_on_a_gpu_trains_within_its_plan(words, tmp_path):
+    common = ["trainer=smoke", "device=cuda", "plan.calibrate=false", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, ROOT / "run.py", *common, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert abs(result["memory"]["error"]["train"]) < 0.08
+    assert result["memory"]["reserved"]["train"] >= result["memory"]["measured"]["train"]

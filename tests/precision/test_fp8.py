@@ -146,6 +146,7 @@ def precision_of_a_machine_without():
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs float8 kernels"
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's own, of torch's names
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_gpus_kernels_give_what_is_emulated(recipe):
     from dataclasses import replace

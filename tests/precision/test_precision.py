@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from pydantic.type_adapter import TypeAdapter
 from torch import nn
 
+from pipeline.app import compose
+from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError
 from pipeline.precision import cpu_kernels
 from pipeline.precision.full import Full
@@ -305,3 +307,19 @@ def test_float64_on_an_apple_gpu_is_refused():
 def test_settings_of_wrong_type_or_range_do_not_decode(cls, settings):
     with pytest.raises(ValidationError):
         TypeAdapter(cls).validate_python(settings, strict=True)
+
+
+@pytest.mark.parametrize("name", ["bf16-true", "16-true"])
+def test_positions_are_counted_in_full_where_weights_have_16_bits(name):
+    config = compose(["model=gpt_nano", "device=cpu", f"precision={name}", "optimizer.eps=1e-4"])
+    model = config.model.build(DataSpec(vocabulary=256, sequence_length=600))
+    config.precision.convert(model)
+    seen = []
+
+    def note(module, arguments, named, output):
+        seen.append(named["position_ids"])
+
+    model.model.decoder.embed_positions.register_forward_hook(note, with_kwargs=True)
+    with config.precision.plugin("cpu").forward_context():
+        model(input_ids=torch.zeros(1, 600, dtype=torch.long))
+    assert torch.equal(seen[0][0], torch.arange(600))
