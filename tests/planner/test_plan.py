@@ -313,10 +313,11 @@ def test_no_layer_is_dropped_by_chance_on_tensors_without_values():
         ["compression=int8"],
     ],
 )
-def test_a_run_on_a_gpu_trains_within_its_plan(words, tmp_path):
+def test_a_run_on_a_gpu_trains_within_the_margin_of_its_plan(words, tmp_path):
     common = ["trainer=smoke", "device=cuda", "plan.calibrate=false", f"hydra.run.dir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, ROOT / "run.py", *common, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
-    assert abs(result["memory"]["error"]["train"]) < 0.08
+    planned = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["phases"]["train"]
+    assert abs(result["memory"]["error"]["train"]) < planned["margin"]
     assert result["memory"]["reserved"]["train"] >= result["memory"]["measured"]["train"]
