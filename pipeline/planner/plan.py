@@ -216,8 +216,8 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
 
 def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan) -> None:
     """Evaluation in the middle of the fit: beside what the fit keeps between two steps."""
-    train, bare = found.phases.get("train"), validation(config, task, data)
-    if train is not None and bare is not None:
+    train = found.phases.get("train")
+    if train is not None and (bare := validation(config, task, data)) is not None:
         found.phases["validate"] = beside_fit(config, bare, train)
 
 

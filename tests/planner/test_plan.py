@@ -240,7 +240,7 @@ def test_nothing_is_left_behind_by_a_trace():
     assert type(torch.ones(2)) is torch.Tensor
 
 
-MEASURED = Path(__file__).parents[2] / "benchmarks/results/planner-nvidia-h200-2026-11-28.json"
+MEASURED = ROOT / "benchmarks/results/planner-nvidia-h200-2026-11-28.json"
 """What runs held on a GPU, recorded there."""
 RECORDED = {
     "gpt": "model.layers=6 model.width=384 model.heads=6 data.sequence_length=512 trainer.batch_size=16 precision=32",
