@@ -27,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ctypes import c_float
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ SMALLEST = 1e-30
 EXACT_SLICE = 1024
 INTEGER_ROWS = 16
 FLOAT_ROWS = 1024
+
+NUDGE = 2**-22
+"""Beyond what an inverse and a product with it, both rounded to float32, can be off."""
 
 _forced: str | None = None
 
@@ -168,12 +172,12 @@ def int8_linear_static(
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[Tensor, Tensor]:
+def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[Tensor | None, Tensor]:
     """(steps, sums times weight scales): what `rescaled` makes the layer's output of.
 
-    `fbgemm`: [tokens or 1, 1] and [tokens, out]; but for one token a number and [..., out]. `fbgemm_split`: a first
-    dimension of 2 before these, the positive part and the negative one with its step below zero; but for one token
-    [1, 2] and [2, out].
+    `fbgemm`: [tokens or 1, 1] and [tokens, out]; but for one token None and [..., out], the step multiplied in.
+    `fbgemm_split`: a first dimension of 2 before these, the positive part and the negative one with its step below
+    zero; but for one token [1, 2] and [2, out].
     """
     if x.numel() == x.shape[-1]:
         return _one_token_sums(x, kernel, packed)
@@ -186,12 +190,12 @@ def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[
     return steps, _fbgemm(torch.minimum(rows / steps, _signed_limits(3)), 0, packed)
 
 
-def _one_token_sums(x: Tensor, kernel: str, packed: Any) -> tuple[Tensor, Tensor]:
+def _one_token_sums(x: Tensor, kernel: str, packed: Any) -> tuple[Tensor | None, Tensor]:
     """As few operators as there can be: a product leaves the caches cold, and each costs about 5 microseconds then."""
     if x.dtype != torch.float32 or x.requires_grad:
         x = x.detach().float()
     if kernel == "fbgemm":
-        return token_sums(x if x.ndim > 1 else x.view(1, -1), packed)
+        return None, token_product(x if x.ndim > 1 else x.view(1, -1), packed)
     row = x if x.ndim == 2 else x.reshape(1, -1)
     steps = row.abs().max() / _signed_levels(2)
     # A token of zeros is 0 / 0 here: fmin makes a limit of it, which a step of zero then takes back.
@@ -199,7 +203,7 @@ def _one_token_sums(x: Tensor, kernel: str, packed: Any) -> tuple[Tensor, Tensor
 
 
 def is_fast_token(x: Tensor, features: int) -> bool:
-    """Whether `token_sums` can take x as it is."""
+    """Whether `token_product` can take x as it is."""
     return (
         x.numel() == features
         and x.dtype == torch.float32
@@ -209,11 +213,27 @@ def is_fast_token(x: Tensor, features: int) -> bool:
     )
 
 
-def token_sums(x: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
-    """`fbgemm_sums` of `fbgemm` at one token in float32, x [1, ..., in] (FBGEMM takes no vectors)."""
-    # A token of zeros is 0 / 0 here: FBGEMM makes some integer of it, which a step of zero then takes back.
-    step = x.abs().max() / _levels()
-    return step, _fbgemm(x / step, 128, packed)
+def token_product(x: Tensor, packed: Any) -> Tensor:
+    """One float32 token x [1, ..., in] times `packed` weights, the bias left out: [1, ..., out] (`fbgemm`)."""
+    return _fbgemm(x, 128, packed, token_step(peak(x)))
+
+
+def peak(x: Tensor) -> float:
+    """Largest magnitude in x; not a number where x has one that is not."""
+    low, high = torch.aminmax(x)
+    return max(high.item(), -low.item())
+
+
+def token_step(peak: float) -> float:
+    """The step for FBGEMM to quantize a float32 token by, so that its integers are those of quotients.
+
+    FBGEMM multiplies by the step's inverse. That can go the other way only for inputs within 1e-7 of themselves of an
+    edge between two integers. Most are nowhere near; but the peak is half-way between two, and a quotient says to which
+    of them it goes. The step is off by so little that the product agrees.
+    """
+    peak = max(peak, SMALLEST)
+    step = c_float(peak / ACTIVATION_LEVELS).value
+    return step * (1 - NUDGE) if c_float(peak / step).value >= ACTIVATION_LEVELS else step * (1 + NUDGE)
 
 
 def reads_integers(x: Tensor, scales: Tensor) -> bool:
@@ -249,12 +269,12 @@ def weight_only_token(x: Tensor, bias: Tensor | None, packed: Any) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def rescaled(x: Tensor, steps: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+def rescaled(x: Tensor, steps: Tensor | None, sums: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's output, of the shape and dtype that `x` asks for, from what `fbgemm_sums` returned."""
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    if not steps.ndim:  # one token, and its sums have its shape
-        y = sums * steps if bias is None else torch.addcmul(bias, sums, steps)
+    if steps is None:  # one token, and its sums have its shape
+        y = sums if bias is None else sums + bias
         if x.ndim == 1:
             y = y.view(-1)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
@@ -279,13 +299,6 @@ def _peaks(rows: Tensor, shared: bool) -> Tensor:
     """Largest magnitude of each token, or of all together: [tokens or 1, 1]."""
     peaks = rows.abs().amax().view(1, 1) if shared else rows.abs().amax(-1, keepdim=True)
     return peaks.clamp_min_(SMALLEST)
-
-
-@constant
-def _levels() -> Tensor:
-    """A number as a tensor: dividing by it takes half as long as by one of Python."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        return torch.tensor(ACTIVATION_LEVELS, dtype=torch.float32)
 
 
 @constant
@@ -315,10 +328,11 @@ def _digits(kernel: str) -> tuple[int, Tensor, Tensor, Tensor]:
         return zero_point, torch.tensor(float(largest)), torch.tensor(base), places
 
 
-def _fbgemm(rows: Tensor, zero_point: int, packed: Any) -> Tensor:
-    """FBGEMM rounds `rows` to integers itself (half to even), and multiplies each sum by its row's weight scale."""
+def _fbgemm(rows: Tensor, zero_point: int, packed: Any, step: float = 1.0) -> Tensor:
+    """FBGEMM rounds `rows` / `step` to integers itself (half to even), and multiplies each sum by the step and by its
+    row's weight scale."""
     product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
-        rows, 1.0, zero_point, packed
+        rows, step, zero_point, packed
     )
     return product
 

@@ -79,8 +79,8 @@ class Int8Linear(KernelLinear):
         group = self._siblings
         if group is None:
             if self._packed.value is not None and kernels.is_fast_token(x, self.in_features):
-                step, sums = kernels.token_sums(x, self._packed.value)
-                return sums * step if bias is None else torch.addcmul(bias, sums, step)
+                y = kernels.token_product(x, self._packed.value)
+                return y if bias is None else y + bias
             return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
         found = group.take(self, x)
         if found is None:
@@ -111,9 +111,9 @@ class Siblings:
     def _forget(self) -> None:
         self._packed: Any = None
         self._packed_of: list[kernels.Packed] = []
-        self._waiting: tuple[Tensor, Tensor, dict[Int8Linear, Tensor]] | None = None
+        self._waiting: tuple[Tensor, Tensor | None, dict[Int8Linear, Tensor]] | None = None
 
-    def take(self, layer: Int8Linear, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def take(self, layer: Int8Linear, x: Tensor) -> tuple[Tensor | None, Tensor] | None:
         """`kernels.fbgemm_sums` of `layer` at `x`, or None: there are none, and the layer is to multiply itself."""
         if layer is self.layers[0]:
             return self._multiply(x)
@@ -126,7 +126,7 @@ class Siblings:
             self._waiting = None
         return None if part is None else (steps, part)
 
-    def _multiply(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _multiply(self, x: Tensor) -> tuple[Tensor | None, Tensor] | None:
         self._waiting = None
         tokens = x.numel() // x.shape[-1]
         if tokens > kernels.INTEGER_ROWS:

@@ -301,6 +301,7 @@ def _unreal(config: RunConfig, data: DataBundle, tokenizer: Any) -> Iterator[_Ch
         mock.patch.object(FakeTensor, "__deepcopy__", copied),
         mock.patch.object(kernels, "fbgemm_pack", _packed),
         mock.patch.object(kernels, "_fbgemm", _product),
+        mock.patch.object(kernels, "peak", return_value=1.0),
         mock.patch.object(offload, "_written", written),
         mock.patch.object(offload, "place_of", place),
     ):
@@ -317,7 +318,7 @@ def _packed(weight: Tensor, weight_scale: Tensor) -> _Packed:
     return _Packed(len(weight))
 
 
-def _product(rows: Tensor, zero_point: int, packed: _Packed) -> Tensor:
+def _product(rows: Tensor, zero_point: int, packed: _Packed, step: float = 1.0) -> Tensor:
     """FBGEMM's product holds its sums as integers beside its result."""
     sums = torch.empty(*rows.shape[:-1], packed.outputs, dtype=torch.int32)
     return torch.empty(sums.shape, dtype=torch.float32)

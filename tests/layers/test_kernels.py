@@ -29,7 +29,8 @@ def test_every_kernel_computes_the_same_products(kernel, bias, shape):
     torch.manual_seed(0)
     layer = KINDS["int8", nn.Linear].from_float(nn.Linear(96, 72, bias=bias))
     x = torch.randn(shape)
-    x[..., 0] = 3.0 * x.abs().max()  # the largest is positive: it is the one that must be clipped to 127
+    # The largest is positive: it is the one that must be clipped to 127. No other is half-way between two integers.
+    x[..., 0] = 3.1 * x.abs().max()
     with kernels.forced(kernel):
         y = layer(x)
     torch.testing.assert_close(y.double(), integers_by_hand(x, layer), rtol=1e-5, atol=1e-5)
@@ -50,6 +51,22 @@ def test_tokens_do_not_see_each_other_unless_the_scale_is_shared():
     assert torch.equal(layer(x)[0], layer(other)[0])
     layer.share_flat = True
     assert not torch.equal(layer(x)[0], layer(other)[0])
+
+
+@pytest.mark.skipif("fbgemm" not in HERE, reason="FBGEMM is not exact on this processor")
+def test_the_integers_of_a_token_alone_are_those_of_quotients():
+    torch.manual_seed(0)
+    packed = kernels.fbgemm_pack(torch.eye(64, dtype=torch.int8), torch.ones(64, 1))  # the product shows the integers
+    tokens = torch.randn(4000, 64) * torch.logspace(-20, 20, 4000)[:, None]
+    peaks = tokens.abs().amax(1, keepdim=True)
+    want = kernels.integers_of(tokens / (peaks / kernels.ACTIVATION_LEVELS))
+    found = torch.cat([kernels.token_product(token, packed) for token in tokens.split(1)])
+    steps = torch.tensor([[kernels.token_step(peak)] for peak in peaks.view(-1).tolist()], dtype=torch.float64)
+    apart = ((found.double() / steps).round() - want).abs()
+    assert {-127.0, -128.0, 127.0} <= set(want.view(-1).tolist())
+    assert not apart[tokens.abs() == peaks].any()
+    assert apart.max() <= 1
+    assert apart.sum() <= 10  # of 256,000: those that lie on an edge but for rounding
 
 
 def test_a_token_of_zeros_gives_the_bias():
