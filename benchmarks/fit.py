@@ -30,7 +30,7 @@ environment.prepare()
 from pipeline.app import compose
 from pipeline.fitting import fit
 from pipeline.planner import speed
-from pipeline.planner.fit_job import Search
+from pipeline.planner.fit_search import Search
 from pipeline.planner.search import command
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.planner.fit_job import Search
+from pipeline.planner.fit_search import Search
 from pipeline.planner.plan import Plan
 from pipeline.planner.search import Candidate
 from pipeline.report.progress import Progress

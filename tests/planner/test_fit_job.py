@@ -11,7 +11,7 @@ from pipeline.app import compose, main
 from pipeline.errors import ConfigError
 from pipeline.fitting import fit
 from pipeline.planner import fit_job
-from pipeline.planner.fit_job import Search
+from pipeline.planner.fit_search import Search
 from pipeline.planner.plan import plan
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, read_result, schema_problems

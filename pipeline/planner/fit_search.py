@@ -1,0 +1,405 @@
+"""The search of `job=fit` on the real config.
+
+    budget -> what fit.maximize makes of the config -> variants, without those that cannot fit
+    -> a step time for every candidate -> peaks in that order: by the formula, the best ten traced -> the fastest timed
+
+Seconds are predicted from operators (`speed`); where the device is here and steps are quick, the fastest are timed as
+well.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.data.base import DataBundle
+from pipeline.data.loader import evaluation_loader
+from pipeline.errors import ConfigError
+from pipeline.fitting import micro_batch_size
+from pipeline.models.architecture import describe
+from pipeline.planner import search, speed
+from pipeline.planner.chosen import Chosen, label
+from pipeline.planner.needs import Needs
+from pipeline.planner.plan import MARGINS, capacity
+from pipeline.planner.search import Candidate, Looked, Rated, Worst
+from pipeline.report.progress import Progress
+from pipeline.report.units import format_bytes
+from pipeline.schema import RunConfig
+from pipeline.sizes import parse_size
+from pipeline.stage_input import shapes
+from pipeline.walk import Run, changing_stages, preflight, stages_of
+
+TIMED_SECONDS = 60.0
+"""Timing takes no longer than this, by prediction."""
+ROUNDS = 2
+"""Candidates are timed in turns, so that what else the machine does hits all alike."""
+WORTH = 0.02
+"""The share of a peak that a lever must save to be searched."""
+LONGEST, MOST_GROUPS = 1 << 17, 512
+"""Where `fit.maximize` ends: tokens of a sequence, groups of attention heads."""
+
+
+class Search:
+    """One search: the typed config, and what candidates share."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, result: dict[str, Any], progress: Progress) -> None:
+        self.typed, self.progress = config, progress
+        self.directory, self.result = run_dir, result
+        self.needs = Needs(config)
+        self.budget = budget_of(config)
+        self.artifact = None if config.fit.artifact is None else parse_size(config.fit.artifact)
+        self.inference = None if config.fit.inference is None else parse_size(config.fit.inference)
+        self._books: dict[Any, speed.Workbook] = {}
+        self._useless: dict[Any, set[tuple[str, Any]]] = {}
+
+    def run(self) -> Chosen:
+        """Raises ConfigError where nothing fits: the nearest miss, and what is in the way."""
+        base = Candidate(search.plain(self.typed))
+        require_shapes(base.config, self.needs.data(base.config))
+        self.preflight(base.config)
+        self.require_room(base.config)
+        base = self.maximized(base)
+        with self.progress.phase("searching"):
+            candidates, rates = self.candidates(base)
+        looked = self.look(candidates)
+        ranked = looked.fitting(self.budget)
+        if not ranked:
+            raise ConfigError(self.miss(looked))
+        ranked, scale = self.timed(ranked)
+        overrides = search.command(self.typed.overrides, ranked[0].candidate.changes)
+        unknown = self.needs.unpredicted(ranked[0].candidate.config)
+        return Chosen(self.budget, ranked, looked, len(candidates), rates, scale, overrides, unknown)
+
+    def preflight(self, config: RunConfig) -> None:
+        """Raises ConfigError for what only shapes tell, as the run itself would."""
+        run = Run(
+            config,
+            self.directory,
+            self.needs.task,
+            self.needs.data(config),
+            self.needs.tokenizer,
+            [],
+            self.progress,
+            self.result,
+        )
+        preflight(run, changing_stages(stages_of(config)))
+
+    def require_room(self, config: RunConfig) -> None:
+        """Raises ConfigError where the budget is below the weights alone, whatever else is done."""
+        least = min(
+            self.weights(one.config) for one in search.variants(replace(config, fit=self.typed.fit), self.artifact)
+        )
+        if least > self.budget:
+            raise ConfigError(
+                f"{self.said()} is below the weights alone, {format_bytes(least)}; give more, "
+                f"{'' if 'precision' in self.typed.fit.free else 'fit.free=[precision], '}or a smaller model"
+            )
+
+    def weights(self, config: RunConfig) -> int:
+        """Bytes of the weights that one device holds."""
+        model = config.precision.convert(shapes(config, self.needs.data(config)))
+        parts = config.parallelism.ranks if config.parallelism.sharded else 1
+        return sum(weight.nbytes for weight in model.parameters()) // parts
+
+    def said(self) -> str:
+        """The budget as it was typed."""
+        if self.typed.budget is not None:
+            return f"budget={self.typed.budget}"
+        given = self.typed.device.memory
+        return f"budget={self.budget} (of this device)" if given is None else f"device.memory={given}"
+
+    def maximized(self, base: Candidate) -> Candidate:
+        """`base` with the longest sequences, or the largest model, of which some candidate fits by the formula."""
+        wanted = self.typed.fit.maximize
+        if wanted not in ("sequence", "parameters"):
+            return base
+        grow: Callable[[int], Candidate | None] = partial(search.grown, base)
+        limit = MOST_GROUPS
+        if wanted == "sequence":
+            if getattr(base.config.data, "sequence_length", None) is None:
+                raise ConfigError(f"fit.maximize=sequence: data={base.config.choices['data']} has no sequences")
+            grow, limit = lambda units: base.with_values("data", sequence_length=64 * units), LONGEST // 64
+        elif grow(1) is None:
+            told = (
+                f"fit.maximize=parameters: model={base.config.choices['model']} has no layers, heads and width to grow"
+            )
+            raise ConfigError(f"{told}; choose model=gpt or model=llama")
+
+        def fits(units: int) -> bool:
+            grown = grow(units)
+            if grown is None or not search.valid(grown):
+                return False
+            try:
+                return self.computed(self.leanest(self.evaluated(grown)))[1].most <= self.budget
+            except ConfigError:  # more tokens than the model has positions, or the data has
+                return False
+
+        with self.progress.phase(f"maximizing {wanted}"):
+            units = search.largest(fits, limit)
+        found = grow(units) if units else None
+        return base if found is None else found
+
+    def variants(self, base: Candidate) -> list[Candidate]:
+        """Variants that pass the preflight, keep the bounds of what comes out, and can fit at all."""
+        asked = replace(base.config, fit=self.typed.fit)
+        found: list[Candidate] = []
+        stored: list[tuple[int, int, Candidate]] = []
+        told: list[str] = []
+        for one in search.variants(asked, self.artifact):
+            one = Candidate(one.config, (*base.changes, *one.changes))
+            try:
+                if one.changes:
+                    self.preflight(one.config)
+                one = self.evaluated(one)
+            except ConfigError as error:
+                told += error.problems
+                continue
+            size = 0 if self.artifact is None else self.needs.artifact_bytes(one.config)
+            if size is None:
+                told.append(f"fit.artifact={self.typed.fit.artifact}: what {label(one)} leaves cannot be traced")
+            elif self.artifact is None or size <= self.artifact:
+                found.append(one)
+            else:
+                stored.append((size, len(stored), one))
+        if not found and not stored:
+            raise ConfigError(told)
+        if not found:
+            size, _, least = min(stored)
+            what = " ".join(least.changes) or "the config as typed"
+            raise ConfigError(
+                f"fit.artifact={self.typed.fit.artifact}: the smallest, {what}, takes {format_bytes(size)}; "
+                f"{'give more' if 'compression' in self.typed.fit.free else 'give more, or fit.free=[compression]'}"
+            )
+        return found
+
+    def evaluated(self, one: Candidate) -> Candidate:
+        """With the largest evaluation batch, halved from the one that was typed, that keeps budget and bound.
+
+        Raises:
+            ConfigError: evaluation keeps the bound of `fit.inference` with no batch.
+        """
+        size = one.config.trainer.evaluation_batch_size
+        fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
+        while True:
+            tried = one.with_values("trainer", evaluation_batch_size=size)
+            evaluation = self.needs.others(tried.config, traced=False).get("evaluate")
+            bounded = self.inference is None or evaluation is None or evaluation.most <= self.inference
+            lean = self.needs.phases(self.leanest(tried).config, traced=False)
+            if bounded and all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean):
+                return tried
+            if size == 1 or fixed:
+                break
+            size //= 2
+        if evaluation is not None and not bounded:
+            takes = format_bytes(evaluation.bytes)
+            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {takes} of {size} at once")
+        return tried
+
+    def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:
+        """Every candidate with its predicted seconds, in order of preference; and the rates that these are from."""
+        variants = self.variants(base)
+        config = base.config
+        here = config.device.memory is None and not config.device.problems(config.parallelism.devices)
+        listed: list[tuple[Candidate, speed.Work | None]] = []
+        hopeless: list[Rated] = []
+        for variant in variants:
+            stage = stages_of(variant.config)[0]
+            if stage.fit is None:
+                listed.append((variant, None))
+                continue
+            every = self.levers(variant)
+            lean = self.rated(leanest(every), traced=False)
+            if len(variants) > 1 and lean.phase.bytes * (1 - MARGINS["computed"]) > self.budget:
+                hopeless.append(lean)
+                continue
+            every = self.worthwhile(variant, every)
+            work = self.book(variant.config).work(variant.config, stage)
+            listed += [(one, work) for one in every]
+        if not listed:
+            raise ConfigError(
+                self.miss(Looked([], [self.rated(Looked(hopeless, []).nearest().candidate, traced=True)]))
+            )
+        dtypes = {dtype for work in {id(work): work for _, work in listed}.values() if work for dtype in work.dtypes()}
+        rates = speed.rates_of(config.device.kind(), dtypes, here)
+        found = [(one, 0.0 if work is None else self.seconds(one, work, rates)) for one, work in listed]
+        largest_first = self.typed.fit.maximize == "micro_batch"
+        found.sort(
+            key=lambda pair: (
+                -micro_batch_size(pair[0].config)[0] if largest_first else 0, pair[1], -self.kept(pair[0].config),
+                len(pair[0].changes),
+            )
+        )  # fmt: skip
+        return found, rates
+
+    def worthwhile(self, variant: Candidate, every: list[Candidate]) -> list[Candidate]:
+        """Without levers that save next to nothing, be it beside blocks that are kept or blocks computed twice."""
+        memory = variant.config.memory
+        key = (variant.config.model, variant.config.data)
+        if key not in self._useless:
+            modes = {one.config.memory.activation_checkpointing for one in every} & {"none", "full"}
+            settings = [("loss_chunks", chunks) for chunks in search.CHUNKS] + [("release_gradients", True)]
+            self._useless[key] = {
+                (name, value)
+                for name, value in settings
+                if any(getattr(one.config.memory, name) == value for one in every)
+                and not any(self.saves(variant, mode, name, value) for mode in modes)
+            }
+        useless = {(name, value) for name, value in self._useless[key] if getattr(memory, name) != value}
+        return [one for one in every if not any(getattr(one.config.memory, name) == value for name, value in useless)]
+
+    def saves(self, variant: Candidate, mode: str, name: str, value: Any) -> bool:
+        without = variant.with_values("memory", activation_checkpointing=mode)
+        peaks = [self.needs.fitted(one.config, False).bytes for one in (
+            without, without.with_values("memory", **{name: value})
+        )]  # fmt: skip
+        return peaks[1] < (1 - WORTH) * peaks[0]
+
+    def kept(self, config: RunConfig) -> int:
+        """Where compression is searched, bytes of the artifact: the more of them, the less is lost."""
+        return (self.needs.artifact_bytes(config) or 0) if "compression" in self.typed.fit.free else 0
+
+    def seconds(self, one: Candidate, work: speed.Work, rates: speed.Rates) -> float:
+        moved = 0
+        if one.config.memory.activation_offload != "none":
+            kept = replace(one.config, memory=replace(one.config.memory, activation_offload="none"))
+            moved = self.needs.fitted(kept, False).kinds.get("activations", 0)
+        return speed.step_seconds(one.config, work, rates, moved)
+
+    def book(self, config: RunConfig) -> speed.Workbook:
+        """Of the candidates with this model and data."""
+        key = (config.model, config.data)
+        if key not in self._books:
+            data = self.needs.data(config)
+            sample = next(iter(evaluation_loader(data.train, 1)))
+            self._books[key] = speed.Workbook(lambda: shapes(config, data), self.needs.task, sample)
+        return self._books[key]
+
+    def levers(self, base: Candidate) -> list[Candidate]:
+        """`base` with everything that leaves its results as they are."""
+        model = shapes(base.config, self.needs.data(base.config))
+        batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+        return list(search.levers(base, self.typed.fit.free, bool(describe(model).blocks), batch_norm))
+
+    def leanest(self, base: Candidate) -> Candidate:
+        return leanest(self.levers(base))
+
+    def computed(self, one: Candidate) -> Worst:
+        return self.needs.worst(one.config, traced=False)
+
+    def traced(self, one: Candidate) -> Worst:
+        return self.needs.worst(one.config, traced=True)
+
+    def look(self, candidates: list[tuple[Candidate, float]]) -> Looked:
+        """Peaks of candidates, with a line for each that is traced."""
+        number = 0
+
+        def trace(one: Candidate) -> Worst:
+            nonlocal number
+            number += 1
+            with self.progress.phase(f"tracing {number}: {' '.join(one.changes) or 'as typed'}"):
+                return self.traced(one)
+
+        return search.closest(candidates, self.budget, self.computed, trace)
+
+    def rated(self, one: Candidate, traced: bool) -> Rated:
+        return Rated(one, 0.0, *self.needs.worst(one.config, traced))
+
+    def miss(self, looked: Looked) -> str:
+        """Why nothing fits: the nearest miss, and what takes most of it."""
+        one = looked.nearest()
+        kind, held = search.term(one.phase)
+        over = one.phase.most - self.budget
+        what = " ".join(one.candidate.changes) or "the config as typed"
+        return (
+            f"{self.said()}: nothing fits. The nearest, {what}, needs {format_bytes(one.phase.bytes)} to {one.name}, "
+            f"{format_bytes(over)} too much with its margin; in the way is {kind}, {format_bytes(held)}. "
+            f"{way_out(kind, self.typed)}"
+        )
+
+    def timed(self, ranked: list[Rated]) -> tuple[list[Rated], float]:
+        """Those that fit, the fastest of them timed and in that order; and measured over predicted seconds."""
+        first = ranked[: self.typed.fit.measure]
+        config = first[0].candidate.config if first else self.typed
+        steps = ROUNDS * (speed.Clock.WARM_FROM + speed.STEPS)
+        quick = sum(one.seconds for one in first) * steps <= TIMED_SECONDS
+        here = config.device.memory is None and not config.device.problems(config.parallelism.devices)
+        free = speed.free_memory(config.device.kind()) if here else 0
+        first = [
+            one
+            for one in first
+            if quick and one.seconds and not one.candidate.config.parallelism.distributed and one.phase.bytes <= free
+        ]
+        times: dict[int, list[float]] = {id(one): [] for one in first}
+        for turn in range(ROUNDS if first else 0):
+            with self.progress.phase(f"timing {len(first)} of them, round {turn + 1} of {ROUNDS}"):
+                for one in first:
+                    config = one.candidate.config
+                    times[id(one)].append(speed.measured(config, self.needs.data(config), self.needs.task))
+        found = [replace(one, measured=min(times[id(one)])) if one in first else one for one in ranked]
+        ratios = [one.measured / one.seconds for one in found if one.measured is not None]
+        if self.typed.fit.maximize != "micro_batch":
+            found.sort(key=lambda one: (one.measured is None, one.measured or one.seconds))
+        return found, statistics.median(ratios) if ratios else 1.0
+
+
+def budget_of(config: RunConfig) -> int:
+    """Bytes: what was given, else what the device has."""
+    found = capacity(config) if config.budget is None else parse_size(config.budget)
+    if found is None:
+        raise ConfigError(
+            f"job=fit needs budget=SIZE (6GiB say) or device.memory=SIZE: device={config.choices['device']} does not "
+            "tell how much memory it has"
+        )
+    return found
+
+
+def require_shapes(config: RunConfig, data: DataBundle) -> nn.Module:
+    """The model on the meta device. Raises ConfigError where it cannot be built there."""
+    try:
+        return shapes(config, data)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        told = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model={config.choices['model']} cannot be built on the meta device, where its shapes are looked at: "
+            f"{type(error).__name__}: {told}"
+        ) from error
+
+
+def leanest(every: list[Candidate]) -> Candidate:
+    """The one that holds least by what it saves, without looking at peaks."""
+
+    def holds(one: Candidate) -> tuple[int, ...]:
+        memory = one.config.memory
+        return (
+            micro_batch_size(one.config)[0],
+            {"full": 0, "selective": 1, "none": 2}[memory.activation_checkpointing],
+            memory.activation_offload == "none",
+            memory.optimizer_offload == "none",
+            not memory.step_in_backward,
+            not memory.release_gradients,
+            -memory.loss_chunks,
+        )
+
+    return min(every, key=holds)
+
+
+def way_out(kind: str, config: RunConfig) -> str:
+    """What makes room where `kind` is in the way."""
+    named = {
+        "weights": ("precision", "or a smaller model"),
+        "gradients": ("adapter", "or a smaller model"),
+        "optimizer state": ("optimizer", "or adapter"),
+    }
+    group, other = named.get(kind, ("memory", "or a shorter data.sequence_length"))
+    if group in config.fit.free:
+        return "Give more, or take a smaller model"
+    return f"Give more, fit.free=[{group}] {other}"

@@ -1,0 +1,161 @@
+"""What a config would need, phase by phase, asked of many configs that are much alike: each figure is found once.
+
+By the formula, or traced. A peak is that of the worst phase of the run on one device: training, links that compress,
+evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.data.base import DataBundle
+from pipeline.data.loader import evaluation_loader
+from pipeline.device.cpu import CPU
+from pipeline.fitting import micro_batch_size
+from pipeline.layers.footprint import file_bytes, model_tensors
+from pipeline.models.architecture import describe
+from pipeline.planner import formula, search
+from pipeline.planner.links import trace_links
+from pipeline.planner.live import Peak
+from pipeline.planner.plan import (
+    Phase,
+    Plan,
+    adapted,
+    beside_fit,
+    convolutional,
+    known,
+    plan_evaluation,
+    plan_links,
+    untraceable,
+    validation,
+)
+from pipeline.planner.search import Worst
+from pipeline.planner.training import trace_training, with_fewer_parts
+from pipeline.schema import RunConfig
+from pipeline.stage_input import shapes
+from pipeline.tasks import lookup
+from pipeline.walk import stages_of
+
+
+class Needs:
+    """Peaks and bytes on disk of configs whose task and tokenizer are those of `config`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.task = lookup.get(config.data.task)
+        self.tokenizer = config.model.tokenizer()
+        self._opened: dict[Any, DataBundle] = {}
+        self._others: dict[Any, dict[str, Phase]] = {}
+        self._computed: dict[Any, Peak] = {}
+        self._convolutional: dict[Any, bool] = {}
+        self._open: dict[Any, dict[str, str]] = {}
+        self._stored: dict[Any, int | None] = {}
+
+    def data(self, config: RunConfig) -> DataBundle:
+        if config.data not in self._opened:
+            self._opened[config.data] = config.data.open(self.tokenizer)
+        return self._opened[config.data]
+
+    def fitted(self, config: RunConfig, traced: bool) -> Peak:
+        """The peak of stage 0's fit, traced or by the formula; each is found once."""
+        data, stage = self.data(config), stages_of(config)[0]
+        config = with_fewer_parts(config)
+        key = (traced, micro_batch_size(config), repr(without_micro(config)))
+        if key not in self._computed:
+            model = adapted(config, stage, shapes(config, data))
+            batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+            predict = trace_training if traced else formula.training
+            self._computed[key] = predict(config, stage, model, self.task, describe(model), batch)
+        return self._computed[key]
+
+    def lower(self, config: RunConfig) -> Peak:
+        """The peak of stage 0's fit by the formula, or at least: it is the largest of what several moments hold, each
+        linear in the micro batch, so that it lies on the line through two micro batches, or above, beyond them."""
+        sizes = sorted({micro_batch_size(config)[0], *search.micro_batches(config)})
+        if len(sizes) <= 3 or micro_batch_size(config)[0] in (sizes[0], *sizes[-2:]):
+            return self.fitted(config, False)
+        least, other, most = (self.fitted(with_micro(config, size), False) for size in (sizes[0], *sizes[-2:]))
+        slope = (most.bytes - other.bytes) / (sizes[-1] - sizes[-2])
+        line = most.bytes - slope * (sizes[-1] - micro_batch_size(config)[0])
+        return replace(most, bytes=int(line)) if line > least.bytes else least
+
+    def phases(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
+        """Every phase of the run that can be predicted."""
+        found = dict(self.others(config, traced))
+        if stages_of(config)[0].fit is not None:
+            traced = traced and untraceable(config) is None
+            peak, source = (self.fitted(config, True), "traced") if traced else (self.lower(config), "computed")
+            found["train"] = known(config, "train", peak, source, self.convolutional(config))
+            if (beside := self.validation(config)) is not None:
+                found["validate"] = beside_fit(config, beside, peak)
+        return found
+
+    def worst(self, config: RunConfig, traced: bool) -> Worst:
+        """The phase of the run that needs most."""
+        return max(self.phases(config, traced).items(), key=lambda phase: phase[1].most)
+
+    def others(self, config: RunConfig, traced: bool = True) -> dict[str, Phase]:
+        """Every phase but stage 0's fit. Fits of links depend on what saves memory: they are left out unless traced."""
+        fits = traced and any(method.trains for method in config.chain.values())
+        levers = (config.memory, micro_batch_size(config)) if fits else None
+        key = (*chained(config), config.trainer.evaluation_batch_size, levers)
+        if key not in self._others:
+            found, data = Plan(), self.data(config)
+            if config.chain:
+                plan_links(config, data, self.tokenizer, found, "trace")
+                if "artifact" in found.disk:
+                    self._stored[chained(config)] = found.disk["artifact"]
+            else:
+                plan_evaluation(config, self.task, data, found, "trace")
+            self._others[key] = {
+                name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
+            }
+            self._open[chained(config)] = found.open
+        return self._others[key]
+
+    def validation(self, config: RunConfig) -> Phase | None:
+        """An evaluation in the middle of the fit, without what the fit keeps meanwhile."""
+        if not config.trainer.evaluate_every:
+            return None
+        batch = config.trainer.evaluation_batch_size
+        key = ("validate", config.model, config.data, config.precision, config.adapter, batch)
+        if key not in self._others:
+            bare = validation(config, self.task, self.data(config))
+            self._others[key] = {} if bare is None else {"validate": bare}
+        return self._others[key].get("validate")
+
+    def convolutional(self, config: RunConfig) -> bool:
+        if config.model not in self._convolutional:
+            self._convolutional[config.model] = convolutional(shapes(config, self.data(config)))
+        return self._convolutional[config.model]
+
+    def artifact_bytes(self, config: RunConfig) -> int | None:
+        """Bytes of the artifact's weights; None where what a chain leaves cannot be traced."""
+        if not config.chain:
+            model = config.precision.convert(shapes(config, self.data(config)))
+            return file_bytes(model_tensors(model, {}))
+        key = chained(config)
+        self.others(config, traced=False)
+        if key not in self._stored:  # of another device no links are planned, but a file is as large
+            here = replace(config, device=CPU(name="cpu", memory=None))
+            self._stored[key] = trace_links(here, self.data(config), self.tokenizer).stored
+        return self._stored[key]
+
+    def unpredicted(self, config: RunConfig) -> dict[str, str]:
+        """Phases that were asked for and are not predicted, and why."""
+        return self._open.get(chained(config), {})
+
+
+def chained(config: RunConfig) -> tuple[Any, ...]:
+    """What decides what the links of a chain leave."""
+    return (config.model, config.data, config.precision, repr(config.chain))
+
+
+def without_micro(config: RunConfig) -> RunConfig:
+    """For comparing what computes the same."""
+    trainer = replace(config.trainer, micro_batch_size=None, evaluation_batch_size=1)
+    return replace(config, choices={}, overrides=(), trainer=trainer)
+
+
+def with_micro(config: RunConfig, size: int) -> RunConfig:
+    return replace(config, trainer=replace(config.trainer, micro_batch_size=size))
