@@ -69,6 +69,11 @@ def forced(kernel: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced_kernel() -> str | None:
+    """The kernel that `forced` is entered with, which may be one of `fused.py` too."""
+    return _forced
+
+
 def float_is_forced() -> bool:
     """Whether `forced("float")` is entered, which concerns whatever computes as plain transformers does there."""
     return _forced == "float"
