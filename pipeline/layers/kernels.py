@@ -19,6 +19,8 @@ Up to `INTEGER_ROWS` tokens at once (decoding, where a layer waits for its weigh
 where weights are read once for many tokens, `float` does; but where integers are much faster (`fbgemm`, and `int_mm` on
 CUDA) only up to `FLOAT_ROWS`.
 
+Few tokens on a GPU are multiplied by the same arithmetic in one kernel where that runs (`fused.py`).
+
 Weights alone in int8 (`weight_only_token`): the same product of integers makes one of floats, for one token.
 """
 

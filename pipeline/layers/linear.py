@@ -1,7 +1,8 @@
 """Quantized forms of nn.Linear: int8 W8A8, and weights alone in 2 to 8 bits. Forward and layout as compressed-tensors.
 
 Weight-only layers multiply in the model's dtype by the dequantized weight, made anew each time: they save memory and
-disk, not time. But where 8 bits are read by an int8 kernel, a token alone is faster too.
+disk, not time. But where 8 bits are read by an int8 kernel, a token alone is faster too, and few tokens on a GPU are
+multiplied by a kernel that decodes as it reads (`fused.py`).
 """
 
 from __future__ import annotations
