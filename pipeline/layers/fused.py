@@ -24,9 +24,9 @@ from pipeline.layers.quantized import KINDS, QuantizedLayer
 TOKENS = kernels.INTEGER_ROWS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 8
-"""Outputs of a program: 128 threads read 16 bytes each of 8 rows at once."""
-BYTES = 1024
-"""Of a row, at most, that a program reads at once for one token; for more, as many times fewer."""
+"""Outputs of a program."""
+VALUES = 1024
+"""Of a row, at most, that a program takes at once for one token; for more, as many times fewer."""
 TOKENS_TOGETHER = 4
 """For which a program decodes a weight once: their sums are held in registers."""
 NAME = "triton"
@@ -80,7 +80,7 @@ class Product:
         if found is None:
             _, _, _, length, *settings = self.made_of
             together = min(TOKENS_TOGETHER, _power_above(tokens))
-            units = min((BYTES if length < 8 else BYTES // 4) // together, _power_above(-(-self.features // length)))
+            units = min(VALUES // length // together, _power_above(-(-self.features // length)))
             grid = (-(-self.outputs // ROWS), -(-tokens // together), 1)
             fixed = (tokens, self.outputs, self.features, *settings, *setting, together, ROWS, units)
             compiled = _kernel(self.name)[grid](*given, *fixed, **OPTIONS[self.name])

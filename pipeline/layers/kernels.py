@@ -62,7 +62,10 @@ class Packed:
 
 @contextmanager
 def forced(kernel: str | None) -> Iterator[None]:
-    """Within the context every int8 product runs by `kernel`: to compare kernels. None: the usual choice."""
+    """Within the context every int8 product runs by `kernel`, and no fused one (`fused.py`) unless it is "triton".
+
+    To compare kernels. None: the usual choice.
+    """
     global _forced
     before, _forced = _forced, kernel
     try:
