@@ -7,6 +7,7 @@ project (one product for queries, keys and values, autocast, fused AdamW, the wh
 precision has a process of its own, in which the sides take turns; a row that fails says why and the rest go on.
 
     python benchmarks/gpu.py                        # one call, under 10 minutes on an H100 or H200
+    python benchmarks/gpu.py --decode               # decoding instead, quantized and not (gpu_decode.py); 5 minutes
     python benchmarks/gpu.py --device cpu --smoke   # all of it in tiny, to see that it works
 
 The table, as JSON with the machine and the versions, goes to benchmarks/results/. MFU: PaLM's count of operations
@@ -466,10 +467,27 @@ def machine(device: str) -> dict[str, Any]:
     return {**about, "versions": versions()}
 
 
+def named(arguments: argparse.Namespace, about: dict[str, Any], began: datetime, kind: str) -> Path:
+    """Where the table goes."""
+    what = str(about.get("gpu", "cpu-smoke" if arguments.smoke else "cpu")).lower().replace(" ", "-")
+    return Path(arguments.out) / f"{kind}-{what}-{began:%Y-%m-%d-%H%M}.json"
+
+
+def decode(arguments: argparse.Namespace, began: datetime) -> None:
+    import gpu_decode
+
+    tokens, rounds = (4, 2) if arguments.smoke else (48, 7)
+    models = list(sizes(arguments.smoke).values())
+    rows = gpu_decode.measure(models, arguments.device, tokens, rounds, arguments.until)
+    about = machine(arguments.device)
+    gpu_decode.written(rows, about, named(arguments, about, began, "gpu-decode"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny models")
+    parser.add_argument("--decode", action="store_true", help="decoding at batch 1, fused kernels on and off")
     parser.add_argument("--steps", type=int, default=None, help="timed steps of each row (default 15; smoke 3)")
     parser.add_argument("--limit", type=float, default=530, help="seconds after which no row is begun")
     parser.add_argument("--parts", nargs="+", help="of these only: llama:bf16-mixed gpt:fp8-mixed ...")
@@ -486,6 +504,9 @@ def main() -> None:
         return
     began = datetime.now()
     arguments.until = time.time() + arguments.limit
+    if arguments.decode:
+        decode(arguments, began)
+        return
     print(HEADER, flush=True)
     # What the goals are about comes first, in case the time does not suffice for all.
     parts = [
@@ -496,8 +517,7 @@ def main() -> None:
     about = machine(arguments.device)
     print("\nGoals: " + "; ".join(GOALS), *came, json.dumps(about), sep="\n")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    what = str(about.get("gpu", "cpu-smoke" if arguments.smoke else "cpu")).lower().replace(" ", "-")
-    target = arguments.out / f"gpu-{what}-{began:%Y-%m-%d-%H%M}.json"
+    target = named(arguments, about, began, "gpu")
     written = {"machine": about, "goals": GOALS, "came": came, "rows": [asdict(row) for row in rows]}
     target.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     print(f"written to {target}; {(datetime.now() - began).total_seconds():.0f} s in all")

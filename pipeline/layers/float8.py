@@ -5,7 +5,8 @@ rest is torch's cast, to nearest even. Forward and layout are those of compresse
 
 With `activations="dynamic"` each token of a linear layer's input is cast likewise, at a scale of its own. One
 arithmetic, two kernels: `scaled_mm` (torch._scaled_mm, where the GPU multiplies E4M3: compute capability 8.9 or above),
-and `float`, which multiplies what was cast, in float. With `activations=None` inputs stay as they are.
+and `float`, which multiplies what was cast, in float. With `activations=None` inputs stay as they are. Few tokens on a
+GPU are multiplied by a kernel of `fused.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.layers import kernels
 from pipeline.layers.constants import constant
 from pipeline.layers.conv import Convolution
+from pipeline.layers.fused import FusedLinear, Product, sharing
 from pipeline.layers.quantize import wide
 from pipeline.layers.quantized import FloatLayer, QuantizedLayer, quantizes
 
@@ -106,7 +108,7 @@ class Float8Layer(QuantizedLayer):
 
 
 @quantizes("fp8", nn.Linear)
-class Float8Linear(Float8Layer):
+class Float8Linear(Float8Layer, FusedLinear):
     """`share_flat`: one activation scale for all rows of a two-dimensional input, as `linear.Int8Linear` explains.
 
     No gradient flows where activations are cast.
@@ -115,8 +117,19 @@ class Float8Linear(Float8Layer):
     def __init__(self, layer: FloatLayer, **settings: Any) -> None:
         super().__init__(layer, **settings)
         self.out_features, self.in_features = self.weight_dims
+        name = "float8_product" if self.activations is None else "float8_tokens_product"
+        self.product = Product(name, self.in_features, self.out_features)
+        self.probe = "fp8", (("activations", self.activations),)
+
+    def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.product is not None
+        weight, scale = self._buffers["weight"], self._buffers["weight_scale"]
+        setting = () if self.activations is None else (sharing(self.share_flat, x), torch.finfo(x.dtype).eps)
+        return self.product(x, weight, scale, bias, setting=setting)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.fuses(x):
+            return self.fused_product(x, self.bias)
         if self.activations is None:
             return F.linear(x, self.dequantized().to(x.dtype), self.bias)
         peaks = x.detach().abs().amax() if self.share_flat and x.ndim == 2 else x.detach().abs().amax(-1, keepdim=True)
@@ -136,8 +149,8 @@ class Float8Linear(Float8Layer):
     @property
     def kernel(self) -> str:
         if self.activations is None:
-            return "dequantize"
-        return "scaled_mm" if self._scaled() else "float"
+            return self.named("dequantize")
+        return self.named("scaled_mm" if self._scaled() else "float")
 
 
 @quantizes("fp8", nn.Conv2d)

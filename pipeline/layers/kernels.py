@@ -19,6 +19,8 @@ Up to `INTEGER_ROWS` tokens at once (decoding, where a layer waits for its weigh
 where weights are read once for many tokens, `float` does; but where integers are much faster (`fbgemm`, and `int_mm` on
 CUDA) only up to `FLOAT_ROWS`.
 
+Few tokens on a GPU are multiplied by the same arithmetic in one kernel where that runs (`fused.py`).
+
 Weights alone in int8 (`weight_only_token`): the same product of integers makes one of floats, for one token.
 """
 
@@ -64,13 +66,21 @@ class Packed:
 
 @contextmanager
 def forced(kernel: str | None) -> Iterator[None]:
-    """Within the context every int8 product runs by `kernel`: to compare kernels. None: the usual choice."""
+    """Within the context every int8 product runs by `kernel`, and no fused one (`fused.py`) unless it is "triton".
+
+    To compare kernels. None: the usual choice.
+    """
     global _forced
     before, _forced = _forced, kernel
     try:
         yield
     finally:
         _forced = before
+
+
+def forced_kernel() -> str | None:
+    """The kernel that `forced` is entered with, which may be one of `fused.py` too."""
+    return _forced
 
 
 def float_is_forced() -> bool:

@@ -1,7 +1,8 @@
 """Quantized forms of nn.Linear: int8 W8A8, and weights alone in 2 to 8 bits. Forward and layout as compressed-tensors.
 
 Weight-only layers multiply in the model's dtype by the dequantized weight, made anew each time: they save memory and
-disk, not time. But where 8 bits are read by an int8 kernel, a token alone is faster too.
+disk, not time. But where 8 bits are read by an int8 kernel, a token alone is faster too, and few tokens on a GPU are
+multiplied by a kernel that decodes as it reads (`fused.py`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.layers import kernels
+from pipeline.layers.fused import FusedLinear, Product, sharing, values_in_bytes
 from pipeline.layers.quantize import Grid
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
 
-class CopiedLinear(IntegerLayer):
+class CopiedLinear(FusedLinear, IntegerLayer):
     """Weights of which a kernel has a packed copy of its own. Whatever changes the weights makes the copy void."""
 
     def __init__(self, layer: FloatLayer, grid: Grid) -> None:
@@ -48,10 +50,14 @@ class KernelLinear(CopiedLinear):
 
     def __init__(self, layer: FloatLayer) -> None:
         super().__init__(layer, Grid(bits=8))
+        self.product = Product("int8_product", self.in_features, self.out_features)
+        self.probe = "int8", ()
 
     @property
     def kernel(self) -> str:
         few, many = (kernels.choose(self.weight.device, self.weight_scale.dtype, rows) for rows in (1, 64))
+        if (fused := self.named(many)) != many:
+            return fused
         return few if few == many else f"{few} up to {kernels.INTEGER_ROWS} tokens, then {many}"
 
 
@@ -76,6 +82,8 @@ class Int8Linear(KernelLinear):
         assert scale is not None
         if torch.compiler.is_compiling():
             return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
+        if x.is_cuda and self.fuses(x):
+            return self.fused_product(x, bias)
         group = self._siblings
         if group is None:
             if self._packed.value is not None and kernels.is_fast_token(x, self.in_features):
@@ -86,6 +94,11 @@ class Int8Linear(KernelLinear):
         if found is None:
             return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
         return kernels.rescaled(x, found[0], found[1], bias)
+
+    def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.product is not None
+        weight, scale = self._buffers["weight"], self._buffers["weight_scale"]
+        return self.product(x, weight, scale, None, bias, setting=(sharing(self.share_flat, x),))
 
     def settings(self) -> dict[str, Any]:
         return {"share_flat": self.share_flat}
@@ -165,14 +178,25 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
     def __init__(self, layer: FloatLayer, **settings: Any) -> None:
         super().__init__(layer, **settings)
         self._token = self.bits == 8 and self.group_size is None and self.grid.symmetric
+        length, group = values_in_bytes(self.bits), self.group_size or self.in_features
+        if self.group_size is None or group % length == 0:
+            self.product = Product("packed_product", self.in_features, self.out_features, length, self.bits, group)
+        self.probe = "weight_only", tuple(self.settings().items())
 
     @property
     def kernel(self) -> str:
         scale = self.weight_scale
         few = kernels.choose(scale.device, scale.dtype, 1) if self._token else ""
-        return f"{few} at one token, then dequantize" if few in kernels.FBGEMM else "dequantize"
+        return self.named(f"{few} at one token, then dequantize" if few in kernels.FBGEMM else "dequantize")
+
+    def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.product is not None
+        stored = self._buffers
+        return self.product(x, stored["weight_packed"], stored["weight_scale"], stored["weight_zero_point"], bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.fuses(x):
+            return self.fused_product(x, self.bias)
         if self._token and kernels.reads_integers(x, self.weight_scale):
             packed = self._packed
             if packed.value is None:

@@ -7,7 +7,7 @@ error on the maxima of normal weights is a third (root mean square). Codes are f
 is one of the 16 values, so masked weights stay zero.
 
 A layer multiplies by its dequantized weight, made anew in the forward and again in the backward pass: it is never kept
-between them, and gradients flow to the input.
+between them, and gradients flow to the input. Few tokens on a GPU are multiplied by a kernel of `fused.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pipeline.layers.constants import constant
 from pipeline.layers.conv import Convolution
 from pipeline.layers.embedding import Bags, Table
+from pipeline.layers.fused import FusedLinear, Product
 from pipeline.layers.packing import pack_int32, packed_columns, unpack_int32
 from pipeline.layers.quantize import wide
 from pipeline.layers.quantized import FloatLayer, QuantizedLayer, quantizes
@@ -52,15 +53,21 @@ def nf4_codes(normalized: Tensor) -> Tensor:
 
 def nf4_values(codes: Tensor) -> Tensor:
     """Inverse of `nf4_codes`: int8 in [-8, 7] -> float32."""
-    table = torch.tensor((VALUES[-1], *VALUES[:-1]), dtype=torch.float32, device=codes.device)
-    return table[(codes + 8).to(torch.int32)]
+    return _stored_order(codes.device)[(codes + 8).to(torch.int32)]
+
+
+@constant
+def _stored_order(device: torch.device) -> Tensor:
+    """The values that packed codes 0 to 15 stand for: float32 [16]."""
+    with torch.inference_mode(False):
+        return torch.tensor((VALUES[-1], *VALUES[:-1]), dtype=torch.float32, device=device)
 
 
 @constant
 def _pairs(device: torch.device) -> Tensor:
     """The two values that a byte of packed codes stands for, low bits first: float32 [256, 2]."""
     with torch.inference_mode(False):
-        table = torch.tensor((VALUES[-1], *VALUES[:-1]), dtype=torch.float32, device=device)
+        table = _stored_order(device)
         return torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=1)
 
 
@@ -185,22 +192,38 @@ class _DequantizedProduct(torch.autograd.Function):
         return x, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
-def dequantized_product(x: Tensor, bias: Tensor | None, layer: NF4Layer) -> Tensor:
+def dequantized_product(x: Tensor, bias: Tensor | None, layer: NF4Linear) -> Tensor:
     """x [..., in] times the stored weight of `layer`, and the bias; the weight is not kept for the backward pass."""
+    if x.is_cuda and layer.fuses(x):
+        return layer.fused_product(x, bias)
     y: Tensor = _DequantizedProduct.apply(x, bias, layer)  # type: ignore[no-untyped-call]
     return y
 
 
 @quantizes("nf4", nn.Linear)
-class NF4Linear(NF4Layer):
+class NF4Linear(NF4Layer, FusedLinear):
     """Weights of 4 bits, activations in float."""
 
     def __init__(self, layer: FloatLayer, **settings: Any) -> None:
         super().__init__(layer, **settings)
         self.out_features, self.in_features = self.weight_dims
+        if self.in_features % self.block_size == 0 and self.block_size % 2 == 0:  # no byte is of two blocks
+            sizes = self.in_features, self.out_features, 2, self.block_size, SCALE_BLOCK
+            self.product = Product("nf4_product", *sizes)
+        self.probe = "nf4", (("block_size", self.block_size), ("double_quant", self.double_quant))
+
+    def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.product is not None
+        stored = self._buffers
+        names = ("weight_packed", "weight_scale", "weight_scale_scale", "weight_scale_mean")
+        return self.product(x, *(stored.get(name) for name in names), _stored_order(x.device), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return dequantized_product(x, self.bias, self)
+
+    @property
+    def kernel(self) -> str:
+        return self.named("dequantize")
 
 
 @quantizes("nf4", nn.Conv2d)

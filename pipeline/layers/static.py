@@ -41,7 +41,13 @@ class Int8StaticLinear(KernelLinear):
         super().__init__(layer)
         self.register_buffer("input_scale", _scale_for(layer, input_scale))
 
+    def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.product is not None
+        return self.product(x, self.weight, self.weight_scale, self.input_scale, bias, setting=(0,))
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.fuses(x):
+            return self.fused_product(x, self.bias)
         return kernels.int8_linear_static(x, self.weight, self.weight_scale, self.input_scale, self.bias, self._packed)
 
 
