@@ -32,7 +32,8 @@ def read_metrics(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    whole = text[: text.rfind("\n") + 1].replace("\0", "")  # which csv does not read before Python 3.11
+    lines = list(csv.reader(io.StringIO(whole)))
     if not lines:
         return []
     if tuple(lines[0]) != COLUMNS:
