@@ -29,6 +29,7 @@ from pipeline.fitting import micro_batch_size
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import describe
 from pipeline.planner import formula, search, speed
+from pipeline.planner.generation import generates
 from pipeline.planner.links import trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.plan import (
@@ -41,6 +42,7 @@ from pipeline.planner.plan import (
     convolutional,
     known,
     plan_evaluation,
+    plan_generation,
     plan_links,
     untraceable,
     validation,
@@ -285,23 +287,28 @@ class Search:
         """With the largest evaluation batch, halved from the one that was typed, that keeps budget and bound.
 
         Raises:
-            ConfigError: evaluation keeps the bound of `fit.inference` with no batch.
+            ConfigError: evaluation keeps the bound of `fit.inference` with no batch, or generation does not.
         """
         size = one.config.trainer.evaluation_batch_size
         fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
         while True:
             tried = one.with_values("trainer", evaluation_batch_size=size)
-            evaluation = self.others(tried.config, traced=False).get("evaluate")
-            bounded = self.inference is None or evaluation is None or evaluation.most <= self.inference
+            others = self.others(tried.config, traced=False)
+            used = [(others[name].most, name) for name in ("evaluate", "generate") if name in others]
+            most, phase = max(used, default=(0, ""))
+            bounded = self.inference is None or most <= self.inference
             lean = self.phases(self.leanest(tried).config, traced=False)
             if bounded and all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean):
                 return tried
             if size == 1 or fixed:
                 break
             size //= 2
-        if evaluation is not None and not bounded:
-            takes = format_bytes(evaluation.bytes)
-            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {takes} of {size} at once")
+        if not bounded:
+            takes = format_bytes(others[phase].bytes)
+            what = f"evaluation takes {takes} of {size} at once"
+            if phase == "generate":
+                what = f"generation of {tried.config.generate.max_new_tokens} tokens takes {takes}"
+            raise ConfigError(f"fit.inference={self.typed.fit.inference}: {what}")
         return tried
 
     def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:
@@ -466,6 +473,8 @@ class Search:
                     ]
             else:
                 plan_evaluation(config, self.task, data, found, "trace")
+                if generates(config, self.task):
+                    plan_generation(config, self.task, data, found, "trace")
             self._others[key] = {
                 name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
             }

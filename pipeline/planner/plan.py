@@ -25,9 +25,10 @@ from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError, first_line
 from pipeline.fitting import micro_batch_size
-from pipeline.models.architecture import describe
+from pipeline.models.architecture import describe, positions
 from pipeline.planner import calibration, formula
 from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.generation import generates, longest, trace_generation
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.training import trace_training
@@ -35,6 +36,7 @@ from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.tasks.base import Task
+from pipeline.tasks.causal_lm import PROMPT_TOKENS
 from pipeline.walk import stages_of
 
 log = logging.getLogger(__name__)
@@ -136,6 +138,8 @@ def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Leve
         )
     else:
         attempt(found, "evaluate", lambda: plan_evaluation(config, task, data, found, level))
+        if generates(config, task):
+            attempt(found, "generate", lambda: plan_generation(config, task, data, found, level))
     if config.artifact is None:
         attempt(found, "what goes to disk", lambda: plan_disk(config, first, data, found))
     return found
@@ -194,6 +198,17 @@ def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan
     found.phases["evaluate"] = known(config, "evaluate", peak, source, convolutional(model))
 
 
+def plan_generation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
+    """`job=generate` with the artifact of a model that no link changes."""
+    model = stage_input.shapes(config, data)
+    if level == "trace" and config.device.kind() in TRACED:
+        peak, source = trace_generation(config, model, task), "traced"
+    else:
+        most, _ = longest(PROMPT_TOKENS, config.generate.max_new_tokens, positions(model))
+        peak, source = formula.generation(config, model, min(PROMPT_TOKENS, most), most), "computed"
+    found.phases["generate"] = known(config, "generate", peak, source, convolutional(model))
+
+
 def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level) -> None:
     """Links that compress, their own fits, and the evaluation of what they leave."""
     if config.device.kind() not in TRACED:
@@ -203,6 +218,8 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
     if level == "formula":
         links = declare_links(config, data, tokenizer)
         found.open["evaluate"] = "what the chain leaves is evaluated by tracing alone"
+        if generates(config, lookup.get(config.data.task)):
+            found.open["generate"] = "what the chain leaves generates by tracing alone"
     else:
         links = trace_links(config, data, tokenizer, untraceable(config))
     convolutions = convolutional(stage_input.shapes(config, data))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from annotated_types import Ge
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
-from typing_extensions import TypedDict, is_typeddict
+from typing_extensions import NotRequired, TypedDict, is_typeddict
 
 from pipeline.errors import LeanfitError
 from pipeline.versions import versions
@@ -74,6 +74,8 @@ class Peaks(Section):
     train: Count
     compress: Count
     evaluate: Count
+    generate: NotRequired[Count]
+    """Of `job=generate` and plans; not in results of before it was planned."""
 
 
 class Errors(Section):
@@ -82,6 +84,7 @@ class Errors(Section):
     train: FiniteFloat | None
     compress: FiniteFloat | None
     evaluate: FiniteFloat | None
+    generate: NotRequired[FiniteFloat | None]
 
 
 class Memory(Section):
