@@ -107,6 +107,9 @@ def note_errors(memory: dict[str, Any]) -> None:
     for phase, measured in memory["measured"].items():
         if measured and memory["predicted"][phase] is not None:
             memory["error"][phase] = memory["predicted"][phase] / measured - 1
+    for phase, reserved in memory["reserved"].items():
+        if reserved and memory["reserved_predicted"][phase] is not None:
+            memory["reserved_error"][phase] = memory["reserved_predicted"][phase] / reserved - 1
 
 
 def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
@@ -150,7 +153,9 @@ def predicted(config: RunConfig, data: DataBundle, tokenizer: Any, run_dir: Path
     found = plan(config, data, tokenizer)
     found.write(run_dir / "plan.json")
     for name in result["memory"]["predicted"]:
-        result["memory"]["predicted"][name] = found.phases[name].bytes if name in found.phases else None
+        phase = found.phases.get(name)
+        result["memory"]["predicted"][name] = phase.bytes if phase else None
+        result["memory"]["reserved_predicted"][name] = phase.reserved if phase else None
     return found
 
 

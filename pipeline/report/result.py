@@ -94,7 +94,9 @@ class Memory(Section):
     predicted: Peaks
     measured: Peaks
     reserved: Peaks
+    reserved_predicted: NotRequired[Peaks]
     error: Errors
+    reserved_error: NotRequired[Errors]
     kind: Text
     adapted: list[str]
 
