@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from annotated_types import Ge
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict, is_typeddict
+from typing_extensions import TypedDict, is_typeddict
 
 from pipeline.errors import LeanfitError
 from pipeline.versions import versions
@@ -74,8 +74,8 @@ class Peaks(Section):
     train: Count
     compress: Count
     evaluate: Count
-    generate: NotRequired[Count]
-    """Of `job=generate` and plans; not in results of before it was planned."""
+    generate: Count
+    """Of `job=generate`, and of plans of a language model."""
 
 
 class Errors(Section):
@@ -84,7 +84,7 @@ class Errors(Section):
     train: FiniteFloat | None
     compress: FiniteFloat | None
     evaluate: FiniteFloat | None
-    generate: NotRequired[FiniteFloat | None]
+    generate: FiniteFloat | None
 
 
 class Memory(Section):
@@ -94,9 +94,9 @@ class Memory(Section):
     predicted: Peaks
     measured: Peaks
     reserved: Peaks
-    reserved_predicted: NotRequired[Peaks]
+    reserved_predicted: Peaks
     error: Errors
-    reserved_error: NotRequired[Errors]
+    reserved_error: Errors
     kind: Text
     adapted: list[str]
 
