@@ -17,13 +17,15 @@ from pipeline import checkpoints
 from pipeline.artifact import receipt, store
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
-from pipeline.errors import ConfigError, LeanfitError, ReceiptError
+from pipeline.errors import ArtifactError, ConfigError, LeanfitError, ReceiptError
 from pipeline.fitting import checkpoint_directory
+from pipeline.layers.pulse import pulse
 from pipeline.memory.measure import measure_peak
 from pipeline.nodes import Leader, leading
 from pipeline.planner.exhaustion import exhausted, explained, lighter, release
 from pipeline.planner.fit_job import fit
-from pipeline.planner.plan import Plan, plan, remember
+from pipeline.planner.links import trace_artifact
+from pipeline.planner.plan import TRACED, Plan, plan, remember
 from pipeline.planner.search import Candidate
 from pipeline.proof import prove
 from pipeline.recipes import lock_text
@@ -36,6 +38,7 @@ from pipeline.report.result import new_result, write_result, write_text
 from pipeline.report.table import closing_lines, closing_table
 from pipeline.schema import RunConfig, values_of
 from pipeline.tasks import lookup
+from pipeline.tasks.base import Task
 from pipeline.versions import versions
 from pipeline.walk import Run, begin, changing_stages, evaluate, preflight, stages_of, walk
 
@@ -104,6 +107,9 @@ def note_errors(memory: dict[str, Any]) -> None:
     for phase, measured in memory["measured"].items():
         if measured and memory["predicted"][phase] is not None:
             memory["error"][phase] = memory["predicted"][phase] / measured - 1
+    for phase, reserved in memory["reserved"].items():
+        if reserved and memory["reserved_predicted"][phase] is not None:
+            memory["reserved_error"][phase] = memory["reserved_predicted"][phase] / reserved - 1
 
 
 def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
@@ -147,7 +153,9 @@ def predicted(config: RunConfig, data: DataBundle, tokenizer: Any, run_dir: Path
     found = plan(config, data, tokenizer)
     found.write(run_dir / "plan.json")
     for name in result["memory"]["predicted"]:
-        result["memory"]["predicted"][name] = found.phases[name].bytes if name in found.phases else None
+        phase = found.phases.get(name)
+        result["memory"]["predicted"][name] = phase.bytes if phase else None
+        result["memory"]["reserved_predicted"][name] = phase.reserved if phase else None
     return found
 
 
@@ -347,15 +355,39 @@ def generate_text(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> N
         )
     prompt = config.prompt if config.prompt is not None else Path(str(config.prompt_file)).read_text(encoding="utf-8")
     task: Any = lookup.get("causal_lm")
-    settings = config.generate
-    with config.precision.evaluation_context(config.device.kind()), torch.inference_mode():
+    settings, device = config.generate, config.device.kind()
+    words = len(tokenizer(prompt, verbose=False)["input_ids"])
+    result["memory"]["predicted"]["generate"] = foreseen(config, artifact, task, max(1, words))
+    model = store.load(artifact, device=device)
+    model.register_forward_pre_hook(lambda *_: pulse())
+    with (
+        measure_peak(device, [*model.parameters(), *model.buffers()]) as peak,
+        config.precision.evaluation_context(device),
+        torch.inference_mode(),
+    ):
         text = task.generate(
-            store.load(artifact, device=config.device.kind()),
+            model,
             tokenizer,
             prompt,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=config.trainer.seed,
         )
+    result["memory"]["measured"]["generate"] = peak.bytes
+    result["memory"]["reserved"]["generate"] = peak.reserved
+    result["memory"]["kind"] = "allocated"
     print(text)
     describe_artifact(result, artifact)
+
+
+def foreseen(config: RunConfig, artifact: Path, task: Task, prompt: int) -> int | None:
+    """Bytes that generation after a prompt of so many tokens is predicted to hold; None where it cannot be traced."""
+    if config.device.kind() not in TRACED:
+        return None
+    try:
+        return trace_artifact(config, artifact, task, prompt).bytes
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever a model makes of tensors without values
+        log.info("generation cannot be traced", exc_info=error)
+        return None

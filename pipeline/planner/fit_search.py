@@ -183,23 +183,28 @@ class Search:
         """With the largest evaluation batch, halved from the one that was typed, that keeps budget and bound.
 
         Raises:
-            ConfigError: evaluation keeps the bound of `fit.inference` with no batch.
+            ConfigError: evaluation keeps the bound of `fit.inference` with no batch, or generation does not.
         """
         size = one.config.trainer.evaluation_batch_size
         fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
         while True:
             tried = one.with_values("trainer", evaluation_batch_size=size)
-            evaluation = self.needs.others(tried.config, traced=False).get("evaluate")
-            bounded = self.inference is None or evaluation is None or evaluation.most <= self.inference
+            others = self.needs.others(tried.config, traced=False)
+            used = [(others[name].most, name) for name in ("evaluate", "generate") if name in others]
+            most, phase = max(used, default=(0, ""))
+            bounded = self.inference is None or most <= self.inference
             lean = self.needs.phases(self.leanest(tried).config, traced=False)
             if bounded and all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean):
                 return tried
             if size == 1 or fixed:
                 break
             size //= 2
-        if evaluation is not None and not bounded:
-            takes = format_bytes(evaluation.bytes)
-            raise ConfigError(f"fit.inference={self.typed.fit.inference}: evaluation takes {takes} of {size} at once")
+        if not bounded:
+            takes = format_bytes(others[phase].bytes)
+            what = f"evaluation takes {takes} of {size} at once"
+            if phase == "generate":
+                what = f"generation of {tried.config.generate.max_new_tokens} tokens takes {takes}"
+            raise ConfigError(f"fit.inference={self.typed.fit.inference}: {what}")
         return tried
 
     def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:

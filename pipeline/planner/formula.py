@@ -43,6 +43,8 @@ from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
+KEY_VALUE_CACHE = "key-value cache"
+"""Its kind in a plan."""
 RECORD = 315
 """Bytes that a tensor takes in a checkpoint beside its own: its names, and the file's padding."""
 
@@ -131,7 +133,7 @@ def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, ba
             with folded(model, blocks, folding), account, config.precision.evaluation_context("cpu"):
                 _, cache = decode(model, torch.zeros(batch, length, dtype=torch.long))
                 del _
-                account.hold(cached(cache), "key-value cache")
+                account.hold(cached(cache), KEY_VALUE_CACHE)
                 account.mark(moment)
                 decode(model, torch.zeros(batch, 1, dtype=torch.long), cache)
             whole = folding.unrolled()

@@ -37,12 +37,15 @@ from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
 from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files, tracing
+from pipeline.planner.generation import generates, traced_generation
 from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.training import traced_fit
 from pipeline.planner.workspaces import BIASED, WITH_BIAS, WORKSPACES, workspace
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
+from pipeline.tasks.base import Task
+from pipeline.tasks.causal_lm import PROMPT_TOKENS
 from pipeline.teacher import FrozenTeacher, frozen
 from pipeline.walk import changing_stages, stages_of, teacher_tensors
 
@@ -53,12 +56,13 @@ MEASURED = 4
 @dataclass
 class Links:
     """Predicted peaks by link: `train` of its own fit, with its teacher; `compress` of `prepare` and `finalize`. And of
-    the evaluation of what the chain leaves. `open`: {phase: why it is not predicted}. `computed`: links of which
-    `compress` is the method's own formula, and not traced."""
+    the evaluation of what the chain leaves, and its generation. `open`: {phase: why it is not predicted}. `computed`:
+    links of which `compress` is the method's own formula, and not traced."""
 
     train: dict[str, Peak] = field(default_factory=dict)
     compress: dict[str, Peak] = field(default_factory=dict)
     evaluate: Peak | None = None
+    generate: Peak | None = None
     stored: int | None = None
     """Bytes of the artifact's weights; masked ones may take less."""
     open: dict[str, str] = field(default_factory=dict)
@@ -71,6 +75,8 @@ class Links:
             found["compress"] = max(self.compress.values(), key=lambda peak: peak.bytes)
         if self.evaluate is not None:
             found["evaluate"] = self.evaluate
+        if self.generate is not None:
+            found["generate"] = self.generate
         return found
 
 
@@ -84,16 +90,22 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
     """
     found = Links()
     line = changing_stages(stages_of(config))
-    left = [*(f"compress: {stage.name}" for stage in line[1:]), "evaluate"]
-    with _unreal(config, data, tokenizer) as chain:
+    task = lookup.get(config.data.task)
+    left = [*(f"compress: {stage.name}" for stage in line[1:]), "generate", "evaluate"]
+    if not generates(config, task):
+        left.remove("generate")
+    with _unreal(config):
+        chain = _Chain(config, data, tokenizer)
         try:
             model = chain.entering(line[0])
             for stage in line[1:]:
                 model = chain.linked(found, stage, model, untraced)
                 del left[0]
-            task = lookup.get(config.data.task)
             loaded = as_loaded(model)
             found.stored = file_bytes(model_tensors(loaded, {}))
+            if "generate" in left:
+                found.generate = traced_generation(config, loaded, task, PROMPT_TOKENS, chain.counting)
+                del left[0]
             if not chain.trains:
                 put_into_files(loaded)
             found.evaluate = traced_evaluation(config, loaded, task, data, chain.counting())
@@ -108,6 +120,17 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
             found.computed.add(link)
             del found.open[f"compress: {link}"]
     return found
+
+
+def trace_artifact(config: RunConfig, artifact: Path, task: Task, prompt: int) -> Peak:
+    """What `job=generate` holds with an artifact, after a prompt of so many tokens. Raises ArtifactError as
+    `store.load` does."""
+    model = store.blueprint(artifact, quantized=True)
+    for alias, kept in store.read_manifest(artifact)["tied"].items():
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
+    with _unreal(config):
+        return traced_generation(config, frozen(faked(model)), task, prompt, lambda: Supposing(*kernels_of(config)))
 
 
 def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
@@ -269,11 +292,10 @@ def give_masks(model: nn.Module, artifact: Path) -> None:
 
 
 @contextlib.contextmanager
-def _unreal(config: RunConfig, data: DataBundle, tokenizer: Any) -> Iterator[_Chain]:
+def _unreal(config: RunConfig) -> Iterator[None]:
     """Fake tensors, and what stands in for that which they cannot do: be moved, be told apart by their address, lie in
     files, be packed for a kernel."""
     kernels.choose(torch.device("cpu"), torch.float32, 1)  # which kernel is exact here is found by trying it, for good
-    chain = _Chain(config, data, tokenizer)
 
     def address(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata) + int(tensor.storage_offset()) * tensor.itemsize
@@ -305,7 +327,7 @@ def _unreal(config: RunConfig, data: DataBundle, tokenizer: Any) -> Iterator[_Ch
         mock.patch.object(offload, "_written", written),
         mock.patch.object(offload, "place_of", place),
     ):
-        yield chain
+        yield
 
 
 class _Packed(NamedTuple):

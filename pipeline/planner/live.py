@@ -95,12 +95,14 @@ class Course:
 
 @dataclass(frozen=True)
 class Peak:
-    """`bytes` live at once, of which kinds, and the operator that was running; `course`: how it came, where traced."""
+    """`bytes` live at once, of which kinds, and the operator that was running; `course`: how it came, where traced.
+    `reserved`: what CUDA's pool takes from the device for it (`pool`), where that is known."""
 
     bytes: int
     kinds: Mapping[str, int]
     operator: str
     course: Course | None = None
+    reserved: int | None = None
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

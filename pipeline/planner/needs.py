@@ -16,6 +16,7 @@ from pipeline.fitting import micro_batch_size
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import describe
 from pipeline.planner import formula, search
+from pipeline.planner.generation import generates
 from pipeline.planner.links import trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.plan import (
@@ -26,6 +27,7 @@ from pipeline.planner.plan import (
     convolutional,
     known,
     plan_evaluation,
+    plan_generation,
     plan_links,
     untraceable,
     validation,
@@ -107,6 +109,8 @@ class Needs:
                     self._stored[chained(config)] = found.disk["artifact"]
             else:
                 plan_evaluation(config, self.task, data, found, "trace")
+                if generates(config, self.task):
+                    plan_generation(config, self.task, data, found, "trace")
             self._others[key] = {
                 name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
             }

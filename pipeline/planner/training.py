@@ -23,6 +23,7 @@ from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
 from pipeline.planner.live import Live, Peak
+from pipeline.planner.pool import reserved
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
@@ -134,7 +135,9 @@ def traced_fit(
         model.train()
         with live:
             trainer.fit(module, Batches(batch, steps * accumulation), weights_only=False)
-        return live.timeline.peak(live.timeline.since(f"step {since}"))
+        peak = live.timeline.peak(live.timeline.since(f"step {since}"))
+        # The pool keeps what steps before took.
+        return replace(peak, reserved=reserved(live.timeline.events) if config.device.kind() == "cuda" else None)
 
 
 class Batches:

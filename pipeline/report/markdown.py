@@ -219,12 +219,17 @@ def _short_json(value: Any) -> str:
 
 def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for phase in ("train", "compress", "evaluate"):
+    for phase in ("train", "compress", "evaluate", "generate"):
         predicted, measured = amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase)
         ratio = quotient(predicted, measured)
         if predicted is not None or measured is not None:
             error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
             rows.append([phase, format_bytes(predicted), format_bytes(measured), error])
+        taken, held = amount(result, "memory", "reserved_predicted", phase), amount(result, "memory", "reserved", phase)
+        if held is not None:
+            ratio = quotient(taken, held)
+            error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
+            rows.append([f"{phase}, reserved by CUDA's pool", format_bytes(taken), format_bytes(held), error])
     return rows
 
 

@@ -47,9 +47,21 @@ def plan_rows(phases: Mapping[str, Any]) -> list[list[str]]:
     return [
         *([kind, *(format_bytes(phase.kinds.get(kind)) for phase in shown)] for kind in kinds),
         [TOGETHER, *(format_bytes(phase.bytes) for phase in shown)],
+        *reserved_row(shown),
         ["in the operator", *(phase.operator.removeprefix("aten::") for phase in shown)],
         ["how known", *(f"{phase.source} ± {100 * phase.margin:.2g}%" for phase in shown)],
     ]
+
+
+def reserved_row(phases: Sequence[Any]) -> list[list[str]]:
+    """What CUDA's pool takes from the device, with its margin; no row where it is not known of any phase."""
+    if all(phase.reserved is None for phase in phases):
+        return []
+    told = (
+        "-" if phase.reserved is None else f"{format_bytes(phase.reserved)} ± {100 * phase.reserved_margin:.2g}%"
+        for phase in phases
+    )
+    return [["reserved by CUDA's pool", *told]]
 
 
 def plan_notes(plan: Any) -> list[str]:
@@ -57,6 +69,7 @@ def plan_notes(plan: Any) -> list[str]:
     return [
         *(f"{name} is not planned: {why}" for name, why in plan.open.items()),
         *(f"{name} is computed: {why}" for name, why in plan.untraced.items()),
+        *([plan.beside] if plan.beside else []),
         *(f"on disk, {name}: {format_bytes(size)}" for name, size in plan.disk.items()),
     ]
 

@@ -74,6 +74,8 @@ class Peaks(Section):
     train: Count
     compress: Count
     evaluate: Count
+    generate: Count
+    """Of `job=generate`, and of plans of a language model."""
 
 
 class Errors(Section):
@@ -82,6 +84,7 @@ class Errors(Section):
     train: FiniteFloat | None
     compress: FiniteFloat | None
     evaluate: FiniteFloat | None
+    generate: FiniteFloat | None
 
 
 class Memory(Section):
@@ -91,7 +94,9 @@ class Memory(Section):
     predicted: Peaks
     measured: Peaks
     reserved: Peaks
+    reserved_predicted: Peaks
     error: Errors
+    reserved_error: Errors
     kind: Text
     adapted: list[str]
 
