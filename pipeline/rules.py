@@ -17,7 +17,7 @@ from pipeline.chain import link_fit, order_problems
 from pipeline.compression.base import Method
 from pipeline.compression.pruning import Pruner
 from pipeline.device.cuda import capability
-from pipeline.parallelism.rules import OF_RANKS
+from pipeline.rank_rules import OF_RANKS
 from pipeline.schema import GROUPS, RunConfig
 from pipeline.sizes import parse_size
 from pipeline.trainer.settings import missing_compiler

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import app, rules
+from pipeline import app, rank_rules, rules
 from pipeline.device.auto import Auto
 from pipeline.device.cpu import CPU
 from pipeline.errors import ConfigError
-from pipeline.parallelism import rules as of_ranks
 from pipeline.schema import RunConfig, decode_run
 
 
@@ -136,21 +135,21 @@ def test_the_batch_divides_over_devices_and_micro_batches(overrides: list[str], 
 
 def test_several_nodes_share_fits_of_one_run_at_a_time() -> None:
     two = config("parallelism=ddp", "parallelism.nodes=2")
-    assert of_ranks.nodes(two) == []
-    (line,) = of_ranks.nodes(replace(two, job="evaluate"))
+    assert rank_rules.nodes(two) == []
+    (line,) = rank_rules.nodes(replace(two, job="evaluate"))
     assert line == "parallelism.nodes=2: job=evaluate works on one machine; use parallelism=single"
-    (line,) = of_ranks.nodes(replace(two, sweep=True))
+    (line,) = rank_rules.nodes(replace(two, sweep=True))
     assert line.startswith("parallelism.nodes=2: a sweep cannot lead other machines; use parallelism.launcher=srun")
     started_by_srun = replace(two.parallelism, launcher="srun")  # type: ignore[call-arg]
-    assert of_ranks.nodes(replace(two, sweep=True, parallelism=started_by_srun)) == []
+    assert rank_rules.nodes(replace(two, sweep=True, parallelism=started_by_srun)) == []
 
 
 def test_apple_gpus_have_no_collectives(plain: RunConfig) -> None:
     ddp = config("parallelism=ddp")
-    (line,) = of_ranks.distributed_device(with_device(ddp, "mps"))
+    (line,) = rank_rules.distributed_device(with_device(ddp, "mps"))
     assert line.startswith("parallelism=ddp needs device=cpu or device=cuda")
-    assert of_ranks.distributed_device(with_device(ddp, "cpu")) == []
-    assert of_ranks.distributed_device(with_device(plain, "mps")) == []
+    assert rank_rules.distributed_device(with_device(ddp, "cpu")) == []
+    assert rank_rules.distributed_device(with_device(plain, "mps")) == []
 
 
 def test_apple_gpus_have_no_float64() -> None:
@@ -339,7 +338,7 @@ def test_every_rule_is_asked_and_every_problem_told() -> None:
     assert len(rules.problems(faulty)) == 4
     named = {
         name
-        for module in (rules, of_ranks)
+        for module in (rules, rank_rules)
         for name, value in vars(module).items()
         if getattr(value, "__module__", "") == module.__name__ and callable(value)
     }
@@ -383,33 +382,41 @@ def test_stepping_in_the_backward_pass_goes_without_what_needs_all_gradients(ove
             "splits layers in float; those of compression.nf4, beside which adapter=lora trains, stay whole: use "
             "parallelism=fsdp",
         ),
-        (["compression=int8_qat"], "compression.int8_qat trains a whole model; use parallelism=ddp"),
+        (["compression=int8_qat"], ""),
+        (["compression=int8_qat", "parallelism=tp"], "compression.int8_qat trains a whole model; use parallelism=ddp"),
+        (["compression=magnitude"], ""),
+        (
+            ["compression=magnitude", "compression.magnitude.schedule=cubic"],
+            "compression.magnitude trains a whole model; use parallelism=ddp",
+        ),
         (["compression=int8", "precision=bf16-mixed"], ""),
         (["compression=int8_qat", "parallelism=ddp"], ""),
     ],
 )
 def test_sharded_models_go_without_what_takes_them_whole(overrides: list[str], said: str) -> None:
-    told = of_ranks.sharded(config("device=cpu", "parallelism=fsdp", *overrides))
+    told = rank_rules.sharded(config("device=cpu", "parallelism=fsdp", *overrides))
     assert len(told) == bool(said)
     assert all(said in line and line.startswith("parallelism=") for line in told)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tp", "fsdp_tp"])
 def test_gradients_between_devices_are_in_the_weights_dtype(name: str) -> None:
-    (told,) = of_ranks.gradient_dtype(config("device=cpu", f"parallelism={name}", "precision.gradient_dtype=bfloat16"))
+    (told,) = rank_rules.gradient_dtype(
+        config("device=cpu", f"parallelism={name}", "precision.gradient_dtype=bfloat16")
+    )
     assert told.startswith(
         f"precision.gradient_dtype=bfloat16: parallelism={name} sums gradients in the weights' dtype"
     )
     assert told.endswith("use precision.gradient_dtype=null, or parallelism=single")
-    assert of_ranks.gradient_dtype(config("device=cpu", "precision.gradient_dtype=bfloat16")) == []
+    assert rank_rules.gradient_dtype(config("device=cpu", "precision.gradient_dtype=bfloat16")) == []
 
 
 def test_gradients_are_sent_in_bfloat16_between_gpus_only() -> None:
     asked = config("device=cpu", "parallelism=ddp", "parallelism.gradient_compression=bfloat16")
-    (told,) = of_ranks.gradient_compression(asked)
+    (told,) = rank_rules.gradient_compression(asked)
     assert told.endswith("needs device=cuda; use parallelism.gradient_compression=float16")
-    assert of_ranks.gradient_compression(with_device(asked, "cuda")) == []
-    assert of_ranks.gradient_compression(config("device=cpu", "parallelism=ddp")) == []
+    assert rank_rules.gradient_compression(with_device(asked, "cuda")) == []
+    assert rank_rules.gradient_compression(config("device=cpu", "parallelism=ddp")) == []
 
 
 def test_muon_has_no_adapters() -> None:
@@ -420,9 +427,9 @@ def test_muon_has_no_adapters() -> None:
 
 def test_shards_move_to_the_host_from_a_gpu_only() -> None:
     offload = config("device=cpu", "parallelism=fsdp", "parallelism.offload=true")
-    (line,) = of_ranks.sharded(offload)
+    (line,) = rank_rules.sharded(offload)
     assert line == "parallelism.offload=true moves shards from a GPU to the host; use device=cuda, or offload=false"
-    assert of_ranks.sharded(with_device(offload, "cuda")) == []
+    assert rank_rules.sharded(with_device(offload, "cuda")) == []
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
@@ -76,9 +76,9 @@ def place_parameters(layer: nn.Module, mesh: DeviceMesh, placements: Mapping[str
         layer.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
 
 
-def tensor_parallel_plan(architecture: Architecture) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(architecture: Architecture) -> dict[str, Columns | Rows]:
     """{name of a linear layer: how it is split}; what is not named stays whole on each device."""
-    plan: dict[str, ParallelStyle] = {}
+    plan: dict[str, Columns | Rows] = {}
     for block in architecture.blocks:
         if attention := block.attention:
             for name in (attention.query, attention.key, attention.value):
@@ -120,7 +120,7 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
 
 def split_tensors(model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
     """Tensor parallelism over the one-dimensional `mesh`, in place."""
-    parallelize_module(model, mesh, tensor_parallel_plan(architecture))
+    parallelize_module(model, mesh, dict(tensor_parallel_plan(architecture)))
     for block in architecture.blocks:
         if block.attention:
             module = model.get_submodule(_parent(block.attention))

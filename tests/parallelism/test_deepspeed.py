@@ -9,10 +9,9 @@ import pytest
 import torch
 import yaml
 
-from pipeline import checkpoints
+from pipeline import checkpoints, rank_rules
 from pipeline.app import compose
 from pipeline.errors import ConfigError
-from pipeline.parallelism import rules as of_ranks
 from pipeline.parallelism.deepspeed import DeepSpeed
 from pipeline.parallelism.zero import engine_config, kinds_of_state
 from pipeline.registry import conf_root
@@ -161,7 +160,7 @@ def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install 'leanfit\[deepspeed\]', or use parallelism=fsdp") as refused:
         compose([*COMMON, "parallelism=deepspeed"])
     assert len(refused.value.problems) == 1
-    assert of_ranks.deepspeed(config) == []
+    assert rank_rules.deepspeed(config) == []
 
 
 def test_the_engine_is_told_our_clipping_accumulation_and_dtype():

@@ -80,10 +80,12 @@ def sharded(config: RunConfig) -> list[str]:
             f"{registry.shown('parallelism.offload', given)} moves shards from a GPU to the host; "
             f"use device=cuda, or offload={'false' if given is True else 'null'}"
         )
+    whole_blocks = config.parallelism.name != "deepspeed" and config.parallelism.tensor_ranks == 1
     found += [
         f"{said}: compression.{stage} trains a whole model; use parallelism=ddp"
         for stage, method in config.chain.items()
         if link_fit(method, config.trainer.max_steps, config.optimizer.lr)
+        and not (whole_blocks and method.trains_in_shards)
     ]
     return found
 
