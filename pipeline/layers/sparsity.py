@@ -11,11 +11,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.offload import beside
-from pipeline.parallelism.shards import local, part_of
 
 MASK = "weight_mask"
 
@@ -97,6 +95,10 @@ def has_masks(model: nn.Module) -> bool:
 @torch.no_grad()
 def apply_masks(model: nn.Module) -> None:
     """Zero every weight that a mask prunes; of a weight in shards, this rank's part."""
+    from torch.distributed.tensor import DTensor  # takes a while, and who loads an artifact needs none of it
+
+    from pipeline.parallelism.shards import local, part_of
+
     for _, layer in masked_layers(model):
         weight, mask = cast(Tensor, layer.weight), cast(Tensor, layer.weight_mask)
         local(weight).mul_(part_of(mask, weight) if isinstance(weight, DTensor) else mask)
