@@ -37,8 +37,8 @@ from pipeline.memory.measure import MeasureTraining
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.parallelism.sharding import clip_gradients, is_sharded
-from pipeline.preemption import StopAfterStep
+from pipeline.parallelism.shards import clip_gradients, is_sharded, place_gradients
+from pipeline.preemption import StopAfterStep, stop_file
 from pipeline.report.metrics import MetricsCsv
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
@@ -155,6 +155,10 @@ class TaskModule(lightning.LightningModule):
         if self.config.parallelism.distributed and wrapped is not None:
             self.config.parallelism.begin(wrapped)
 
+    def on_after_backward(self) -> None:
+        if self.config.parallelism.sharded:
+            place_gradients(self.model.parameters())
+
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
@@ -180,11 +184,11 @@ class TaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A checkpoint holds what is trained and other float tensors; quantized ones come from the base model again.
         for name in held_tensors(self):
-            del checkpoint["state_dict"][name]
+            checkpoint["state_dict"].pop(name, None)  # of several ranks one holds all
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if held := held_tensors(self):  # a sharded strategy has loaded its weights by now, and leaves no state_dict
-            checkpoint["state_dict"].update(held)
+        if "state_dict" in checkpoint:  # a strategy on a mesh has loaded its weights by now
+            checkpoint["state_dict"].update(held_tensors(self))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.task_loss(batch)
@@ -341,7 +345,7 @@ def fit(
     parts += levers(config, model, callbacks)
     parts.append(meter)
     saver = SaveLast(last, config.trainer.checkpoint_every, steps)
-    parts += [saver, StopAfterStep(saver.save)]
+    parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
     every = config.trainer.evaluate_every
     if every:
         parts.append(

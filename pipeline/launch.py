@@ -158,7 +158,8 @@ class Ranks:
         try:
             with self.log.open("ab") as log:
                 shown = subprocess.DEVNULL if config.sweep else None
-                code, ended = supervise(parallelism.command(worker, place), variables, shown, log, watch, told)
+                command = parallelism.command(worker, place)
+                code, ended = supervise(command, variables, shown, log, watch, told, passes_on=parallelism.passes_on)
         finally:
             for file in self.files:
                 file.unlink(missing_ok=True)
@@ -178,10 +179,13 @@ def supervise(
     log: IO[bytes],
     watch: Watch,
     told: Callable[[], str | None],
+    *,
+    passes_on: bool = False,
 ) -> tuple[int, str | None]:
     """Run what starts the ranks to its end: (its exit code, why it was ended). Whatever stops this process stops them.
 
-    Ranks are first asked: they end their step and save it. What is left of them after that is killed.
+    Ranks are first asked, by what starts them where it `passes_on` a SIGTERM: they end their step and save it. What is
+    left of them after that is killed.
     """
     process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log, preexec_fn=ended_with_parent())
     clock, before = 0.0, time.monotonic()
@@ -200,7 +204,10 @@ def supervise(
             watch.kill()  # a launcher that was killed itself leaves its ranks behind
         return process.returncode, why
     except BaseException:
-        watch.signal(signal.SIGTERM)
+        if passes_on:
+            process.terminate()
+        else:
+            watch.signal(signal.SIGTERM)
         end(process, watch, GRACE)
         raise
 

@@ -2,6 +2,9 @@
 
 A machine that is taken away (a preemption, a job's time limit) announces this by SIGTERM, some seconds before. Of
 several ranks one that is told is enough: after each step all agree whether to stop, and so stop after the same one.
+
+A fit that is not in its process's main thread, as in a worker of Ray, cannot put off a signal, which would end the
+worker. It is told by a file instead, which the process that started the ranks leaves in the run's directory.
 """
 
 from __future__ import annotations
@@ -10,20 +13,32 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as lightning
 
+from pipeline.chain import Stage
+from pipeline.errors import LeanfitError
+
 PATIENCE = 12.0
 """Seconds for the step to end and be saved; then the signal counts at once, as a second one does."""
 
 
-class StopAfterStep(lightning.Callback):
-    """Puts off SIGINT and SIGTERM to the end of the step, and calls `save` there. To be the last callback."""
+def stop_file(run_dir: Path, stage: Stage) -> Path:
+    """What tells a fit outside of its process's main thread to stop, by being there."""
+    return run_dir / f".stop-{stage.directory}"
 
-    def __init__(self, save: Callable[[lightning.Trainer], None]) -> None:
-        self.save = save
+
+class StopAfterStep(lightning.Callback):
+    """Puts off SIGINT and SIGTERM to the end of the step, and calls `save` there. To be the last callback.
+
+    `file` counts as SIGTERM where the fit is not in its process's main thread; it then ends by a LeanfitError.
+    """
+
+    def __init__(self, save: Callable[[lightning.Trainer], None], file: Path | None = None) -> None:
+        self.save, self.file = save, file
         self.told: int | None = None
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self._waits = False
@@ -56,15 +71,19 @@ class StopAfterStep(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.told is None and self.file is not None and not _in_main_thread() and self.file.exists():
+            self.told = signal.SIGTERM
         if whole and trainer.strategy.reduce_boolean_decision(self.told is not None, all=False):
             if trainer.global_step < trainer.max_steps:
                 self.save(trainer)
             self._give_back()
+            if not _in_main_thread():
+                raise LeanfitError("stopped by SIGTERM")
             os.kill(os.getpid(), self.told or signal.SIGTERM)
 
     def on_train_end(self, *_: Any) -> None:
         self._give_back()
-        if self.told is not None:
+        if self.told is not None and _in_main_thread():
             os.kill(os.getpid(), self.told)
 
     def on_exception(self, *_: Any) -> None:

@@ -18,7 +18,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pipeline import environment, interrupts
@@ -26,6 +28,7 @@ from pipeline.app import compose
 from pipeline.errors import LeanfitError
 from pipeline.launch import error_file
 from pipeline.parallelism.ray import OnRay
+from pipeline.preemption import stop_file
 from pipeline.walk import stages_of
 
 SETTINGS = {
@@ -63,9 +66,11 @@ def main(arguments: list[str]) -> None:
         "run_dir": str(run_dir), "stage": name, "resume": arguments[2] == "resume", "devices": parallelism.devices,
         "directory": os.getcwd(), "shown": str(shown), "terminal": sys.stdout.isatty(),
     }  # fmt: skip
-    told_by_rank = error_file(run_dir, stage)
+    told_by_rank, stop = error_file(run_dir, stage), stop_file(run_dir, stage)
+    stop.unlink(missing_ok=True)
     try:
         with cluster(parallelism, cuda=cuda), copied(shown):
+            signal.signal(signal.SIGTERM, partial(ask, stop))  # Ray has put in one of its own
             train(told, parallelism, run_dir / ".ray", cuda=cuda)
     except Exception as error:  # or whatever keeps a cluster from working
         traceback.print_exc()
@@ -73,8 +78,16 @@ def main(arguments: list[str]) -> None:
             told_by_rank.write_text(said(error), encoding="utf-8")
         sys.exit(1)
     finally:
-        shown.unlink(missing_ok=True)
+        for leftover in (shown, stop):
+            leftover.unlink(missing_ok=True)
         shutil.rmtree(run_dir / ".ray", ignore_errors=True)
+
+
+def ask(stop: Path, number: int, frame: FrameType | None) -> None:
+    """At the first signal let ranks end their step and save it; at the next one end."""
+    if stop.exists():
+        sys.exit(128 + number)
+    stop.touch()
 
 
 def end_with(parent: int) -> None:

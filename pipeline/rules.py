@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline import checkpoints, registry
+from pipeline.asked import choice, trains
 from pipeline.chain import link_fit, order_problems
 from pipeline.compression.base import Method
 from pipeline.compression.pruning import Pruner
 from pipeline.device.cuda import capability
+from pipeline.rank_rules import OF_RANKS
 from pipeline.schema import GROUPS, RunConfig
 from pipeline.sizes import parse_size
 from pipeline.trainer.settings import missing_compiler
@@ -70,7 +72,7 @@ def model_and_data(config: RunConfig) -> list[str]:
     fitting = [name for name in registry.names("data") if registry.lookup("data", name).task == model.task]
     models = [name for name in registry.names("model") if registry.lookup("model", name).task == data.task]
     return [
-        f"data={_choice(config, 'data')} is for {_words(data.task)}, model={_choice(config, 'model')} for "
+        f"data={choice(config, 'data')} is for {_words(data.task)}, model={choice(config, 'model')} for "
         f"{_words(model.task)}; with this model choose data={' or '.join(fitting) or 'none there is'}, "
         f"with this data model={' or '.join(models) or 'none there is'}"
     ]
@@ -79,18 +81,6 @@ def model_and_data(config: RunConfig) -> list[str]:
 def device(config: RunConfig) -> list[str]:
     """Whether this machine has what was asked for."""
     return config.device.problems(config.parallelism.devices)
-
-
-def nodes(config: RunConfig) -> list[str]:
-    """Several machines share fits, one run after the other."""
-    parallelism, said = config.parallelism, f"parallelism.nodes={config.parallelism.nodes}"
-    if parallelism.nodes == 1 or not parallelism.distributed:
-        return []
-    if config.job not in ("run", "compress"):
-        return [f"{said}: job={config.job} works on one machine; use parallelism=single"]
-    if config.sweep and parallelism.needs_followers:
-        return [f"{said}: a sweep cannot lead other machines; use parallelism.launcher=srun or mpirun, or leave -m out"]
-    return []
 
 
 def batch_divides(config: RunConfig) -> list[str]:
@@ -114,13 +104,6 @@ def batch_divides(config: RunConfig) -> list[str]:
 def device_memory(config: RunConfig) -> list[str]:
     """A size that is none."""
     return config.device.memory_problems()
-
-
-def distributed_device(config: RunConfig) -> list[str]:
-    """Apple GPUs have no collectives."""
-    if not config.parallelism.distributed or config.device.problems(1) or config.device.kind() != "mps":
-        return []
-    return [f"parallelism={_choice(config, 'parallelism')} needs device=cpu or device=cuda; mps has no collectives"]
 
 
 def chain_order(config: RunConfig) -> list[str]:
@@ -183,13 +166,13 @@ def precision_on_device(config: RunConfig) -> list[str]:
     """Apple GPUs have no float64."""
     if config.precision.dtype != "float64" or config.device.problems(1) or config.device.kind() != "mps":
         return []
-    return [f"precision={_choice(config, 'precision')}: mps has no float64; choose precision=32-true, or device=cpu"]
+    return [f"precision={choice(config, 'precision')}: mps has no float64; choose precision=32-true, or device=cpu"]
 
 
 def float8(config: RunConfig) -> list[str]:
     """Float8 products need kernels, and plain linear layers that are whole."""
     said, fix = "precision=fp8-mixed", "use precision=bf16-mixed"
-    if config.precision.name != "fp8" or not _trains(config):
+    if config.precision.name != "fp8" or not trains(config):
         return []
     found = []
     if not getattr(config.precision, "emulate", False) and not config.device.problems(1):
@@ -199,9 +182,9 @@ def float8(config: RunConfig) -> list[str]:
             near = f"{fix}, or precision.emulate=true to see what it would give, slowly"
             found.append(f"{said}: {lacks} has no float8 kernels (8.9 and later have); {near}")
     if config.adapter.trains:
-        found.append(f"{said}: adapter={_choice(config, 'adapter')} freezes the layers that it speeds up; {fix}")
+        found.append(f"{said}: adapter={choice(config, 'adapter')} freezes the layers that it speeds up; {fix}")
     if config.parallelism.tensor_ranks > 1:
-        found.append(f"{said}: parallelism={_choice(config, 'parallelism')} splits layers; {fix}, or parallelism=fsdp")
+        found.append(f"{said}: parallelism={choice(config, 'parallelism')} splits layers; {fix}, or parallelism=fsdp")
     found += [
         f"{said}: compression.{stage} trains with rounding of its own; {fix}"
         for stage, method in config.chain.items()
@@ -214,17 +197,17 @@ def float16_epsilon(config: RunConfig) -> list[str]:
     """With float16 weights, an optimizer's epsilon below float16's range becomes 0 and the first update NaN."""
     epsilon = getattr(config.optimizer, "eps", None)
     pure = config.precision.dtype == "float16" and config.precision.name == "full"
-    if not pure or epsilon is None or epsilon >= FLOAT16_SMALLEST or not _trains(config):
+    if not pure or epsilon is None or epsilon >= FLOAT16_SMALLEST or not trains(config):
         return []
     return [
-        f"optimizer.eps={epsilon:g} is lost in float16 and gives NaN with precision={_choice(config, 'precision')}; "
+        f"optimizer.eps={epsilon:g} is lost in float16 and gives NaN with precision={choice(config, 'precision')}; "
         "use optimizer.eps=1e-4, or precision=16-mixed"
     ]
 
 
 def step_in_backward(config: RunConfig) -> list[str]:
     """What needs all gradients of a step at once does not go with stepping while they are computed."""
-    if not config.memory.step_in_backward or not _trains(config):
+    if not config.memory.step_in_backward or not trains(config):
         return []
     said, trainer = "memory.step_in_backward=true", config.trainer
     ranks = config.parallelism.data_ranks
@@ -246,13 +229,13 @@ def offload(config: RunConfig) -> list[str]:
     found = []
     for key in ("activation_offload", "optimizer_offload"):
         where = getattr(config.memory, key)
-        if where == "none" or config.device.problems(1) or not _trains(config):
+        if where == "none" or config.device.problems(1) or not trains(config):
             continue
         kind = config.device.kind()
         if where == "host" and kind != "cuda":
             found.append(f"memory.{key}=host: tensors of device={kind} are in the host's memory; use memory.{key}=disk")
         elif key == "optimizer_offload" and config.parallelism.sharded and kind == "cuda":
-            said = f"memory.{key}={where}: parallelism={_choice(config, 'parallelism')} puts its shards away itself"
+            said = f"memory.{key}={where}: parallelism={choice(config, 'parallelism')} puts its shards away itself"
             own = "optimizer" if config.parallelism.name == "deepspeed" else "true"
             found.append(f"{said}; use memory.{key}=none, parallelism.offload={own}")
     return found
@@ -260,7 +243,7 @@ def offload(config: RunConfig) -> list[str]:
 
 def compiles(config: RunConfig) -> list[str]:
     """Kernels are made for CPUs and NVIDIA GPUs, by the system's compiler."""
-    if not config.trainer.compile or config.device.problems(1) or not _trains(config):
+    if not config.trainer.compile or config.device.problems(1) or not trains(config):
         return []
     said, fix, found = "trainer.compile=true", "use trainer.compile=false", []
     kind = config.device.kind()
@@ -276,89 +259,13 @@ def compiles(config: RunConfig) -> list[str]:
     return found
 
 
-def gradient_dtype(config: RunConfig) -> list[str]:
-    """Between devices gradients are summed in the weights' dtype."""
-    given = config.precision.gradient_dtype
-    if given is None or not config.parallelism.distributed or not _trains(config):
-        return []
-    said = f"precision.gradient_dtype={given}: parallelism={_choice(config, 'parallelism')}"
-    return [f"{said} sums gradients in the weights' dtype; use precision.gradient_dtype=null, or parallelism=single"]
-
-
-def gradient_compression(config: RunConfig) -> list[str]:
-    """gloo sums no bfloat16."""
-    bfloat16 = getattr(config.parallelism, "gradient_compression", None) == "bfloat16"
-    if not bfloat16 or config.device.problems(1) or config.device.kind() == "cuda":
-        return []
-    return ["parallelism.gradient_compression=bfloat16 needs device=cuda; use parallelism.gradient_compression=float16"]
-
-
-def sharded(config: RunConfig) -> list[str]:
-    """What does not go with a rank that holds a part of the model only."""
-    if not config.parallelism.sharded or not _trains(config):
-        return []
-    said, found = f"parallelism={_choice(config, 'parallelism')}", []
-    if config.precision.scales_loss:
-        found.append(f"{said} cannot scale the loss as {_choice(config, 'precision')} must; use precision=bf16-mixed")
-    if config.precision.rounds_stochastically:
-        found.append(f"{said} steps shards as they are; use precision.stochastic_rounding=false, or parallelism=ddp")
-    if not config.optimizer.steps_shards:
-        fitting = [name for name in registry.names("optimizer") if registry.lookup("optimizer", name).steps_shards]
-        unfit = _choice(config, "optimizer")
-        found.append(f"{said}: {unfit} steps whole weights; use optimizer={' or '.join(fitting)}")
-    if config.adapter.trains:
-        found.append(f"{said}: adapter={_choice(config, 'adapter')} trains in whole models; use parallelism=ddp")
-    if getattr(config.parallelism, "offload", False) and config.device.kind() != "cuda":
-        given = getattr(config.parallelism, "offload", None)
-        found.append(
-            f"{registry.shown('parallelism.offload', given)} moves shards from a GPU to the host; "
-            f"use device=cuda, or offload={'false' if given is True else 'null'}"
-        )
-    found += [
-        f"{said}: compression.{stage} trains a whole model; use parallelism=ddp"
-        for stage, method in config.chain.items()
-        if link_fit(method, config.trainer.max_steps, config.optimizer.lr)
-    ]
-    return found
-
-
-def deepspeed(config: RunConfig) -> list[str]:
-    """What its engine has another way of its own for, or none."""
-    if config.parallelism.name != "deepspeed" or not _trains(config):
-        return []
-    said, found, precision = "parallelism=deepspeed", [], _choice(config, "precision")
-    if config.precision.label not in ("32-true", "bf16-mixed", "bf16-true") and not config.precision.scales_loss:
-        found.append(f"{said} trains in float32 or bfloat16, not precision={precision}; use precision=bf16-mixed")
-    if config.precision.label == "bf16-true" and getattr(config.parallelism, "offload", None):
-        found.append(f"{said}: offloaded state is float32, precision={precision} has none; use precision=bf16-mixed")
-    for key in ("activation_offload", "optimizer_offload"):
-        if (where := getattr(config.memory, key)) != "none":
-            found.append(f"{said}: memory.{key}={where} is for whole weights or those of fsdp; use parallelism=fsdp")
-    if config.trainer.compile:
-        found.append(f"{said}: trainer.compile=true does not see its hooks; use trainer.compile=false")
-    if getattr(config.parallelism, "stage", 0) == 3 and config.memory.activation_checkpointing == "selective":
-        found.append(
-            f"{said} with stage 3: memory.activation_checkpointing=selective does not see its linear layers, and "
-            "trains wrongly; use parallelism.stage=2, or memory.activation_checkpointing=full"
-        )
-    return found
-
-
-def horovod(config: RunConfig) -> list[str]:
-    """It sums no bfloat16."""
-    if config.parallelism.name != "horovod" or config.precision.label != "bf16-true" or not _trains(config):
-        return []
-    said = f"parallelism=horovod sums no bfloat16 gradients, as precision={_choice(config, 'precision')} makes them"
-    return [f"{said}; use precision=bf16-mixed, or parallelism=ddp"]
-
-
 def loss_chunks(config: RunConfig) -> list[str]:
     """Only a language model's loss can be computed in parts, and a distillation loss wants whole logits."""
     said = f"memory.loss_chunks={config.memory.loss_chunks}"
-    if config.memory.loss_chunks == 1 or not _trains(config):
+    if config.memory.loss_chunks == 1 or not trains(config):
         return []
     if config.model.task != "causal_lm" and config.job == "run":
-        return [f"{said} is for language models, not model={_choice(config, 'model')}; use memory.loss_chunks=1"]
+        return [f"{said} is for language models, not model={choice(config, 'model')}; use memory.loss_chunks=1"]
     return [
         f"{said}: compression.{stage} compares whole logits with its teacher's; use memory.loss_chunks=1"
         for stage, method in config.chain.items()
@@ -368,7 +275,7 @@ def loss_chunks(config: RunConfig) -> list[str]:
 
 def adapter(config: RunConfig) -> list[str]:
     """Adapters train in stage 0 and nowhere else."""
-    said = f"adapter={_choice(config, 'adapter')}"
+    said = f"adapter={choice(config, 'adapter')}"
     if not config.adapter.trains:
         return []
     if config.optimizer.name == "muon":
@@ -435,8 +342,6 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     model_and_data,
     device,
     device_memory,
-    distributed_device,
-    nodes,
     batch_divides,
     chain_order,
     pruning_grows,
@@ -447,28 +352,13 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     step_in_backward,
     offload,
     compiles,
-    gradient_dtype,
-    gradient_compression,
-    sharded,
-    deepspeed,
-    horovod,
+    *OF_RANKS,
     loss_chunks,
     adapter,
     artifact,
     something_to_compress,
     prompts,
 )
-
-
-def _trains(config: RunConfig) -> bool:
-    steps, lr = config.trainer.max_steps, config.optimizer.lr
-    links = any(link_fit(method, steps, lr) for method in config.chain.values())
-    return config.job in ("run", "compress") and (links or (config.job == "run" and steps > 0))
-
-
-def _choice(config: RunConfig, group: str) -> str:
-    """The choice as typed; the name behind it where a config was made without Hydra."""
-    return str(config.choices.get(group) or getattr(config, group).name)
 
 
 def _words(task: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -200,3 +201,27 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
         assert code == 1
         assert "stage 'train' on 2 devices: rank 1 was killed by SIGKILL" in told
         assert gone(run)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs leanfit[ray]")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ray", "ray_fsdp"])
+def test_a_preempted_run_on_ray_saves_its_step_and_goes_on_on_one_device(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    unsaved = "trainer.checkpoint_every=1000000"
+    with started(run, *TINY, ENDLESS, f"parallelism={name}", unsaved, f"hydra.run.dir={run}") as program:
+        while not (run / "metrics.csv").exists() or len(rows(run)) < 3:
+            assert program.process.poll() is None, program.process.communicate()
+            time.sleep(0.2)
+        told = time.monotonic()
+        program.process.send_signal(signal.SIGTERM)
+        assert program.ends() == (143, f"stopped by SIGTERM (resume={run})")
+        assert gone(run, SOON - (time.monotonic() - told))
+    step = step_of(run)
+    assert step == int(rows(run)[-1]["step"]), "the step under way was not saved"
+    assert not list(run.glob(".stop-*"))
+    assert (
+        main([f"resume={run}", "parallelism=single", f"trainer.max_steps={step + 2}", "trainer.checkpoint_every=2"])
+        == 0
+    )
+    assert [int(row["step"]) for row in rows(run)] == list(range(1, step + 3))

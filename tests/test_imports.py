@@ -15,11 +15,12 @@ GROUPS = {
     "trainer", "adapters",
 }  # fmt: skip
 RANK = {
-    "errors": 0, "sizes": 0, "environment": 0, "interrupts": 0, "heartbeat": 1, "preemption": 0,
+    "errors": 0, "sizes": 0, "environment": 0, "interrupts": 0, "heartbeat": 1, "preemption": 4,
     "versions": 0, "registry": 1, "checkpoints": 1,
     "groups": 2, "tasks": 2, "layers": 2,
     "artifact": 2, "report": 2, "recipes": 3, "explain": 4, "arguments": 4, "provenance": 5, "schema": 6, "chain": 3,
-    "usage": 6, "rules": 7, "resuming": 7, "fitting": 8, "teacher": 8, "nodes": 8, "launch": 9,
+    "usage": 6, "asked": 7, "rank_rules": 8, "rules": 9, "resuming": 7, "fitting": 8, "teacher": 8, "nodes": 8,
+    "launch": 9,
     "stage_input": 9, "recording": 10,
     "walk": 11, "proof": 12, "planner": 12, "runner": 13, "app": 14, "worker": 15, "ray_driver": 16,
 }  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline import preemption
+from pipeline.errors import LeanfitError
 from pipeline.preemption import StopAfterStep
 
 
@@ -54,13 +57,13 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: Module, saved: list[int], accumulate: int = 1) -> None:
+def fit(module: Module, saved: list[int], accumulate: int = 1, file: Path | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lightning.Trainer(
             accelerator="cpu", max_steps=8, accumulate_grad_batches=accumulate, logger=False, barebones=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[StopAfterStep(lambda trainer: saved.append(trainer.global_step))],
+            callbacks=[StopAfterStep(lambda trainer: saved.append(trainer.global_step), file)],
         ).fit(module, DataLoader(torch.ones(64, 2), batch_size=2))  # fmt: skip
 
 
@@ -75,6 +78,25 @@ def test_the_step_is_finished_and_saved_first(number: int, accumulate: int, begu
     with pytest.raises(Stopped) as stopped:
         fit(module, saved, accumulate)
     assert stopped.value.args == (number,)
+    assert saved == [step]
+    assert module.begun == begun
+
+
+@pytest.mark.parametrize(("accumulate", "begun", "step"), [(1, 3, 3), (4, 4, 1)])
+def test_a_fit_in_another_thread_is_told_by_a_file(tmp_path: Path, accumulate: int, begun: int, step: int) -> None:
+    file, saved, told = tmp_path / "stop", list[int](), list[str]()
+    module = Module(2, file.touch)
+
+    def work() -> None:
+        try:
+            fit(module, saved, accumulate, file)
+        except LeanfitError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=60)
+    assert told == ["stopped by SIGTERM"]
     assert saved == [step]
     assert module.begun == begun
 

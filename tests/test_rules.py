@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import app, rules
+from pipeline import app, rank_rules, rules
 from pipeline.device.auto import Auto
 from pipeline.device.cpu import CPU
 from pipeline.errors import ConfigError
@@ -135,21 +135,21 @@ def test_the_batch_divides_over_devices_and_micro_batches(overrides: list[str], 
 
 def test_several_nodes_share_fits_of_one_run_at_a_time() -> None:
     two = config("parallelism=ddp", "parallelism.nodes=2")
-    assert rules.nodes(two) == []
-    (line,) = rules.nodes(replace(two, job="evaluate"))
+    assert rank_rules.nodes(two) == []
+    (line,) = rank_rules.nodes(replace(two, job="evaluate"))
     assert line == "parallelism.nodes=2: job=evaluate works on one machine; use parallelism=single"
-    (line,) = rules.nodes(replace(two, sweep=True))
+    (line,) = rank_rules.nodes(replace(two, sweep=True))
     assert line.startswith("parallelism.nodes=2: a sweep cannot lead other machines; use parallelism.launcher=srun")
     started_by_srun = replace(two.parallelism, launcher="srun")  # type: ignore[call-arg]
-    assert rules.nodes(replace(two, sweep=True, parallelism=started_by_srun)) == []
+    assert rank_rules.nodes(replace(two, sweep=True, parallelism=started_by_srun)) == []
 
 
 def test_apple_gpus_have_no_collectives(plain: RunConfig) -> None:
     ddp = config("parallelism=ddp")
-    (line,) = rules.distributed_device(with_device(ddp, "mps"))
+    (line,) = rank_rules.distributed_device(with_device(ddp, "mps"))
     assert line.startswith("parallelism=ddp needs device=cpu or device=cuda")
-    assert rules.distributed_device(with_device(ddp, "cpu")) == []
-    assert rules.distributed_device(with_device(plain, "mps")) == []
+    assert rank_rules.distributed_device(with_device(ddp, "cpu")) == []
+    assert rank_rules.distributed_device(with_device(plain, "mps")) == []
 
 
 def test_apple_gpus_have_no_float64() -> None:
@@ -338,10 +338,12 @@ def test_every_rule_is_asked_and_every_problem_told() -> None:
     assert len(rules.problems(faulty)) == 4
     named = {
         name
-        for name, value in vars(rules).items()
-        if getattr(value, "__module__", "") == rules.__name__ and callable(value)
+        for module in (rules, rank_rules)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and callable(value)
     }
-    assert {rule.__name__ for rule in rules.RULES} == {n for n in named if not n.startswith("_") and n != "problems"}
+    helpers = {"problems", "steppable"}
+    assert {rule.__name__ for rule in rules.RULES} == {n for n in named if not n.startswith("_")} - helpers
 
 
 @pytest.mark.parametrize(
@@ -364,38 +366,57 @@ def test_stepping_in_the_backward_pass_goes_without_what_needs_all_gradients(ove
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["precision=16-mixed"], "cannot scale the loss as 16-mixed must; use precision=bf16-mixed"),
+        (["precision=16-mixed"], ""),
         (["precision=bf16-true", "precision.stochastic_rounding=true"], "use precision.stochastic_rounding=false"),
-        (["optimizer=muon"], "muon steps whole weights; use optimizer=adamw or sgd"),
-        (["optimizer=adamw8bit"], "adamw8bit steps whole weights; use optimizer=adamw or sgd"),
-        (["adapter=lora"], "adapter=lora trains in whole models; use parallelism=ddp"),
-        (["compression=int8_qat"], "compression.int8_qat trains a whole model; use parallelism=ddp"),
+        (["optimizer=muon"], ""),
+        (["optimizer=adamw8bit"], ""),
+        (
+            ["optimizer=adamw8bit", "parallelism=tp"],
+            "adamw8bit steps whole rows; use optimizer=adafactor or adamw or muon or sgd",
+        ),
+        (["optimizer=muon", "parallelism=deepspeed"], "muon steps whole matrices; use optimizer=adamw or sgd"),
+        (["adapter=lora"], ""),
+        (["adapter=lora", "compression=nf4"], ""),
+        (
+            ["adapter=lora", "compression=nf4", "parallelism=tp"],
+            "splits layers in float; those of compression.nf4, beside which adapter=lora trains, stay whole: use "
+            "parallelism=fsdp",
+        ),
+        (["compression=int8_qat"], ""),
+        (["compression=int8_qat", "parallelism=tp"], "compression.int8_qat trains a whole model; use parallelism=ddp"),
+        (["compression=magnitude"], ""),
+        (
+            ["compression=magnitude", "compression.magnitude.schedule=cubic"],
+            "compression.magnitude trains a whole model; use parallelism=ddp",
+        ),
         (["compression=int8", "precision=bf16-mixed"], ""),
         (["compression=int8_qat", "parallelism=ddp"], ""),
     ],
 )
 def test_sharded_models_go_without_what_takes_them_whole(overrides: list[str], said: str) -> None:
-    told = rules.sharded(config("device=cpu", "parallelism=fsdp", *overrides))
+    told = rank_rules.sharded(config("device=cpu", "parallelism=fsdp", *overrides))
     assert len(told) == bool(said)
-    assert all(said in line and line.startswith("parallelism=fsdp") for line in told)
+    assert all(said in line and line.startswith("parallelism=") for line in told)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tp", "fsdp_tp"])
 def test_gradients_between_devices_are_in_the_weights_dtype(name: str) -> None:
-    (told,) = rules.gradient_dtype(config("device=cpu", f"parallelism={name}", "precision.gradient_dtype=bfloat16"))
+    (told,) = rank_rules.gradient_dtype(
+        config("device=cpu", f"parallelism={name}", "precision.gradient_dtype=bfloat16")
+    )
     assert told.startswith(
         f"precision.gradient_dtype=bfloat16: parallelism={name} sums gradients in the weights' dtype"
     )
     assert told.endswith("use precision.gradient_dtype=null, or parallelism=single")
-    assert rules.gradient_dtype(config("device=cpu", "precision.gradient_dtype=bfloat16")) == []
+    assert rank_rules.gradient_dtype(config("device=cpu", "precision.gradient_dtype=bfloat16")) == []
 
 
 def test_gradients_are_sent_in_bfloat16_between_gpus_only() -> None:
     asked = config("device=cpu", "parallelism=ddp", "parallelism.gradient_compression=bfloat16")
-    (told,) = rules.gradient_compression(asked)
+    (told,) = rank_rules.gradient_compression(asked)
     assert told.endswith("needs device=cuda; use parallelism.gradient_compression=float16")
-    assert rules.gradient_compression(with_device(asked, "cuda")) == []
-    assert rules.gradient_compression(config("device=cpu", "parallelism=ddp")) == []
+    assert rank_rules.gradient_compression(with_device(asked, "cuda")) == []
+    assert rank_rules.gradient_compression(config("device=cpu", "parallelism=ddp")) == []
 
 
 def test_muon_has_no_adapters() -> None:
@@ -406,9 +427,9 @@ def test_muon_has_no_adapters() -> None:
 
 def test_shards_move_to_the_host_from_a_gpu_only() -> None:
     offload = config("device=cpu", "parallelism=fsdp", "parallelism.offload=true")
-    (line,) = rules.sharded(offload)
+    (line,) = rank_rules.sharded(offload)
     assert line == "parallelism.offload=true moves shards from a GPU to the host; use device=cuda, or offload=false"
-    assert rules.sharded(with_device(offload, "cuda")) == []
+    assert rank_rules.sharded(with_device(offload, "cuda")) == []
 
 
 @pytest.mark.parametrize(

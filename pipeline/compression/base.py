@@ -91,9 +91,13 @@ class Method:
     must_follow: ClassVar[frozenset[str]] = frozenset()
     holds_adapters: ClassVar[bool] = False
     """Whether stage 0 can train adapters beside layers that `finalize` has compressed already (QLoRA)."""
-    sharded: ClassVar[Literal["no", "blockwise", "native"]] = "no"
 
     name: str
+
+    @property
+    def trains_in_shards(self) -> bool:
+        """Whether its fit goes on weights that are whole only while their block computes (fsdp)."""
+        return False
 
     @property
     def shrinks(self) -> bool:

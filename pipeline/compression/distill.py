@@ -77,6 +77,10 @@ class Distill(Method):
     def records_teacher(self) -> bool:
         return self.cache_logits
 
+    @property
+    def trains_in_shards(self) -> bool:
+        return True
+
     def problems(self) -> list[str]:
         """Settings that contradict each other, and places where there is no model. Imports no torch."""
         key = f"compression.{self.name}"

@@ -58,6 +58,10 @@ class Pruner(Method):
             LeanfitError: no layers, NaN or infinity in a weight (the layer is named), or not one weight pruned.
         """
 
+    @property
+    def trains_in_shards(self) -> bool:
+        return self.schedule == "once"  # growing masks look at whole weights
+
     def problems(self) -> list[str]:
         """Settings that contradict each other. Imports no torch."""
         key = f"compression.{self.name}"

@@ -127,6 +127,10 @@ class QuantizationAware(Method):
     steps: Annotated[int, Ge(0)] | None
     lr: Annotated[float, Gt(0)] | None
 
+    @property
+    def trains_in_shards(self) -> bool:
+        return True
+
     def problems(self) -> list[str]:
         """steps=0 trains nothing. Imports no torch."""
         if self.steps != 0:

@@ -188,6 +188,10 @@ class Structured(Method):
             "channels": self.channels,
         }
 
+    @property
+    def trains_in_shards(self) -> bool:
+        return True
+
     def problems(self) -> list[str]:
         """Nothing to remove at all. Imports no torch."""
         if any(self.shares().values()):

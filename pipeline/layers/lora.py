@@ -90,7 +90,7 @@ class AdaptedLayer(nn.Module):
     def row_lengths(self) -> Tensor:
         """Lengths of the rows of W + s B A: [out], in float32 at least, outside of autograd."""
         lengths: Tensor = self._direction().norm(dim=1)
-        return lengths.clamp_min_(torch.finfo(lengths.dtype).tiny)
+        return lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
 
     def _direction(self) -> Tensor:
         return wide(self.base_weight()) + self.adapter.scaling * (wide(self.lora_B) @ wide(self.lora_A))

@@ -94,9 +94,14 @@ def has_masks(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module) -> None:
-    """Zero every weight that a mask prunes."""
+    """Zero every weight that a mask prunes; of a weight in shards, this rank's part."""
+    from torch.distributed.tensor import DTensor  # takes a while, and who loads an artifact needs none of it
+
+    from pipeline.parallelism.shards import local, part_of
+
     for _, layer in masked_layers(model):
-        cast(Tensor, layer.weight).mul_(cast(Tensor, layer.weight_mask))
+        weight, mask = cast(Tensor, layer.weight), cast(Tensor, layer.weight_mask)
+        local(weight).mul_(part_of(mask, weight) if isinstance(weight, DTensor) else mask)
 
 
 def measured_sparsity(model: nn.Module, layers: Sequence[str]) -> float:

@@ -6,7 +6,7 @@ torch's own: state of rows + columns instead of rows x columns, no momentum, upd
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Lt
 
@@ -28,14 +28,16 @@ class Adafactor(Optimizer):
     square that an update may have before it is scaled down. `min_scale`: the least that weights count as.
     """
 
+    steps_apart: ClassVar[Literal["weights", "rows", "parts", "values"]] = "parts"
+
     beta2_decay: Annotated[float, Lt(0)]
     clip_threshold: Annotated[float, Gt(0)]
     min_scale: Annotated[float, Gt(0)]
 
     def build(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        from torch.optim import Adafactor as TorchAdafactor
+        from pipeline.optimizers.sharded import Adafactor as Sharded
 
-        return TorchAdafactor(
+        return Sharded(
             decay_groups(model.parameters(), self.weight_decay),
             lr=lr,
             beta2_decay=self.beta2_decay,

@@ -29,7 +29,7 @@ class AdamW(Optimizer):
     dtype have it, plain elsewhere.
     """
 
-    steps_shards: ClassVar[bool] = True
+    steps_apart: ClassVar[Literal["weights", "rows", "parts", "values"]] = "values"
 
     betas: tuple[Beta, Beta]
     eps: Annotated[float, Gt(0)]

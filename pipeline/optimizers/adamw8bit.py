@@ -8,7 +8,7 @@ is plain tensors; no kernel is compiled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bit(Optimizer):
     """`block_size`: values that share one scale. Tensors of fewer than `min_elements` keep a float32 state."""
+
+    steps_apart: ClassVar[Literal["weights", "rows", "parts", "values"]] = "rows"
 
     betas: tuple[Beta, Beta]
     eps: Annotated[float, Gt(0)]

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Optimizer:
     """An `optimizer` choice."""
 
-    steps_shards: ClassVar[bool] = False
-    """Whether it steps weights of which a rank holds a part (DTensor)."""
+    steps_apart: ClassVar[Literal["weights", "rows", "parts", "values"]] = "weights"
+    """What it steps where a rank does not hold the rest: whole weights only; of a weight that is spread (DTensor) whole
+    rows, or any part; single values, wherever they lie."""
     name: str
     lr: Annotated[float, Gt(0)]
     weight_decay: Annotated[float, Ge(0)]

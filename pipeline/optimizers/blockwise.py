@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
+
+from pipeline.parallelism.shards import as_part_of, local
 
 SLICE = 1 << 17
 """Elements of a tensor that are decoded at a time, so that float32 copies stay small beside the state."""
@@ -61,28 +64,32 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def encode(values: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [n], scales float32 [ceil(n / block)]) of float32 `values` [n]."""
-    count = len(values)
-    rows = functional.pad(values, (0, -count % block)).view(-1, block)
-    scales = rows.abs().amax(1)
-    unit = rows / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    patterns = unit.bfloat16().view(torch.int16).flatten()[:count].to(torch.int32).add_(32768)
+    """(codes uint8 [..., n], scales float32 [..., ceil(n / block)]) of float32 `values` [..., n]."""
+    count = values.shape[-1]
+    blocks = functional.pad(values, (0, -count % block)).view(*values.shape[:-1], -(-count // block), block)
+    scales = blocks.abs().amax(-1)
+    unit = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    patterns = unit.bfloat16().view(torch.int16).flatten(-2)[..., :count].to(torch.int32).add_(32768)
     _, nearest = _tables(signed, values.device)
-    return nearest.index_select(0, patterns), scales
+    return nearest.index_select(0, patterns.flatten()).view(values.shape), scales
 
 
 def decode(codes: Tensor, scales: Tensor, block: int, signed: bool) -> Tensor:
-    """float32 [n] of what `encode` gave; where a block held NaN or infinity, NaN."""
+    """float32 [..., n] of what `encode` gave; where a block held NaN or infinity, NaN."""
     values, _ = _tables(signed, codes.device)
-    count = len(codes)
-    rows = functional.pad(values.index_select(0, codes.to(torch.int32)), (0, -count % block)).view(-1, block)
-    return rows.mul_(scales.unsqueeze(1)).flatten()[:count]
+    count = codes.shape[-1]
+    found = values.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+    blocks = functional.pad(found, (0, -count % block)).view(*codes.shape[:-1], -(-count // block), block)
+    whole: Tensor = blocks.mul_(scales.unsqueeze(-1)).flatten(-2)
+    return whole[..., :count]
 
 
 class AdamWBlockwise(torch.optim.Optimizer):
-    """AdamW with 2 + 8 / `block` bytes of state a parameter; tensors of fewer than `min_elements` have 8.
+    """AdamW with 2 + 8 / `block` bytes of state a parameter; vectors, and tensors of fewer than `min_elements`, have 8.
 
-    Weights may have any float dtype; the step is computed in float32.
+    No block goes from one row of a weight (its first dimension) to the next. So a rank that holds some of the rows
+    computes what is computed of them on one device, and the state has the weight's rows too. Weights may have any float
+    dtype; the step is computed in float32.
     """
 
     def __init__(
@@ -97,7 +104,6 @@ class AdamWBlockwise(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.block, self.min_elements = block, min_elements
-        self.stride = max(1, SLICE // block) * block
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -116,55 +122,63 @@ class AdamWBlockwise(torch.optim.Optimizer):
         if not state:
             state.update(self._fresh(weight))
         state["step"] += 1
-        whole = weight.detach().contiguous()
-        flat, gradients = whole.view(-1), weight.grad.reshape(-1)  # type: ignore[union-attr]
-        for start in range(0, len(flat), self.stride):
-            part = slice(start, start + self.stride)
-            self._update(flat[part], gradients[part].float(), state, part, group)
-        if not weight.is_contiguous():  # then `whole` is a copy
-            weight.copy_(whole)
+        held = local(weight.detach())
+        whole = held.contiguous()
+        rows, gradients = _by_rows(whole), _by_rows(local(weight.grad))  # type: ignore[arg-type]
+        parts = {name: _by_rows(local(value)) for name, value in state.items() if name != "step"}
+        stride = max(1, SLICE // max(1, rows.shape[1]))
+        for start in range(0, len(rows), stride):
+            some = slice(start, start + stride)
+            self._update(
+                rows[some],
+                gradients[some].float(),
+                {name: value[some] for name, value in parts.items()},
+                state["step"],
+                group,
+            )
+        if not held.is_contiguous():  # then `whole` is a copy
+            held.copy_(whole)
 
     def _fresh(self, weight: Tensor) -> dict[str, Any]:
-        count, small = weight.numel(), weight.numel() < self.min_elements
+        small = weight.ndim < 2 or weight.numel() < self.min_elements
+        here = local(weight.detach()).contiguous()
         state: dict[str, Any] = {"step": 0}
         for name in CODES:
             if small:
-                state[name] = torch.zeros(count, dtype=torch.float32, device=weight.device)
-            else:
-                zero = int(torch.searchsorted(dynamic_map(name == "exp_avg"), 0.0))
-                state[name] = torch.full((count,), zero, dtype=torch.uint8, device=weight.device)
-                state[f"{name}_scale"] = torch.zeros(-(-count // self.block), device=weight.device)
+                state[name] = _as_held(torch.zeros_like(here, dtype=torch.float32), weight, weight.shape)
+                continue
+            zero = int(torch.searchsorted(dynamic_map(name == "exp_avg"), 0.0))
+            codes = torch.full_like(here, zero, dtype=torch.uint8)
+            state[name] = _as_held(codes, weight, weight.shape)
+            blocks = -(-weight.shape[1:].numel() // self.block)
+            scales = torch.zeros(len(here), blocks, device=here.device)
+            state[f"{name}_scale"] = _as_held(scales, weight, torch.Size((len(weight), blocks)))
         return state
 
     def _update(
-        self, weight: Tensor, gradient: Tensor, state: dict[str, Any], part: slice, group: dict[str, Any]
+        self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], steps: int, group: dict[str, Any]
     ) -> None:
-        """One slice, in place: `weight` [n], `gradient` float32 [n], and the state's values there."""
+        """Some rows, in place: `weight` and the state's tensors [n, m], `gradient` float32 [n, m]."""
         beta1, beta2 = group["betas"]
-        mean, square = (self._read(state, name, part) for name in CODES)
+        mean, square = (self._read(state, name) for name in CODES)
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        root = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
         wide = weight.float()
         wide.mul_(1 - group["lr"] * group["weight_decay"])
-        wide.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+        wide.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**steps))
         weight.copy_(wide)
         for name, value in zip(CODES, (mean, square), strict=True):
-            self._write(state, name, part, value)
+            if state[name].dtype == torch.uint8:
+                codes, scales = encode(value, self.block, name == "exp_avg")
+                state[name].copy_(codes)
+                state[f"{name}_scale"].copy_(scales)
 
-    def _blocks(self, part: slice) -> slice:
-        return slice(part.start // self.block, -(-part.stop // self.block))
-
-    def _read(self, state: dict[str, Any], name: str, part: slice) -> Tensor:
-        codes: Tensor = state[name][part]
+    def _read(self, state: dict[str, Tensor], name: str) -> Tensor:
+        codes = state[name]
         if codes.dtype != torch.uint8:
             return codes
-        return decode(codes, state[f"{name}_scale"][self._blocks(part)], self.block, name == "exp_avg")
-
-    def _write(self, state: dict[str, Any], name: str, part: slice, value: Tensor) -> None:
-        if state[name].dtype == torch.uint8:
-            codes, scales = encode(value, self.block, name == "exp_avg")
-            state[name][part], state[f"{name}_scale"][self._blocks(part)] = codes, scales
+        return decode(codes, state[f"{name}_scale"], self.block, name == "exp_avg")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does, but with the state's own dtypes: torch would turn codes and scales into the weights' dtype."""
@@ -175,3 +189,15 @@ class AdamWBlockwise(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[weight][name] = value.detach().clone().to(weight.device)
+
+
+def _by_rows(tensor: Tensor) -> Tensor:
+    """[rows, all else], a view where `tensor` is contiguous; vectors have rows of one value."""
+    if tensor.ndim == 0:
+        return tensor.reshape(1, 1)
+    return tensor.reshape(len(tensor), tensor.shape[1:].numel())
+
+
+def _as_held(part: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+    """`part` as this rank's part of a tensor of that shape, which is spread by rows as `weight` is, or whole as it."""
+    return as_part_of(part, weight, shape) if isinstance(weight, DTensor) else part

@@ -8,7 +8,7 @@ AdamW do the steps. State: 4 bytes a parameter of a matrix, 8 of all else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from annotated_types import Ge, Gt, Lt
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class Muon(Optimizer):
     """`momentum`, `nesterov`, `ns_steps` (of the Newton-Schulz iteration) are Muon's; `betas`, `eps` AdamW's."""
 
+    steps_apart: ClassVar[Literal["weights", "rows", "parts", "values"]] = "parts"
+
     momentum: Annotated[float, Ge(0), Lt(1)]
     nesterov: bool
     ns_steps: Annotated[int, Ge(1), Lt(100)]
@@ -40,13 +42,14 @@ class Muon(Optimizer):
     def build(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         import torch
 
+        from pipeline.optimizers.sharded import Muon as Sharded
         from pipeline.optimizers.together import Together
 
         hidden = hidden_matrices(model)
         taken = {id(weight) for weight in hidden}
         rest = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in taken]
         optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
+            Sharded(
                 hidden,
                 lr=lr,
                 weight_decay=self.weight_decay,

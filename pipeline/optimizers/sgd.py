@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class SGD(Optimizer):
     """`momentum` 0 keeps no state at all: the leanest optimizer there is."""
 
-    steps_shards: ClassVar[bool] = True
+    steps_apart: ClassVar[Literal["weights", "rows", "parts", "values"]] = "values"
 
     momentum: Annotated[float, Ge(0), Lt(1)]
     nesterov: bool

@@ -69,6 +69,8 @@ class Parallelism:
     """Whether a fit runs in ranks of its own, processes that `command` starts."""
     sharded: ClassVar[bool] = False
     """Whether a rank holds a part of the model."""
+    passes_on: ClassVar[bool] = False
+    """Whether a first SIGTERM is for what `command` starts, which asks its ranks to stop; else it is for the ranks."""
     name: str
     devices: Annotated[int, Ge(1)]
     nodes: Annotated[int, Ge(1)]

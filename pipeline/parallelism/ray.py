@@ -28,6 +28,7 @@ class OnRay(Parallelism):
     """
 
     distributed: ClassVar[bool] = True
+    passes_on: ClassVar[bool] = True
 
     address: str | None
 

@@ -8,45 +8,87 @@ the way back by columns, one sum over the devices an attention and one a feed-fo
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import Placement
+from torch.optim import Optimizer
 
 from pipeline import checkpoints
+from pipeline.layers.lora import held_tensors
 from pipeline.models.base import Architecture, Attention
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads")
 """Attributes of attention modules that say how many heads they see; a rank sees its part."""
 
 
-def tensor_parallel_plan(architecture: Architecture) -> dict[str, ParallelStyle]:
+class Columns(ColwiseParallel):
+    """Splits a linear layer by rows of its weight, and so the columns of what comes out.
+
+    Of an adapter's factors beside it (layers/lora.py), B has the weight's rows and A stays whole.
+    """
+
+    PLACEMENTS: ClassVar[dict[str, Placement]] = {
+        "weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0), "lora_magnitude": Shard(0),
+    }  # fmt: skip
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        place_parameters(module, device_mesh, self.PLACEMENTS)
+
+
+class Rows(RowwiseParallel):
+    """Splits a linear layer by columns of its weight, as what goes in is; what comes out is summed.
+
+    Of an adapter's factors beside it, A has the weight's columns and B stays whole: what is summed then is of its rank.
+    """
+
+    PLACEMENTS: ClassVar[dict[str, Placement]] = {
+        "weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate(),
+        "lora_magnitude": Replicate(),
+    }  # fmt: skip
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        place_parameters(module, device_mesh, self.PLACEMENTS)
+
+
+def place_parameters(layer: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placement]) -> None:
+    """The layer's own parameters over the one-dimensional `mesh`, each as its name says, in place."""
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        spread = distribute_tensor(parameter.detach(), mesh, [placements[name]])
+        layer.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
+
+
+def tensor_parallel_plan(architecture: Architecture) -> dict[str, Columns | Rows]:
     """{name of a linear layer: how it is split}; what is not named stays whole on each device."""
-    plan: dict[str, ParallelStyle] = {}
+    plan: dict[str, Columns | Rows] = {}
     for block in architecture.blocks:
         if attention := block.attention:
             for name in (attention.query, attention.key, attention.value):
-                plan[name] = ColwiseParallel()
-            plan[attention.output] = RowwiseParallel()
+                plan[name] = Columns()
+            plan[attention.output] = Rows()
         if feed_forward := block.feed_forward:
-            plan[feed_forward.up] = ColwiseParallel()
+            plan[feed_forward.up] = Columns()
             if feed_forward.gate:
-                plan[feed_forward.gate] = ColwiseParallel()
-            plan[feed_forward.down] = RowwiseParallel()
+                plan[feed_forward.gate] = Columns()
+            plan[feed_forward.down] = Rows()
     return plan
 
 
@@ -78,7 +120,7 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
 
 def split_tensors(model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
     """Tensor parallelism over the one-dimensional `mesh`, in place."""
-    parallelize_module(model, mesh, tensor_parallel_plan(architecture))
+    parallelize_module(model, mesh, dict(tensor_parallel_plan(architecture)))
     for block in architecture.blocks:
         if block.attention:
             module = model.get_submodule(_parent(block.attention))
@@ -126,42 +168,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def is_sharded(parameters: Iterable[Tensor]) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in parameters)
-
-
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar equal on all devices; shards and whole tensors may be mixed."""
-    sums: dict[Any, list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            # Of two dimensions that split the same rows, one is a strided shard, which is_shard() does not count.
-            split = tuple(i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
-            sums[gradient.device_mesh, split].append(gradient.to_local().square().sum())
-        else:
-            sums[None].append(gradient.square().sum())
-    total = torch.zeros((), dtype=gradients[0].dtype, device=gradients[0].device)
-    for where, squares in sums.items():
-        part = torch.stack(squares).sum()
-        if where is not None:
-            mesh, split = where
-            for dimension in split:
-                dist.all_reduce(part, group=mesh.get_group(dimension))
-        total += part
-    return total.sqrt()
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scales all gradients alike so that their 2-norm is at most `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return
-    factor = (limit / (total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        local.mul_(factor.to(local.dtype))
-
-
 class MeshStrategy(ModelParallelStrategy):
     """Keeps the former checkpoint until the new one is whole, in one file or in a directory of shards.
 
@@ -181,6 +187,46 @@ class MeshStrategy(ModelParallelStrategy):
         # FSDP2 copies shards to the device itself, and refuses to start where it finds them there.
         self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))  # type: ignore[no-untyped-call]
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As `optimizer.state_dict()` would be on one device, on rank 0; or each rank's part, by the weights' names."""
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        whole = not self._save_distributed_checkpoint
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if not whole or self.global_rank > 0:
+            return state
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        return renamed_state(state, {name: number for number, name in enumerate(names)})
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Weights and optimizer state, from one file of any number of devices or from shards; what else it holds."""
+        path = Path(self.broadcast(checkpoint_path))
+        module = self.lightning_module
+        assert module is not None
+        held, options = held_tensors(module), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        if checkpoints.is_sharded(path):
+            weights = {name: part for name, part in get_model_state_dict(module).items() if name not in held}
+            load({"state_dict": weights}, storage_reader=FileSystemReader(path))
+            set_model_state_dict(module, {**held, **weights})
+            for number, optimizer in enumerate(self.optimizers):
+                parts = {f"optimizer_{number}": get_optimizer_state_dict(module, optimizer)}
+                load(parts, storage_reader=FileSystemReader(path))
+                set_optimizer_state_dict(module, optimizer, own_kernels(parts[f"optimizer_{number}"], optimizer))
+            return torch.load(path / checkpoints.EXTRA, map_location="cpu", weights_only=weights_only)  # type: ignore[no-any-return]
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        set_model_state_dict(module, {**held, **checkpoint.pop("state_dict")}, options=options)
+        called = {id(weight): name for name, weight in module.named_parameters()}
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if not state["state"]:
+                optimizer.load_state_dict(own_kernels(state, optimizer))
+                continue
+            ours = [called[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+            saved = [number for group in state["param_groups"] for number in group["params"]]
+            named = renamed_state(state, dict(zip(saved, ours, strict=True)))
+            set_optimizer_state_dict(module, optimizer, own_kernels(named, optimizer), options=options)
+        return checkpoint  # type: ignore[no-any-return]
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if not self._save_distributed_checkpoint:
             ParallelStrategy.save_checkpoint(self, checkpoint, filepath)
@@ -192,3 +238,20 @@ class MeshStrategy(ModelParallelStrategy):
         if self.global_rank == 0:
             checkpoints.publish(place, path)
         self.barrier()
+
+
+def renamed_state(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state dict whose weights are called otherwise: {their names or numbers: what they become}."""
+    return {
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def own_kernels(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """`state` with the kernels of `optimizer`: those that saved it may not step what is spread in another way."""
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved.update({name: group[name] for name in ("fused", "foreach") if name in group})
+    return state

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 from pipeline.models.base import Architecture
 from pipeline.parallelism.base import Holding
@@ -45,16 +45,13 @@ def split_layers(model: nn.Module, architecture: Architecture, ranks: int) -> No
     """The layers that tensor parallelism splits, as one of so many ranks has them; in place, on the meta device."""
     if ranks == 1:
         return
-    from torch.distributed.tensor.parallel import ColwiseParallel
-
     for name, style in tensor_parallel_plan(architecture).items():
-        layer = cast(nn.Linear, model.get_submodule(name))
-        rows, columns = layer.weight.shape
-        by_rows = isinstance(style, ColwiseParallel)
-        kept = (rows // ranks, columns) if by_rows else (rows, columns // ranks)
-        layer.weight = nn.Parameter(layer.weight.new_empty(kept), layer.weight.requires_grad)
-        if by_rows and layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias.new_empty(kept[0]), layer.bias.requires_grad)
+        layer = model.get_submodule(name)
+        for key, weight in list(layer.named_parameters(recurse=False)):
+            placement, kept = style.PLACEMENTS[key], list(weight.shape)
+            if isinstance(placement, Shard):
+                kept[placement.dim] //= ranks
+                layer.register_parameter(key, nn.Parameter(weight.new_empty(kept), weight.requires_grad))
     for block in architecture.blocks:
         if block.attention:
             module = model.get_submodule(block.attention.output.rpartition(".")[0])

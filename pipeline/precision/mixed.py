@@ -58,9 +58,8 @@ class Mixed(Precision):
         return found
 
     def plugin(self, device: str) -> LightningPrecision:
-        import torch
-
         from pipeline.precision.plugins import Mixed as Plugin
+        from pipeline.precision.scaling import Scaler
 
         if problems := self.problems():
             raise ConfigError(problems)
@@ -68,7 +67,7 @@ class Mixed(Precision):
             return Plugin("bf16-mixed", device, None, self.cache_weights)
         assert self.initial_scale is not None
         assert self.growth_interval is not None
-        scaler = torch.amp.GradScaler(device, init_scale=self.initial_scale, growth_interval=self.growth_interval)
+        scaler = Scaler(device, init_scale=self.initial_scale, growth_interval=self.growth_interval)
         return Plugin("16-mixed", device, scaler, self.cache_weights)
 
     def evaluation_context(self, device: str) -> AbstractContextManager[object]:

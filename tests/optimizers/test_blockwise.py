@@ -84,13 +84,14 @@ def test_with_small_tensors_only_it_is_adamw():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_state_takes_two_bytes_a_parameter():
-    weight = nn.Parameter(torch.randn(1000, 300))
+@pytest.mark.parametrize(("columns", "blocks"), [(512, 2), (300, 2), (64, 1)])
+def test_state_takes_two_bytes_a_parameter_and_two_scales_a_block_of_a_row(columns, blocks):
+    weight = nn.Parameter(torch.randn(1000, columns))
     optimizer = choice("adamw8bit").build(nn.ParameterList([weight]), 1e-3)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
     state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-    assert sum(value.nbytes for value in state) / weight.numel() == pytest.approx(2 + 8 / 256, rel=1e-3)
+    assert sum(value.nbytes for value in state) / weight.numel() == 2 + 8 * blocks / columns
 
 
 def test_a_large_tensor_is_stepped_in_slices_as_it_would_be_whole(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import checkpoints, rules
+from pipeline import checkpoints, rank_rules
 from pipeline.app import compose
 from pipeline.errors import ConfigError
 from pipeline.parallelism.deepspeed import DeepSpeed
@@ -129,7 +129,7 @@ def test_a_checkpoint_is_one_file_as_a_single_device_writes_it(ranks, tmp_path):
         (["precision=16-mixed"], "use precision=bf16-mixed"),
         (["precision=16-true", "optimizer.eps=1e-4"], "use precision=bf16-mixed"),
         (["optimizer=muon"], "use optimizer=adamw or sgd"),
-        (["adapter=lora"], "use parallelism=ddp"),
+        (["adapter=lora"], "use parallelism=fsdp"),
         (["memory.optimizer_offload=disk"], "use parallelism=fsdp"),
         (["memory.step_in_backward=true", "trainer.grad_clip=null"], "use parallelism=single"),
         (["compression=distill"], "use parallelism=ddp"),
@@ -160,7 +160,7 @@ def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install 'leanfit\[deepspeed\]', or use parallelism=fsdp") as refused:
         compose([*COMMON, "parallelism=deepspeed"])
     assert len(refused.value.problems) == 1
-    assert rules.deepspeed(config) == []
+    assert rank_rules.deepspeed(config) == []
 
 
 def test_the_engine_is_told_our_clipping_accumulation_and_dtype():

@@ -15,13 +15,12 @@ TINY = [
     "trainer.max_steps=0", "trainer.micro_batch_size=4",
 ]  # fmt: skip
 
-SETTINGS = [
-    "structured.steps=3",
-    "magnitude.schedule=cubic",
-    "magnitude.steps=4",
-    "distill.steps=3",
-    "int4_qat.steps=3",
-]
+CHAIN = "compression=[structured,magnitude,distill,int4_qat]"
+SETTINGS = ["structured.steps=3", "magnitude.steps=4", "distill.steps=3", "int4_qat.steps=3"]
+CASES = {
+    "ddp": [CHAIN, *(f"compression.{key}" for key in SETTINGS), "compression.magnitude.schedule=cubic"],
+    "fsdp": [CHAIN, *(f"compression.{key}" for key in SETTINGS)],
+}
 
 
 def losses(directory: Path) -> dict[tuple[str, str], float]:
@@ -30,22 +29,22 @@ def losses(directory: Path) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.slow
-def test_links_train_in_two_processes_as_in_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", CASES)
+def test_links_train_in_two_processes_as_in_one(strategy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    changes = ["compression=[structured,magnitude,distill,int4_qat]", *(f"compression.{key}" for key in SETTINGS)]
-    for name in ("single", "ddp"):
-        assert main([*TINY, *changes, f"parallelism={name}", f"hydra.run.dir={tmp_path / name}"]) == 0
-    alone, together = losses(tmp_path / "single"), losses(tmp_path / "ddp")
+    for name in ("single", strategy):
+        assert main([*TINY, *CASES[strategy], f"parallelism={name}", f"hydra.run.dir={tmp_path / name}"]) == 0
+    alone, together = losses(tmp_path / "single"), losses(tmp_path / strategy)
     assert alone.keys() == together.keys()
     for (stage, step), loss in alone.items():
         # Rounding to a grid makes whole steps of differences in the last digit.
         near = 2e-4 if stage.endswith("_qat") else 1e-5
         assert together[stage, step] == pytest.approx(loss, rel=near), (stage, step)
-    one, two = (read_result(tmp_path / name / "result.json") for name in ("single", "ddp"))
-    assert two["parallelism"] == {"strategy": "ddp", "devices": 2, "nodes": 1}
+    one, two = (read_result(tmp_path / name / "result.json") for name in ("single", strategy))
+    assert two["parallelism"] == {"strategy": strategy, "devices": 2, "nodes": 1}
     assert two["artifact"]["reload"] == {"ok": True, "max_abs_diff": 0.0}
     assert [stage["train"]["samples"] for stage in two["stages"]] == [s["train"]["samples"] for s in one["stages"]]
     assert two["quality"]["after"] == pytest.approx(one["quality"]["after"], rel=1e-3)
     ids = torch.arange(32)[None]
-    first, second = (pipeline.load(tmp_path / name / "artifact")(input_ids=ids).logits for name in ("single", "ddp"))
+    first, second = (pipeline.load(tmp_path / name / "artifact")(input_ids=ids).logits for name in ("single", strategy))
     assert (first - second).abs().max() < 0.05 * first.abs().max()

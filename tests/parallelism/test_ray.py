@@ -184,9 +184,10 @@ def test_without_ray_one_line_names_the_extra(name, instead, monkeypatch):
 
 
 def test_rules_know_that_ranks_on_ray_hold_parts_of_the_model():
-    assert rules.problems(compose([*COMMON, "parallelism=ray", "adapter=lora"])) == []
-    with pytest.raises(ConfigError, match="parallelism=ray_fsdp: adapter=lora trains in whole models; use"):
-        compose([*COMMON, "parallelism=ray_fsdp", "adapter=lora"])
+    rounding = ["precision=bf16-true", "precision.stochastic_rounding=true"]
+    assert rules.problems(compose([*COMMON, "parallelism=ray", *rounding])) == []
+    with pytest.raises(ConfigError, match="parallelism=ray_fsdp steps shards as they are; use"):
+        compose([*COMMON, "parallelism=ray_fsdp", *rounding])
 
 
 def test_a_config_is_read_without_ray():

@@ -17,7 +17,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from pipeline.errors import ConfigError
 from pipeline.layers.schemes import quantize_layers
 from pipeline.models.architecture import describe
-from pipeline.parallelism.sharding import clip_gradients, tensor_parallel_plan
+from pipeline.parallelism.sharding import tensor_parallel_plan
+from pipeline.parallelism.shards import clip_gradients
 from pipeline.registry import conf_root, lookup
 from tests.tiny import efficientnet, llama, opt
 
@@ -169,8 +170,8 @@ def test_layouts_that_tensor_parallelism_does_not_know_are_refused():
 def test_every_part_of_a_block_has_its_place_in_the_plan():
     plan = tensor_parallel_plan(describe(llama()))
     kinds = {name.rpartition(".")[2]: type(style).__name__ for name, style in plan.items()}
-    columns = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "ColwiseParallel")
-    assert kinds == {**columns, "o_proj": "RowwiseParallel", "down_proj": "RowwiseParallel"}
+    columns = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "Columns")
+    assert kinds == {**columns, "o_proj": "Rows", "down_proj": "Rows"}
     assert len(plan) == 2 * 7
 
 
