@@ -8,7 +8,6 @@ path is in the table too: with random weights, what both compute is all that can
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from decoding import quantized, seconds_a_token
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class Row:
 def built(size: Size, dtype: torch.dtype, device: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The float model and its quantized forms on `device`, by name; and why any of them is not there."""
     from pipeline.app import compose
-    from pipeline.compression.base import Context
     from pipeline.data.base import DataSpec
-    from pipeline.models.architecture import describe
 
     torch.manual_seed(0)
     spec = DataSpec(vocabulary=size.vocabulary, sequence_length=size.length)
@@ -61,31 +59,11 @@ def built(size: Size, dtype: torch.dtype, device: str) -> tuple[dict[str, nn.Mod
     models, errors = {"float": dense}, {}
     for name in METHODS:
         try:
-            method = compose([f"compression={name}"]).chain[name]
-            model = copy.deepcopy(dense)
-            context = Context(stage=name, architecture=describe(model), device=device, steps=0, seed=0)
-            models[name] = method.finalize(method.prepare(model, context), context).eval()
+            models[name] = quantized(dense, name, device)
         except Exception as error:
             traceback.print_exc()
             errors[name] = f"{type(error).__name__}: {error}"
     return models, errors
-
-
-@torch.inference_mode()
-def seconds_a_token(model: nn.Module, prompt: Tensor, tokens: int) -> float:
-    """Greedy, with the key-value cache; the prompt is not counted."""
-    from pipeline.layers.decoding import decode
-
-    def finished() -> float:
-        if prompt.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    logits, cache = decode(model, prompt)
-    began = finished()
-    for _ in range(tokens):
-        logits, cache = decode(model, logits[:, -1:].argmax(-1), cache)
-    return (finished() - began) / tokens
 
 
 @torch.inference_mode()

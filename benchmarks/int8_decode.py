@@ -11,36 +11,22 @@ for one another at each of some 50 products a token.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import statistics
-import time
 
 from pipeline import environment
 
 environment.prepare()  # as the program does, before torch is there
 
 import torch
+from decoding import quantized, seconds_a_token
 from torch import nn
 
 from pipeline.app import compose
-from pipeline.compression.base import Context
 from pipeline.data.base import DataSpec
 from pipeline.layers import kernels
-from pipeline.layers.decoding import decode
-from pipeline.models.architecture import describe
 
 NEW_TOKENS = 24
-
-
-@torch.inference_mode()
-def seconds_a_token(model: nn.Module, prompt: torch.Tensor) -> float:
-    """Seconds a token, greedy, with the key-value cache."""
-    logits, cache = decode(model, prompt)
-    start = time.perf_counter()
-    for _ in range(NEW_TOKENS):
-        logits, cache = decode(model, logits[:, -1:].argmax(-1), cache)
-    return (time.perf_counter() - start) / NEW_TOKENS
 
 
 def main() -> None:
@@ -55,10 +41,7 @@ def main() -> None:
     dense = base.model.build(DataSpec(vocabulary=256, sequence_length=128)).eval()
     models: dict[str, nn.Module] = {"float32": dense.to(device)}
     for choice in ("int8", "int8_weight_only"):
-        method = compose([f"compression={choice}"]).chain[choice]
-        model = copy.deepcopy(dense)
-        context = Context(stage=choice, architecture=describe(model), device=device, steps=0, seed=0)
-        models[choice] = method.finalize(method.prepare(model, context), context).eval()
+        models[choice] = quantized(models["float32"], choice, device)
     prompt = torch.randint(0, 256, (1, 16), device=device)
     print(
         f"torch {torch.__version__}, {device}, {torch.backends.cpu.get_cpu_capability()}, int8 kernel "
@@ -74,7 +57,7 @@ def compare(models: dict[str, nn.Module], prompt: torch.Tensor, rounds: int) -> 
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
-            spent = seconds_a_token(model, prompt)
+            spent = seconds_a_token(model, prompt, NEW_TOKENS)
             if turn:  # the first warms up
                 seconds[name].append(spent)
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")

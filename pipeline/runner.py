@@ -103,13 +103,12 @@ def note_choices(config: RunConfig, result: dict[str, Any]) -> None:
 
 
 def note_errors(memory: dict[str, Any]) -> None:
-    """Predicted / measured - 1 of each phase that has both."""
-    for phase, measured in memory["measured"].items():
-        if measured and memory["predicted"][phase] is not None:
-            memory["error"][phase] = memory["predicted"][phase] / measured - 1
-    for phase, reserved in memory["reserved"].items():
-        if reserved and memory["reserved_predicted"][phase] is not None:
-            memory["reserved_error"][phase] = memory["reserved_predicted"][phase] / reserved - 1
+    """Predicted / measured - 1 of each phase that has both, allocated and reserved."""
+    kinds = (("predicted", "measured", "error"), ("reserved_predicted", "reserved", "reserved_error"))
+    for predicted, measured, error in kinds:
+        for phase, came in memory[measured].items():
+            if came and memory[predicted][phase] is not None:
+                memory[error][phase] = memory[predicted][phase] / came - 1
 
 
 def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:

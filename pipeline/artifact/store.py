@@ -232,6 +232,7 @@ def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
             if quantized:
                 _put_layers(model, manifest)
             _take_dtypes(model, Path(directory), manifest)
+            _tie(model, manifest["tied"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{directory}: altered, {error}") from error
     return model
@@ -328,9 +329,7 @@ def _fill(
         raise ArtifactError(
             f"{directory}: tensors {[*result.missing_keys, *result.unexpected_keys][:3]} do not fit the model"
         )
-    for alias, kept in tied.items():
-        parent, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
+    _tie(model, tied)
     join_siblings(model)
     float_masks = {}
     for name, record in manifest["layers"].items():
@@ -338,6 +337,13 @@ def _fill(
             weight = model.get_parameter(f"{name}.weight").detach()
             float_masks[name] = masks[name] if name in masks else keep(weight != 0)
     return float_masks
+
+
+def _tie(model: nn.Module, tied: dict[str, str]) -> None:
+    """Parameters that are one again: {alias: the name under which it is stored}."""
+    for alias, kept in tied.items():
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
 
 
 def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ class Float8Linear(Float8Layer, FusedLinear):
         return F.linear(cast.to(x.dtype) * scale, self.dequantized().to(x.dtype), self.bias)
 
     def _scaled(self) -> bool:
-        plain = kernels.float_is_forced() or torch.compiler.is_compiling()
+        plain = kernels.forced_kernel() == "float" or torch.compiler.is_compiling()
         return not plain and multiplies_float8(self.weight.device)
 
     @property

@@ -79,13 +79,9 @@ def forced(kernel: str | None) -> Iterator[None]:
 
 
 def forced_kernel() -> str | None:
-    """The kernel that `forced` is entered with, which may be one of `fused.py` too."""
+    """The kernel that `forced` is entered with, which may be one of `fused.py` too. "float" concerns whatever computes
+    as plain transformers does there."""
     return _forced
-
-
-def float_is_forced() -> bool:
-    """Whether `forced("float")` is entered, which concerns whatever computes as plain transformers does there."""
-    return _forced == "float"
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int) -> str:

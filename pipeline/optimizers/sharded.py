@@ -17,36 +17,32 @@ from pipeline.optimizers.stepping import only
 from pipeline.parallelism.shards import as_part_of, is_sharded, local, part_of, square_sums, total_norm
 
 
-def step_spread(
-    optimizer: torch.optim.Optimizer,
-    plain: Callable[..., Any],
-    spread: Callable[[DTensor, DTensor, dict[str, Any]], None],
-    closure: Callable[[], Any] | None,
-) -> Any:
-    """One step: `spread(weight, gradient, group)` for each weight of `optimizer` that is in shards, `plain`, which is
-    torch's step, for all else."""
-    weights = [(weight, group) for group in optimizer.param_groups for weight in group["params"]]
-    if not is_sharded(weight for weight, _ in weights):
-        return plain(closure)
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
-    for weight, group in weights:
-        if isinstance(weight.grad, DTensor):
-            spread(weight, weight.grad, group)
-        elif weight.grad is not None:
-            with only(optimizer, weight):
-                plain()
-    return loss
-
-
-class Muon(torch.optim.Muon):
-    """Momentum stays in shards. The update is gathered, a matrix at a time, and made orthogonal on each rank."""
+class Spread(torch.optim.Optimizer):
+    """Goes before one of torch's: that steps all weights but those in shards, which `_step` steps, one at a time."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return step_spread(self, super().step, self._step, closure)
+        weights = [(weight, group) for group in self.param_groups for weight in group["params"]]
+        if not is_sharded(weight for weight, _ in weights):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for weight, group in weights:
+            if isinstance(weight.grad, DTensor):
+                self._step(weight, weight.grad, group)
+            elif weight.grad is not None:
+                with only(self, weight):
+                    super().step()
+        return loss
+
+    def _step(self, weight: DTensor, gradient: DTensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Muon(Spread, torch.optim.Muon):
+    """Momentum stays in shards. The update is gathered, a matrix at a time, and made orthogonal on each rank."""
 
     def _step(self, weight: DTensor, gradient: DTensor, group: dict[str, Any]) -> None:
         state = self.state[weight]
@@ -68,12 +64,8 @@ def _orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
     return weight.detach()
 
 
-class Adafactor(torch.optim.Adafactor):
+class Adafactor(Spread, torch.optim.Adafactor):
     """A matrix's means of rows and columns are whole on each rank; those of single values, for vectors, in shards."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return step_spread(self, super().step, self._step, closure)
 
     def _step(self, weight: DTensor, gradient: DTensor, group: dict[str, Any]) -> None:
         """As torch's, in its order; sums go over the ranks."""

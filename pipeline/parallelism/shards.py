@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
@@ -39,26 +40,28 @@ def part_of(whole: Tensor, like: DTensor) -> Tensor:
     return spread.redistribute(placements=placements).to_local()
 
 
-def as_part_of(part: Tensor, like: DTensor, shape: torch.Size | None = None) -> DTensor:
-    """A tensor spread as `like` is, of which this rank holds `part`; `shape`: another one than that of `like`."""
+def as_part_of(
+    part: Tensor, like: DTensor, shape: torch.Size | None = None, placements: Sequence[Placement] | None = None
+) -> DTensor:
+    """A tensor spread as `like` is, of which this rank holds `part`; `shape`, `placements`: others than those of
+    `like`."""
     shape = like.shape if shape is None else shape
+    placements = like.placements if placements is None else placements
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(part, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def square_sums(spread: DTensor, dim: int) -> Tensor:
     """Sums of squares along a dimension, which stays with size 1; whole, equal on all ranks."""
     dim %= spread.ndim
     sums = torch.linalg.vector_norm(spread.to_local(), dim=dim, keepdim=True).square_()
-    mesh, placements = spread.device_mesh, list(spread.placements)
+    placements = list(spread.placements)
     for number, placement in enumerate(placements):
         if getattr(placement, "dim", None) == dim:
-            dist.all_reduce(sums, group=mesh.get_group(number))
+            dist.all_reduce(sums, group=spread.device_mesh.get_group(number))
             placements[number] = Replicate()
     shape = torch.Size(1 if number == dim else size for number, size in enumerate(spread.shape))
-    stride = torch.empty(shape, device="meta").stride()
-    parts = DTensor.from_local(sums, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return parts.full_tensor()
+    return as_part_of(sums, spread, shape, placements).full_tensor()
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

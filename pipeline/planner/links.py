@@ -126,9 +126,6 @@ def trace_artifact(config: RunConfig, artifact: Path, task: Task, prompt: int) -
     """What `job=generate` holds with an artifact, after a prompt of so many tokens. Raises ArtifactError as
     `store.load` does."""
     model = store.blueprint(artifact, quantized=True)
-    for alias, kept in store.read_manifest(artifact)["tied"].items():
-        parent, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
     with _unreal(config):
         return traced_generation(config, frozen(faked(model)), task, prompt, lambda: Supposing(*kernels_of(config)))
 

@@ -221,16 +221,19 @@ def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for phase in ("train", "compress", "evaluate", "generate"):
         predicted, measured = amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase)
-        ratio = quotient(predicted, measured)
         if predicted is not None or measured is not None:
-            error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
-            rows.append([phase, format_bytes(predicted), format_bytes(measured), error])
-        taken, held = amount(result, "memory", "reserved_predicted", phase), amount(result, "memory", "reserved", phase)
+            rows.append(_memory_row(phase, predicted, measured))
+        held = amount(result, "memory", "reserved", phase)
         if held is not None:
-            ratio = quotient(taken, held)
-            error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
-            rows.append([f"{phase}, reserved by CUDA's pool", format_bytes(taken), format_bytes(held), error])
+            taken = amount(result, "memory", "reserved_predicted", phase)
+            rows.append(_memory_row(f"{phase}, reserved by CUDA's pool", taken, held))
     return rows
+
+
+def _memory_row(name: str, predicted: float | None, measured: float | None) -> list[str]:
+    ratio = quotient(predicted, measured)
+    error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
+    return [name, format_bytes(predicted), format_bytes(measured), error]
 
 
 def _section(title: str, body: Sequence[str]) -> list[str]:
