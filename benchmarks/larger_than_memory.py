@@ -19,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from transformers import LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.control_group import control_group, within
 from pipeline.models.byte_tokenizer import byte_tokenizer
 
 WIDTH, INNER, VOCABULARY, LAYERS_A_SHARD = 1024, 2816, 256, 4
@@ -107,30 +107,6 @@ def anonymous(pid: int) -> int:
         return 0
 
 
-@contextmanager
-def memory_group(limit: int | None) -> Iterator[Path | None]:
-    """A control group inside our own that may use `limit` bytes, page cache included; None without a limit."""
-    if limit is None:
-        yield None
-        return
-    groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
-    first = next((place for kind, place in groups if kind == "memory"), None)
-    root = Path("/sys/fs/cgroup") / ("memory" if first is not None else "")
-    own = first if first is not None else next(place for kind, place in groups if not kind)
-    group = root / own.lstrip("/") / f"leanfit-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / ("memory.max" if first is None else "memory.limit_in_bytes")).write_text(str(limit))
-        yield group
-    finally:
-        for _ in range(50):  # the last process may still be going
-            try:
-                group.rmdir()
-                break
-            except OSError:
-                time.sleep(0.1)
-
-
 @dataclass
 class Outcome:
     code: int
@@ -142,9 +118,10 @@ class Outcome:
 def measure(command: list[str], directory: Path, limit: int | None = None) -> Outcome:
     """Run `command` in `directory`; the largest RssAnon seen of all its processes together."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-    with memory_group(limit) as group, tempfile.TemporaryFile("w+") as output:
+    limited = nullcontext() if limit is None else control_group(limit)
+    with limited as group, tempfile.TemporaryFile("w+") as output:
         if group is not None:
-            command = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs"; exec "$@"', "sh", *command]
+            command = within(group, command)
         started, peak = time.perf_counter(), 0
         process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:

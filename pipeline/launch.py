@@ -23,6 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline import environment
 from pipeline.chain import Stage
+from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import LeanfitError
 from pipeline.fitting import Fitted
 from pipeline.heartbeat import Watch, read_files
@@ -139,6 +140,7 @@ class Ranks:
         node = config.parallelism.own_node
         self.log = run_dir / (f"run-node{node}.log" if node else "run.log")
         self.told = ""
+        self.oom_kills = oom_kills()
 
     def beats(self) -> list[bytes | None]:
         return read_files(self.files)
@@ -169,7 +171,7 @@ class Ranks:
         return code, ended
 
     def killed(self) -> str | None:
-        return killed(self.told)
+        return killed(self.told, suspicion(self.oom_kills))
 
 
 def supervise(
@@ -249,8 +251,11 @@ def meeting(parallelism: Parallelism) -> Iterator[Meeting]:
     yield Meeting(host, port)
 
 
-def killed(told: str) -> str | None:
-    """Which rank a signal ended, from the launcher's report: the others only say that a connection was lost."""
+def killed(told: str, suspicion: str) -> str | None:
+    """Which rank a signal ended, from the launcher's report: the others only say that a connection was lost.
+
+    `suspicion` is added to SIGKILL, which the system sends for want of memory, as others may for reasons of their own.
+    """
     found = [
         *re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", told, re.DOTALL),  # torchrun
         *re.findall(r"process rank (\d+) with PID .*? exited on\s+signal ()(\d+)", told, re.DOTALL),  # Open MPI
@@ -259,5 +264,5 @@ def killed(told: str) -> str | None:
         number = -int(code[0]) if code[0] else int(code[1])
         if number > 0 and number != signal.SIGTERM:  # with which a launcher itself stops the ranks that are left
             name = signal.Signals(number).name
-            return f"rank {rank} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+            return f"rank {rank} was killed by {name}" + (suspicion if name == "SIGKILL" else "")
     return None

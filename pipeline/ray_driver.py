@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline import environment, interrupts
 from pipeline.app import compose
+from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import LeanfitError
 from pipeline.launch import error_file
 from pipeline.parallelism.ray import OnRay
@@ -181,10 +182,12 @@ def train(told: Mapping[str, Any], parallelism: OnRay, storage: Path, *, cuda: b
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
         ),
     )
+    # Another machine's count is not at hand.
+    before = oom_kills() if parallelism.address is None else None
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        raise failure(error.worker_failures) from error
+        raise failure(error.worker_failures, suspicion(before)) from error
     except TrainingFailedError as error:
         raise LeanfitError(said(error)) from error
 
@@ -220,17 +223,20 @@ def rank(told: Mapping[str, Any]) -> None:
         sys.stdout.flush()
 
 
-def failure(failures: Mapping[int, BaseException]) -> LeanfitError:
-    """Which rank failed, and how, of those that Ray saw fail at once."""
+def failure(failures: Mapping[int, BaseException], suspicion: str) -> LeanfitError:
+    """Which rank failed, and how, of those that Ray saw fail at once; `suspicion` of what ended one is added."""
     from ray.exceptions import RayActorError
 
     lost = {
-        number: error
+        number: cause
         for number, error in failures.items()
-        if isinstance(getattr(error, "health_check_failure", error), RayActorError)
+        if isinstance(cause := getattr(error, "health_check_failure", error), RayActorError)
     }
     if lost:
-        return RankLost(f"rank {min(lost)} was killed or crashed (out of memory?)")
+        number = min(lost)
+        if "low on memory" in str(lost[number]):  # Ray's own monitor, which kills before Linux does
+            suspicion = " (out of memory)"
+        return RankLost(f"rank {number} was killed or crashed{suspicion}")
     number = min(failures)
     return LeanfitError(f"rank {number}: {said(failures[number])}")
 

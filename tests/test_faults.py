@@ -13,11 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from benchmarks.control_group import control_group
 from pipeline import checkpoints
 from pipeline.app import main
 from pipeline.heartbeat import unpack
@@ -199,8 +200,25 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
         os.kill(rank_process(run, 1), signal.SIGKILL)
         code, told = program.ends()
         assert code == 1
-        assert "stage 'train' on 2 devices: rank 1 was killed by SIGKILL" in told
+        assert told.startswith("error: stage 'train' on 2 devices: rank 1 was killed by SIGKILL (log: ")
         assert gone(run)
+
+
+@pytest.mark.slow
+def test_a_rank_that_the_system_kills_for_want_of_memory_is_named_with_what_was_planned(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with ExitStack() as held:
+        try:
+            group = held.enter_context(control_group(2**20))
+        except OSError as error:
+            pytest.skip(f"no control group can be made here: {error}")
+        program = held.enter_context(started(run, *TINY, ENDLESS, "parallelism=ddp", f"hydra.run.dir={run}"))
+        program.trains()
+        (group / "cgroup.procs").write_text(str(rank_process(run, 1)))
+        code, told = program.ends(120)
+    assert code == 1
+    assert "out of memory in train (stage 'train' on 2 devices: rank 1 was killed by SIGKILL (out of memory)" in told
+    assert "planned were " in told
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs leanfit[ray]")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.device.base import Device, Kind
+from pipeline.device.system_memory import machine_memory
 from pipeline.registry import register
 
 PROCESSES_PER_CORE = 4
@@ -58,19 +59,3 @@ def processor() -> str:
         if told.returncode == 0 and told.stdout.strip():
             return told.stdout.strip()
     return platform.processor() or platform.machine()
-
-
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where the control groups of Linux, version 2 and 1, say how much this container may use."""
-
-
-def machine_memory() -> int | None:
-    """Bytes of the machine's memory, or of this container's where it has a limit of its own; None: not told."""
-    try:
-        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-    for limit in map(Path, LIMITS):
-        said = limit.read_text().strip() if limit.is_file() else ""
-        found += [int(said)] if said.isdigit() else []
-    return min(found)

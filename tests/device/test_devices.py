@@ -200,15 +200,6 @@ def test_the_real_driver_agrees_with_torch():
     assert CUDA(name="cuda", memory=None).description() == torch.cuda.get_device_name(0)
 
 
-def test_the_processors_memory_is_the_machines_or_the_containers_limit_where_that_is_less(tmp_path, monkeypatch):
-    device = CPU(name="cpu", memory=None)
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for said, expected in (("max\n", whole), ("9223372036854771712\n", whole), ("1000000\n", 1_000_000)):
-        (tmp_path / "memory.max").write_text(said)
-        monkeypatch.setattr(cpu, "LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
-        assert device.capacity() == expected
-
-
 def test_a_memory_that_is_said_counts_instead_of_what_is_found():
     assert CUDA(name="cuda", memory="80GiB").capacity() == 80 * 2**30
     assert Auto(name="auto", memory=1_000).capacity() == 1_000

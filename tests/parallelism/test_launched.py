@@ -144,7 +144,7 @@ OPEN_MPI = "mpirun noticed that process rank 2 with PID 0 on node n1 exited on s
 @pytest.mark.parametrize(
     ("report", "said"),
     [
-        (TORCHRUN.format(-9), "rank 3 was killed by SIGKILL (out of memory?)"),
+        (TORCHRUN.format(-9), "rank 3 was killed by SIGKILL (perhaps)"),
         (TORCHRUN.format(-15), None),  # torchrun's own way to end the others
         (TORCHRUN.format(1), None),
         (OPEN_MPI, "rank 2 was killed by SIGSEGV"),
@@ -152,4 +152,4 @@ OPEN_MPI = "mpirun noticed that process rank 2 with PID 0 on node n1 exited on s
     ],
 )
 def test_a_launchers_report_says_which_rank_was_killed(report, said):
-    assert killed(report) == said
+    assert killed(report, " (perhaps)") == said

@@ -213,11 +213,21 @@ def test_a_lost_rank_explains_more_than_those_that_lost_it():
     from pipeline.ray_driver import RankLost, failure
 
     lost = SimpleNamespace(health_check_failure=RayActorError())
-    both = failure({0: RuntimeError("Connection closed by peer"), 1: lost})
+    both = failure({0: RuntimeError("Connection closed by peer"), 1: lost}, " (perhaps)")
     assert isinstance(both, RankLost)
-    assert str(both) == "rank 1 was killed or crashed (out of memory?)"
-    assert str(failure({1: ValueError("too\nlong")})) == "rank 1: ValueError: too"
-    assert str(failure({0: LeanfitError("diverged")})) == "rank 0: diverged"
+    assert str(both) == "rank 1 was killed or crashed (perhaps)"
+    assert str(failure({1: ValueError("too\nlong")}, " (perhaps)")) == "rank 1: ValueError: too"
+    assert str(failure({0: LeanfitError("diverged")}, " (perhaps)")) == "rank 0: diverged"
+
+
+@installed
+def test_a_rank_that_rays_monitor_of_memory_killed_ran_out_of_memory():
+    from ray.exceptions import RayActorError
+
+    from pipeline.ray_driver import failure
+
+    killed = RayActorError(error_msg="Task was killed due to the node running low on memory.")
+    assert str(failure({0: killed}, "")) == "rank 0 was killed or crashed (out of memory)"
 
 
 @pytest.mark.parametrize(("devices", "nodes", "fits"), [(4, 1, True), (4, 2, False), (2, 2, True), (5, 1, False)])
