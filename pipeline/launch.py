@@ -32,7 +32,7 @@ from pipeline.nodes import Call, Follower, Leader, address
 from pipeline.parallelism.base import Meeting, Parallelism
 from pipeline.schema import RunConfig
 
-HANDED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", PARENT)
+HANDED_ON = ("OMP_NUM_THREADS", *environment.WAITING, "PYTHONPATH", PARENT)
 """Variables that a rank on another machine must be given."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent is gone."""
@@ -154,7 +154,7 @@ class Ranks:
         worker = [sys.executable, "-m", "pipeline.worker", str(self.run_dir), self.stage.name, mode]
         threads = max(1, (os.cpu_count() or 1) // parallelism.devices)
         variables = {"OMP_NUM_THREADS": str(threads), **environment.child(), PARENT: parent()}
-        place = replace(place, variables={name: variables[name] for name in HANDED_ON})
+        place = replace(place, variables={name: variables[name] for name in HANDED_ON if name in variables})
         watch = Watch(lambda: [*self.beats(), *self.elsewhere()], config.trainer.rank_timeout)
         start = self.log.stat().st_size if self.log.exists() else 0
         try:
