@@ -193,15 +193,18 @@ def test_a_sharded_run_with_a_stopped_rank_ends_and_goes_on_on_one_device_until_
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with started(run, *TINY, ENDLESS, "parallelism=ddp", f"hydra.run.dir={run}") as program:
+def test_a_rank_that_is_killed_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    place = [f"hydra.run.dir={run}"]
+    with started(run, *TINY, ENDLESS, "parallelism=ddp", *place, TMPDIR=str(temporary)) as program:
         program.trains()
         os.kill(rank_process(run, 1), signal.SIGKILL)
         code, told = program.ends()
         assert code == 1
         assert told.startswith("error: stage 'train' on 2 devices: rank 1 was killed by SIGKILL (log: ")
         assert gone(run)
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.slow

@@ -114,7 +114,9 @@ class Launched(Parallelism):
 
     def command(self, worker: Sequence[str], meeting: Meeting) -> list[str]:
         if self.launcher == "torchrun":
-            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.devices}"]
+            # Ranks write to this process's own streams: without a directory of logs, which would be left behind empty.
+            logs = f"--log-dir={os.devnull}"
+            torchrun = [sys.executable, "-m", "torch.distributed.run", logs, f"--nproc_per_node={self.devices}"]
             if self.nodes == 1:
                 return [*torchrun, "--standalone", *worker[1:]]
             place = [f"--nnodes={self.nodes}", f"--node_rank={self.own_node}", "--rdzv_backend=static"]
