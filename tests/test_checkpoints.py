@@ -68,7 +68,7 @@ def test_a_directory_without_its_last_file_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_of_two_devices_are_gone_on_with_by_one_and_by_four_as_if_nothing_had_happened(
+def test_shards_of_two_devices_are_gone_on_with_by_one_and_by_severalas_if_nothing_had_happened(
     tmp_path, tmp_path_factory
 ):
     train(tmp_path / "through", compose([*CONSTANT, WHOLE]))
@@ -90,6 +90,8 @@ def test_shards_of_two_devices_are_gone_on_with_by_one_and_by_four_as_if_nothing
             torch.testing.assert_close(here[name], weights[name], rtol=0, atol=margin, msg=name)
     assert checkpoints.is_sharded(last(ended / "fsdp_tp"))
     assert last(ended / "fsdp").is_file()
+    one, several = (last(directory).stat().st_size for directory in (tmp_path / "through", ended / "fsdp"))
+    assert several == pytest.approx(one, rel=0.02), "tied weights are in it twice"
 
 
 if __name__ == "__main__":

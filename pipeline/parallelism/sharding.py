@@ -187,6 +187,16 @@ class MeshStrategy(ModelParallelStrategy):
         # FSDP2 copies shards to the device itself, and refuses to start where it finds them there.
         self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))  # type: ignore[no-untyped-call]
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Of weights that are tied, which are put together once a name, one copy goes into the file."""
+        state = super().lightning_module_state_dict()
+        assert self.model is not None
+        first: dict[int, str] = {}
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            if name in state:
+                state[name] = state[first.setdefault(id(weight), name)]
+        return state
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As `optimizer.state_dict()` would be on one device, on rank 0; or each rank's part, by the weights' names."""
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

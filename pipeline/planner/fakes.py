@@ -19,21 +19,23 @@ from pipeline.planner.live import COUNTING, FILES, Inner
 from pipeline.planner.workspaces import workspace
 from pipeline.precision import cpu_kernels
 from pipeline.schema import RunConfig
+from pipeline.stage_input import link_under_adapters
 from pipeline.tasks.base import Batch
 
 
-def faked(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def faked(model: nn.Module, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
     """`model`, of the meta device, with fake tensors of the CPU in place of its own; tied ones stay tied.
 
     Args:
         dtype: of floating-point parameters and saved buffers; None: as they are. To be called in a FakeTensorMode.
+        device: "meta": the other way round, outside of such a mode.
     """
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor, convert: bool) -> Tensor:
         if id(tensor) not in made:
             kind = dtype if convert and dtype is not None and tensor.is_floating_point() else tensor.dtype
-            empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+            empty = torch.empty(tensor.shape, dtype=kind, device=device)
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         return made[id(tensor)]
 
@@ -45,6 +47,11 @@ def faked(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             if buffer is not None:
                 module._buffers[name] = fake(buffer, name not in module._non_persistent_buffers_set)
     return model
+
+
+def fitted_dtype(config: RunConfig) -> torch.dtype | None:
+    """Dtype of what a fit of stage 0 trains; None: beside layers that are compressed, where each has its own."""
+    return None if link_under_adapters(config) is not None else config.precision.weight_dtype
 
 
 def put_into_files(model: nn.Module) -> None:

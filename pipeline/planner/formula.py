@@ -33,7 +33,7 @@ from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import dtype_of
 from pipeline.planner.evaluation import traced_evaluation
-from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
+from pipeline.planner.fakes import fake_batch, faked, fitted_dtype, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import Inner, Peak
 from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
@@ -69,7 +69,7 @@ def training(
     account = Account(inner)
     with ExitStack() as stack:
         stack.enter_context(tracing(config))
-        step = steps(config, faked(model, dtype), stage.fit.lr, inner)
+        step = steps(config, faked(model, fitted_dtype(config)), stage.fit.lr, inner)
         if gathered_in := dtype_of(ranks.holding.gathered_in):
             faked(model, gathered_in)
         stack.callback(config.precision.convert_layers(model, architecture))

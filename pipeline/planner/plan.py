@@ -28,9 +28,11 @@ from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe, positions
 from pipeline.planner import calibration, formula
 from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.generation import generates, longest, trace_generation
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
+from pipeline.planner.supposed import Supposing
 from pipeline.planner.training import trace_training
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
@@ -313,9 +315,14 @@ def capacity(config: RunConfig) -> int | None:
 
 
 def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
-    """What stage 0 trains: `model`, with the adapters if there are any."""
-    with torch.device("meta"):
-        return stage_input.adapted(config, stage, model, stage_input.context_of(config, stage, model))
+    """What stage 0 trains: `model`, with the adapters if there are any, beside what the first link holds compressed."""
+    context = stage_input.context_of(config, stage, model)
+    if stage_input.link_under_adapters(config) is None:
+        with torch.device("meta"):
+            return stage_input.adapted(config, stage, model, context)
+    with tracing(config), Supposing():
+        model = stage_input.adapted(config, stage, faked(model, config.precision.weight_dtype), context)
+    return faked(model, device="meta")
 
 
 def untraceable(config: RunConfig) -> str | None:
@@ -324,8 +331,6 @@ def untraceable(config: RunConfig) -> str | None:
         return f"parallelism={config.parallelism.name}: ranks that work together are not traced"
     if config.device.kind() not in TRACED:
         return f"what runs on {config.device.kind()} is not traced"
-    if stage_input.link_under_adapters(config) is not None:
-        return f"adapter={config.adapter.name} beside a compressed base is not traced"
     if config.trainer.compile:
         return "compiled blocks are not traced"
     if config.memory.activation_offload != "none" or config.memory.optimizer_offload != "none":

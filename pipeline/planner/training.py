@@ -21,7 +21,7 @@ from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
+from pipeline.planner.fakes import fake_batch, faked, fitted_dtype, kernels_of, tracing
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.pool import reserved
 from pipeline.schema import RunConfig
@@ -87,7 +87,7 @@ def trace_training(
         batch: one micro batch, whose shapes and dtypes count.
     """
     with tracing(config):
-        faked(model, config.precision.weight_dtype)
+        faked(model, fitted_dtype(config))
         live = Live(*kernels_of(config))
         return traced_fit(config, stage, model, task, architecture, batch, live, STEPS, since=STEPS - 1)
 

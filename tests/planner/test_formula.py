@@ -20,6 +20,7 @@ from pipeline.models.architecture import describe
 from pipeline.planner import formula
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
+from pipeline.planner.plan import adapted
 from pipeline.planner.training import trace_training
 from pipeline.registry import available
 from pipeline.stage_input import prepared
@@ -38,6 +39,7 @@ CONFIGS = {
     ],
     "lean": [*LLAMA, "memory=lean", "memory.loss_chunks=3"],
     "adapters": [*LLAMA, "adapter=lora", "model.tie_embeddings=false"],
+    "adapters beside a compressed base": [*LLAMA, "adapter=lora", "compression=nf4", "precision=bf16-mixed"],
     "all weights stepped at once": [*LLAMA, *FEW, "optimizer.implementation=foreach"],
     "weights stepped in turn, micro batches": [
         *LLAMA, "optimizer=adafactor", "data.sequence_length=16", "trainer.batch_size=2", "trainer.micro_batch_size=1",
@@ -59,9 +61,7 @@ def given(words):
     config = compose(words)
     data, stage = opened(config.data, config.model), stages_of(config)[0]
     model = stage_input.shapes(config, data)
-    with torch.device("meta"):
-        model = stage_input.adapted(config, stage, model, stage_input.context_of(config, stage, model))
-    return config, data, stage, model, lookup.get(config.data.task)
+    return config, data, stage, adapted(config, stage, model), lookup.get(config.data.task)
 
 
 def trained(words, how=formula.training):
