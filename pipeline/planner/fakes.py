@@ -19,7 +19,6 @@ from pipeline.planner.live import COUNTING, FILES, Inner
 from pipeline.planner.workspaces import workspace
 from pipeline.precision import cpu_kernels
 from pipeline.schema import RunConfig
-from pipeline.stage_input import link_under_adapters
 from pipeline.tasks.base import Batch
 
 
@@ -47,11 +46,6 @@ def faked(model: nn.Module, dtype: torch.dtype | None = None, device: str = "cpu
             if buffer is not None:
                 module._buffers[name] = fake(buffer, name not in module._non_persistent_buffers_set)
     return model
-
-
-def fitted_dtype(config: RunConfig) -> torch.dtype | None:
-    """Dtype of what a fit of stage 0 trains; None: beside layers that are compressed, where each has its own."""
-    return None if link_under_adapters(config) is not None else config.precision.weight_dtype
 
 
 def put_into_files(model: nn.Module) -> None:

@@ -33,11 +33,12 @@ from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import dtype_of
 from pipeline.planner.evaluation import traced_evaluation
-from pipeline.planner.fakes import fake_batch, faked, fitted_dtype, inside, kernels_of, tracing
+from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import Inner, Peak
 from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
+from pipeline.planner.trained import fitted_dtype
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig

@@ -22,7 +22,6 @@ from pipeline.planner.live import Peak
 from pipeline.planner.plan import (
     Phase,
     Plan,
-    adapted,
     beside_fit,
     convolutional,
     known,
@@ -33,6 +32,7 @@ from pipeline.planner.plan import (
     validation,
 )
 from pipeline.planner.search import Worst
+from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training, with_fewer_parts
 from pipeline.schema import RunConfig
 from pipeline.stage_input import shapes

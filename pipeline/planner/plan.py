@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -28,11 +27,10 @@ from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe, positions
 from pipeline.planner import calibration, formula
 from pipeline.planner.evaluation import trace_evaluation
-from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.generation import generates, longest, trace_generation
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
-from pipeline.planner.supposed import Supposing
+from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
@@ -312,17 +310,6 @@ def capacity(config: RunConfig) -> int | None:
     found = config.device.capacity()
     shared = config.device.kind() == "cpu" and config.device.memory is None
     return found // config.parallelism.devices if found is not None and shared else found
-
-
-def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
-    """What stage 0 trains: `model`, with the adapters if there are any, beside what the first link holds compressed."""
-    context = stage_input.context_of(config, stage, model)
-    if stage_input.link_under_adapters(config) is None:
-        with torch.device("meta"):
-            return stage_input.adapted(config, stage, model, context)
-    with tracing(config), Supposing():
-        model = stage_input.adapted(config, stage, faked(model, config.precision.weight_dtype), context)
-    return faked(model, device="meta")
 
 
 def untraceable(config: RunConfig) -> str | None:

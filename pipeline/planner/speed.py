@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from pipeline import stage_input
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
 from pipeline.fitting import fit, micro_batch_size
@@ -36,9 +37,10 @@ from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
 from pipeline.planner.live import Live
+from pipeline.planner.trained import adapted, fitted_dtype
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
-from pipeline.stage_input import adapted, base_model, context_of
+from pipeline.stage_input import base_model, link_under_adapters
 from pipeline.tasks.base import Batch, Task
 from pipeline.tasks.measuring import wait
 from pipeline.walk import stages_of
@@ -156,7 +158,7 @@ def passes(
     """
     operators = Operators(config.device.kind())
     with tracing(), _parts(model, architecture, operators):
-        faked(model, config.precision.weight_dtype)
+        faked(model, fitted_dtype(config))
         plugin = config.precision.plugin("cpu")
         takes_off = config.precision.convert_layers(model, architecture)
         model.train()
@@ -176,7 +178,7 @@ def stepping(config: RunConfig, stage: Stage, model: nn.Module) -> list[Operator
     operators = Operators(config.device.kind())
     operators.part = "step"
     with tracing():
-        faked(model, config.precision.weight_dtype)
+        faked(model, fitted_dtype(config))
         optimizer = config.optimizer.build(model, stage.fit.lr)
         config.precision.prepare_training(model, optimizer)
         for _ in range(2):  # the first step makes the optimizer's state
@@ -279,7 +281,7 @@ class Workbook:
 
     def work(self, config: RunConfig, stage: Stage) -> Work:
         """The work of the fit of `stage`."""
-        base = (config.precision, config.adapter)
+        base = (config.precision, config.adapter, repr(link_under_adapters(config)))
         if base not in self._passes:
             one, two = (self._listed(config, stage, samples) for samples in (1, 2))
             if len(one) != len(two):  # kernels chosen by the batch: as of two samples
@@ -287,7 +289,9 @@ class Workbook:
             self._passes[base] = one, two
         if (key := (*base, config.optimizer)) not in self._steps:
             self._steps[key] = stepping(config, stage, self.model(config, stage))
-        model = config.precision.convert(self.model(config, stage))
+        model = self.model(config, stage)
+        if fitted_dtype(config) is not None:
+            model = config.precision.convert(model)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         weights = sum(weight.nbytes for weight in model.parameters())
         gradients = sum(weight.nbytes for weight in trained)
@@ -295,9 +299,7 @@ class Workbook:
 
     def model(self, config: RunConfig, stage: Stage) -> nn.Module:
         """What the fit begins with, on the meta device."""
-        model = self.build()
-        with torch.device("meta"):
-            return adapted(config, stage, model, context_of(config, stage, model))
+        return adapted(config, stage, self.build())
 
     def _listed(self, config: RunConfig, stage: Stage, samples: int) -> list[Operator]:
         model = self.model(config, stage)
@@ -433,10 +435,11 @@ def measured(config: RunConfig, data: DataBundle, task: Task, steps: int = STEPS
     Five steps come before: two that are cold, two whose memory the fit measures, and one.
     """
     endless = replace(config.trainer, max_steps=10**6, evaluate_every=0, checkpoint_every=10**6, log_every=10**6)
-    config = replace(config, trainer=endless, chain={}, job="run")
+    chain = {} if link_under_adapters(config) is None else config.chain
+    config = replace(config, trainer=endless, chain=chain, job="run")
     stage = stages_of(config)[0]
     model = base_model(config, data)
-    model = adapted(config, stage, model, context_of(config, stage, model))
+    model = stage_input.adapted(config, stage, model, stage_input.context_of(config, stage, model))
     clock = Clock(steps)
     with tempfile.TemporaryDirectory(prefix="leanfit-fit-") as directory:
         fit(config, stage, model, task, data, describe(model), Path(directory), callbacks=[clock])

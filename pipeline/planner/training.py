@@ -21,9 +21,10 @@ from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.planner.fakes import fake_batch, faked, fitted_dtype, kernels_of, tracing
+from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.pool import reserved
+from pipeline.planner.trained import fitted_dtype
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 

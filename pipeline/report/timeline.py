@@ -58,8 +58,9 @@ def timeline(phase: dict[str, Any], capacity: int | None, title: str, out: Path)
     totals = [sum(held) for held in zip(*shown.values(), strict=True)]
     top = max(range(length), key=totals.__getitem__)
     axes.plot([top], [totals[top] / scale], marker="v", color="black", markersize=6)
+    operator = phase["operator"].removeprefix("aten::")  # none where the peak is what is only held
     axes.annotate(
-        f"{format_bytes(phase['bytes'])} at {phase['operator'].removeprefix('aten::')}",
+        format_bytes(phase["bytes"]) + (f" at {operator}" if operator else ""),
         (top, totals[top] / scale), xytext=(0, 7), textcoords="offset points", fontsize=9,
         ha="left" if top < length / 2 else "right",
     )  # fmt: skip

@@ -20,7 +20,7 @@ from pipeline.models.architecture import describe
 from pipeline.planner import formula
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
-from pipeline.planner.plan import adapted
+from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
 from pipeline.registry import available
 from pipeline.stage_input import prepared

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.app import compose
 from pipeline.data.loader import evaluation_loader
 from pipeline.planner import speed
-from pipeline.stage_input import shapes
+from pipeline.stage_input import prepared, shapes
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
 
 GPT = ["model=gpt_nano", "trainer=smoke", "device=cpu", "trainer.grad_clip=null"]
 CNN = ["model=efficientnet", "data=digits", *GPT[1:]]
+QLORA = [*GPT, "adapter=lora", "compression=nf4"]
 RATES = replace(speed.ASSUMED["cpu"], start=1e-6)
 
 
@@ -38,11 +39,12 @@ def gpt():
     return made, seconds
 
 
-@pytest.mark.parametrize("words", [GPT, CNN], ids=["gpt", "efficientnet"])
-def test_operations_are_those_that_torch_counts_on_real_tensors(words):
+@pytest.mark.parametrize("words", [GPT, CNN, QLORA], ids=["gpt", "efficientnet", "adapters beside nf4"])
+def test_operations_are_those_that_torch_counts_on_real_tensors(words, tmp_path):
     config = compose(words)
     made, data, task = book(config)
-    model = config.model.build(data.spec).train()
+    line = stages_of(config)
+    model = prepared(config, tmp_path, data, None, line, line[0])[0].train()
     batch = next(iter(evaluation_loader(data.train, 3)))
     # torch counts no attention on a CPU: written out, it is products.
     with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):

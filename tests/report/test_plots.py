@@ -74,6 +74,14 @@ def test_one_row_and_odd_stage_names_can_be_drawn(tmp_path: Path) -> None:
     picture(loss_curve(tmp_path / "m.csv", tmp_path / "loss.png"))
 
 
+def test_a_run_that_logged_only_its_last_step_is_drawn_from_its_first(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(format_rows([Row(500, "train", 5.3, None, None, None)], header=True), "utf-8")
+    pixels = picture(loss_curve(tmp_path / "m.csv", tmp_path / "loss.png"))
+    columns = np.flatnonzero((np.abs(pixels - np.array(BLUE)).max(axis=-1) <= 3).any(axis=0))
+    assert columns.max() > 0.9 * pixels.shape[1]
+    assert columns.min() < 0.6 * pixels.shape[1], "its name stands in the middle"
+
+
 def test_before_and_after_stand_side_by_side(tmp_path: Path, language: dict[str, Any]) -> None:
     pixels = picture(before_after(language, tmp_path / "all.png"))
     assert share(pixels, BLUE) > 0.05

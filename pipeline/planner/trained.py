@@ -1,0 +1,28 @@
+"""What the fit of stage 0 begins with, in shapes: the model, its adapters, and what the first link holds compressed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline import stage_input
+from pipeline.chain import Stage
+from pipeline.planner.fakes import faked, tracing
+from pipeline.planner.supposed import Supposing
+from pipeline.schema import RunConfig
+
+
+def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
+    """What stage 0 trains of `model`, both on the meta device."""
+    context = stage_input.context_of(config, stage, model)
+    if stage_input.link_under_adapters(config) is None:
+        with torch.device("meta"):
+            return stage_input.adapted(config, stage, model, context)
+    with tracing(config), Supposing():
+        model = stage_input.adapted(config, stage, faked(model, config.precision.weight_dtype), context)
+    return faked(model, device="meta")
+
+
+def fitted_dtype(config: RunConfig) -> torch.dtype | None:
+    """Dtype of what `adapted` gives; None: beside layers that are compressed, where each tensor has its own."""
+    return None if stage_input.link_under_adapters(config) is not None else config.precision.weight_dtype
