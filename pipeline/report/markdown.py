@@ -123,6 +123,7 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
         said.append(f"Not faster: {slower}.")
     elif speed is None:
         said.append("The speed before and after was not compared.")
+    said += _run_densely(result)
     direction, metric = word(result, "quality", "direction"), word(result, "quality", "metric")
     before, after = amount(result, "quality", "before"), amount(result, "quality", "after")
     if before is not None and after is not None and worsening(direction, before, after) > 0:
@@ -141,6 +142,19 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
     if pick(result, "artifact", "reload", "ok") is not True:
         said.append("There is no receipt: the artifact was not reloaded with equal outputs in a fresh process.")
     return said
+
+
+def _run_densely(result: Mapping[str, Any]) -> list[str]:
+    """Layers pruned to a pattern that no kernel of the device makes use of."""
+    lines: list[str] = []
+    stages = pick(result, "stages")
+    for stage in stages if isinstance(stages, list) else []:
+        pattern, kernels = word(stage, "detail", "pattern"), pick(stage, "detail", "kernel")
+        for kernel, count in kernels.items() if pattern and isinstance(kernels, dict) else ():
+            if kernel.startswith("dense, "):
+                why = kernel.removeprefix("dense, ")
+                lines.append(f"{word(stage, 'name')}: {count} layers of {pattern} weights run as dense ones: {why}.")
+    return lines
 
 
 def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
