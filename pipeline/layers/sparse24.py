@@ -160,7 +160,8 @@ class SparseLinear(nn.Linear):
     moved; on another device it may have another kernel or none.
     """
 
-    _form: SparseSemiStructuredTensor | None = None
+    form: SparseSemiStructuredTensor | None = None
+    """The compressed weight; None where the layer is dense."""
 
     @classmethod
     def over(cls, linear: nn.Linear) -> Self:
@@ -175,16 +176,12 @@ class SparseLinear(nn.Linear):
         """Name of what runs the layer's products; where it is dense, why."""
         return _said(self._kernel, self._why)
 
-    @property
-    def compressed(self) -> bool:
-        return self._form is not None
-
     def dense(self) -> Tensor:
         """The weight [out, in]; made anew where the layer is compressed."""
-        return self.weight if self._form is None else decompress(self._form)
+        return self.weight if self.form is None else decompress(self.form)
 
     def forward(self, x: Tensor) -> Tensor:
-        form = self._form
+        form = self.form
         if form is not None and self._takes(x, form):
             return multiply(x, form, self.bias)
         return F.linear(x, self.dense(), self.bias)
@@ -205,28 +202,28 @@ class SparseLinear(nn.Linear):
         trained = self.weight.requires_grad
         self._kernel, self._why = (None, "its weight is trained") if trained else choose(self.weight)
         if self._kernel is not None:
-            self._form = compress(self.weight, self._kernel)
+            self.form = compress(self.weight, self._kernel)
             self._parameters["weight"] = None
 
     def _decompress(self) -> None:
-        if self._form is not None:
-            self._parameters["weight"] = nn.Parameter(decompress(self._form), requires_grad=False)
-            self._form = None
+        if self.form is not None:
+            self._parameters["weight"] = nn.Parameter(decompress(self.form), requires_grad=False)
+            self.form = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        form = self._form
+        form = self.form
         if form is not None:
             like = fn(torch.empty(0, dtype=form.dtype, device=form.device))
             if (like.dtype, like.device) != (form.dtype, form.device):
                 self._decompress()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._form is None:
+        if self.form is None:
             self._compress()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._form is not None:
+        if self.form is not None:
             destination[f"{prefix}weight"] = self.dense()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -236,7 +233,7 @@ class SparseLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if state.pop("_form", None) is not None:
+        if state.pop("form", None) is not None:
             weight = nn.Parameter(self.dense(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
@@ -266,4 +263,4 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
 
 def compressed_weights(model: nn.Module) -> Iterator[Tensor]:
     """Weights that are no parameters of `model` because layers hold them compressed, made dense one by one."""
-    return (layer.dense() for layer in sparse_layers(model).values() if layer.compressed)
+    return (layer.dense() for layer in sparse_layers(model).values() if layer.form is not None)

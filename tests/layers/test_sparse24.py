@@ -233,7 +233,7 @@ def test_on_a_cpu_a_layer_is_the_dense_one():
     dense = linear(64, 128)
     layer = SparseLinear.over(dense)
     assert layer.kernel == "dense, no 2:4 kernels on cpu"
-    assert not layer.compressed
+    assert layer.form is None
     assert layer.weight is dense.weight
     x = torch.randn(3, 128).bfloat16()
     assert torch.equal(layer(x), dense(x))
@@ -270,14 +270,14 @@ def test_where_the_kernel_cannot_take_the_tokens_the_dense_weight_does(gpu, monk
 def test_a_layer_is_moved_cast_copied_saved_and_loaded_as_its_dense_weight(gpu):
     dense = linear(64, 128)
     layer = SparseLinear.over(dense)
-    form = layer._form
-    assert layer.to("cpu", torch.bfloat16)._form is form  # nothing to do
+    form = layer.form
+    assert layer.to("cpu", torch.bfloat16).form is form  # nothing to do
     state = layer.state_dict()
     assert state.keys() == dense.state_dict().keys()
     assert torch.equal(state["weight"], dense.weight)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.kernel == "2:4 cusparselt"
-        assert twin._form is not form
+        assert twin.form is not form
         assert torch.equal(twin.dense(), dense.weight)
     layer.float()
     assert layer.kernel == "dense, no 2:4 kernels for float32"
@@ -290,7 +290,7 @@ def test_a_layer_is_moved_cast_copied_saved_and_loaded_as_its_dense_weight(gpu):
 
     layer, other = SparseLinear.over(dense), two_of_four(64, 128, torch.bfloat16, seed=1)
     layer.load_state_dict({"weight": other, "bias": dense.bias})
-    assert layer.compressed
+    assert layer.form is not None
     assert torch.equal(layer.dense(), other)
     layer.load_state_dict({"weight": torch.ones_like(other), "bias": dense.bias})
     assert layer.kernel == "dense, not 2:4"
@@ -345,7 +345,7 @@ def test_an_opened_artifact_computes_the_same_by_kernels_in_fewer_bytes(artifact
     assert float((found.double() - want.double()).norm() / want.double().norm()) < 0.02
     assert store.count(model) == store.count(dense)
     weights = sum(layer.dense().nbytes for layer in sparse_layers(model).values())
-    held = storage_bytes(layer._form for layer in sparse_layers(model).values())
+    held = storage_bytes(layer.form for layer in sparse_layers(model).values())
     assert 16 * held == 9 * weights
     left = storage_bytes(dense.parameters()) - storage_bytes(model.parameters())
     assert left == weights
@@ -424,7 +424,7 @@ def test_on_a_gpu_the_weights_take_nine_sixteenths():
     del layer
     torch.cuda.synchronize()
     assert before - torch.cuda.memory_allocated() == pytest.approx(4096 * 4096 * 2 * 7 / 16, rel=0.01)
-    assert sparse.compressed
+    assert sparse.form is not None
 
 
 @pytest.mark.gpu
