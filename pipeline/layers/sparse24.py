@@ -10,6 +10,10 @@ a kernel gave on a small layer what a dense product gives, the layer holds its w
 kernel. Elsewhere (a CPU, an older GPU, float32, sizes that no kernel takes) it is dense, and says why. Files, masks and
 training know nothing of it.
 
+Layers that were quantized after they were pruned run by the kernels of their scheme, as dense ones do, and reports say
+so. What torch offers for int8 rounds the sums to int8; its private operators do not, but want a second copy of the
+weights beside the one from which few tokens are decoded (`fused.py`).
+
 The kernels have not been run on a GPU yet, and nothing is claimed of their speed. What is tested is all that leads to
 their call: torch's own code down to its operators, in whose place the tests put products on the CPU.
 """
@@ -33,6 +37,7 @@ from torch.sparse import (
 from pipeline.layers.constants import constant
 from pipeline.layers.fused import nearly
 from pipeline.layers.schemes import replace
+from pipeline.layers.sparsity import is_two_of_four
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,13 +59,6 @@ KERNELS = {
 DEVICE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16)
 """In float32 the kernels keep one weight of two, and round to TF32."""
-
-
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether at most two of each four consecutive inputs of `weight` [out, in] are not zero."""
-    if weight.ndim != 2 or weight.shape[1] % 4:
-        return False
-    return bool((weight.detach().reshape(len(weight), -1, 4) != 0).sum(-1, dtype=torch.uint8).le(2).all())
 
 
 def choose(weight: Tensor) -> tuple[str | None, str]:

@@ -145,15 +145,18 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
 
 
 def _run_densely(result: Mapping[str, Any]) -> list[str]:
-    """Layers pruned to a pattern that no kernel of the device makes use of."""
+    """Layers pruned to a pattern of which the kernel that runs them makes no use."""
     lines: list[str] = []
     stages = pick(result, "stages")
     for stage in stages if isinstance(stages, list) else []:
-        pattern, kernels = word(stage, "detail", "pattern"), pick(stage, "detail", "kernel")
-        for kernel, count in kernels.items() if pattern and isinstance(kernels, dict) else ():
+        kernels = pick(stage, "detail", "kernel")
+        for kernel, count in kernels.items() if isinstance(kernels, dict) else ():
+            pattern = word(stage, "detail", "pattern") or "2:4"
+            dense = f"{word(stage, 'name')}: {count} layers of {pattern} weights run as dense ones"
             if kernel.startswith("dense, "):
-                why = kernel.removeprefix("dense, ")
-                lines.append(f"{word(stage, 'name')}: {count} layers of {pattern} weights run as dense ones: {why}.")
+                lines.append(f"{dense}: {kernel.removeprefix('dense, ')}.")
+            elif kernel.endswith(", 2:4 as dense"):
+                lines.append(f"{dense}, by {kernel.removesuffix(', 2:4 as dense')}.")
     return lines
 
 

@@ -19,12 +19,14 @@ from pipeline.artifact import receipt, store
 from pipeline.compression.magnitude import Magnitude, prune_magnitude
 from pipeline.layers import sparse24
 from pipeline.layers.fused import nearly
+from pipeline.layers.offload import place_of
+from pipeline.layers.schemes import quantization_detail, quantize_layers
 from pipeline.layers.sparse24 import KERNELS, SparseLinear, compress, decompress, multiply, sparse_layers, use_kernels
-from pipeline.layers.sparsity import n_of_m_mask, set_mask
+from pipeline.layers.sparsity import is_two_of_four, n_of_m_mask, set_mask
 from pipeline.memory.measure import storage_bytes
 from tests.tiny import context, llama, opt, token_batches
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+HERE = torch.cuda.is_available()
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -121,15 +123,10 @@ def linear(outputs, inputs, dtype=torch.bfloat16, bias=True):
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31), st.floats(0, 1))
 def test_two_of_four_is_what_masks_make_and_one_more_is_not(outputs, fours, seed, fewer):
     weight = two_of_four(outputs, 4 * fours, fewer=fewer, seed=seed)
-    assert sparse24.is_two_of_four(weight)
+    assert is_two_of_four(weight)
     weight[outputs - 1, 4 * (fours - 1) :] = torch.tensor([1.0, 0.0, -1e-30, torch.nan])
-    assert not sparse24.is_two_of_four(weight)
-
-
-def test_only_matrices_of_whole_fours_are_two_of_four():
-    assert not sparse24.is_two_of_four(torch.zeros(2, 6))
-    assert not sparse24.is_two_of_four(torch.zeros(2, 4, 3, 3))
-    assert sparse24.is_two_of_four(two_of_four(8, 8).t().contiguous().t())
+    assert not is_two_of_four(weight)
+    assert not is_two_of_four(torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -181,9 +178,8 @@ def test_tokens_may_lie_anyhow_and_results_lie_in_rows(operators, kernel, mode):
 
 def test_a_kernel_is_tried_once_on_a_layer_with_every_pattern(gpu):
     weight, _, _ = sparse24.small_layer(torch.float16)
-    assert sparse24.is_two_of_four(weight)
-    patterns = {tuple(four) for four in (weight.view(-1, 4) != 0).tolist()}
-    assert len(patterns) == 11
+    assert is_two_of_four(weight)
+    assert len({tuple(four) for four in (weight.view(-1, 4) != 0).tolist()}) == 11
     for kernel in KERNELS:
         for dtype in DTYPES:
             assert sparse24.refusal(kernel, torch.device("cpu"), dtype) == ""
@@ -205,7 +201,7 @@ def test_a_kernel_that_is_not_there_says_so_and_the_next_is_taken(gpu, monkeypat
 
 @pytest.mark.parametrize("wrong", ["product", "bias", "weight"])
 def test_a_kernel_that_is_wrong_is_not_used(gpu, monkeypatch, wrong):
-    real = {"product": sparse24.multiply, "bias": sparse24.multiply, "weight": sparse24.decompress}[wrong]
+    real = sparse24.decompress if wrong == "weight" else sparse24.multiply
 
     def off(*arguments):
         if wrong == "bias":
@@ -368,11 +364,14 @@ def test_a_model_saved_from_compressed_layers_is_the_one_saved_from_dense(artifa
     assert files[0] == files[1]
 
 
-def test_without_a_gpu_an_opened_artifact_gives_the_very_outputs_of_dense_layers(artifact):
+def test_without_a_gpu_an_opened_artifact_gives_the_very_outputs_of_dense_layers(artifact, tmp_path):
     ids = token_batches(1)[0]
-    model = pipeline.load(artifact)
-    assert {layer.kernel for layer in sparse_layers(model).values()} == {"dense, no 2:4 kernels on cpu"}
-    assert torch.equal(store.output_of(model, ids), store.output_of(store.load(artifact), ids))
+    dense = pipeline.load(artifact, sparse_kernels=False)
+    assert not sparse_layers(dense)
+    for model in (pipeline.load(artifact), store.load(artifact, offload_to=tmp_path, sparse_kernels=True)):
+        assert {layer.kernel for layer in sparse_layers(model).values()} == {"dense, no 2:4 kernels on cpu"}
+        assert torch.equal(store.output_of(model, ids), store.output_of(dense, ids))
+    assert all(place_of(weight) == tmp_path for weight in model.parameters())
 
 
 @pytest.mark.parametrize(("pattern", "told"), [("2:4", "2:4 cusparselt"), ("4:8", "dense, not 2:4")])
@@ -385,8 +384,18 @@ def test_a_pruned_link_says_by_what_its_layers_will_run(gpu, pattern, told):
     assert "kernel" not in unstructured.detail(made, context(made))
 
 
+@pytest.mark.parametrize(("pattern", "told"), [("2:4", ", 2:4 as dense"), ("4:8", "")])
+def test_a_quantized_link_says_that_its_kernels_read_the_zeros_too(gpu, pattern, told):
+    model = opt()
+    architecture = context(model).architecture
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "head" not in name]
+    prune_magnitude(model, names, sparsity=0.5, pattern=pattern)
+    quantize_layers(model, names, "weight_only", bits=4, group_size=16)
+    assert quantization_detail(model, architecture, ())["kernel"] == {f"dequantize{told}": 12}
+
+
 @pytest.mark.gpu
-@needs_gpu
+@pytest.mark.skipif(not HERE, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 128), (768, 3072), (3072, 768), (11008, 4096)])
 def test_on_a_gpu_a_layer_gives_what_the_masked_dense_one_gives(outputs, inputs, dtype):
@@ -405,7 +414,7 @@ def test_on_a_gpu_a_layer_gives_what_the_masked_dense_one_gives(outputs, inputs,
 
 
 @pytest.mark.gpu
-@needs_gpu
+@pytest.mark.skipif(not HERE, reason="no CUDA device")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_gpu_a_kernel_is_right_or_says_that_it_is_not_there(kernel, dtype):
@@ -414,7 +423,7 @@ def test_on_a_gpu_a_kernel_is_right_or_says_that_it_is_not_there(kernel, dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
+@pytest.mark.skipif(not HERE, reason="no CUDA device")
 def test_on_a_gpu_the_weights_take_nine_sixteenths():
     layer = linear(4096, 4096).cuda()
     torch.cuda.synchronize()
@@ -428,7 +437,7 @@ def test_on_a_gpu_the_weights_take_nine_sixteenths():
 
 
 @pytest.mark.gpu
-@needs_gpu
+@pytest.mark.skipif(not HERE, reason="no CUDA device")
 def test_on_a_gpu_an_opened_artifact_runs_by_kernels_and_goes_home_dense(tmp_path):
     ids = token_batches(1)[0]
     store.save(pruned(llama()), tmp_path / "artifact", chain=[], probe={"input_ids": ids["input_ids"]})

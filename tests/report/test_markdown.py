@@ -109,8 +109,8 @@ def test_weights_in_a_pattern_that_run_as_dense_ones_are_confessed(language: dic
     assert shortcomings(language) == [
         "wanda: 4 layers of 2:4 weights run as dense ones: no 2:4 kernels for convolutions."
     ]
-    language["stages"][0]["detail"] = {"kernel": {"dense, as in another link": 1}}
-    assert shortcomings(language) == []
+    language["stages"][0].update(name="int8", detail={"kernel": {"int_mm, 2:4 as dense": 24}})
+    assert shortcomings(language) == ["int8: 24 layers of 2:4 weights run as dense ones, by int_mm."]
 
 
 def test_nothing_to_confess_no_section(run_dir: Path, language: dict[str, Any]) -> None:
