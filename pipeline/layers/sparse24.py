@@ -59,6 +59,7 @@ KERNELS = {
 DEVICE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16)
 """In float32 the kernels keep one weight of two, and round to TF32."""
+TRAINED = "in training"
 
 
 def choose(weight: Tensor) -> tuple[str | None, str]:
@@ -152,21 +153,23 @@ def multiply(x: Tensor, form: SparseSemiStructuredTensor, bias: Tensor | None) -
 
 
 class SparseLinear(nn.Linear):
-    """An nn.Linear with a 2:4 weight that is not trained: compressed where a kernel multiplies by it, else dense.
+    """An nn.Linear with a 2:4 weight: in eval mode compressed where a kernel multiplies by it, else dense.
 
     A compressed layer has no `weight`. `dense()` is the weight it stands for, as which it is saved, copied, cast and
-    moved; on another device it may have another kernel or none.
+    moved; on another device it may have another kernel or none. In train mode, and where the weight has a gradient to
+    take, the layer is dense: what `model.train()` makes of it can be trained.
     """
 
     form: SparseSemiStructuredTensor | None = None
     """The compressed weight; None where the layer is dense."""
+    _kernel: str | None = None
+    _why = TRAINED
 
     @classmethod
     def over(cls, linear: nn.Linear) -> Self:
         """In place of `linear`, with its tensors."""
         made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         made.weight, made.bias = linear.weight, linear.bias
-        made._compress()
         return made.train(linear.training)
 
     @property
@@ -196,9 +199,9 @@ class SparseLinear(nn.Linear):
         )
 
     def _compress(self) -> None:
-        """Hold the weight compressed where there is a kernel for it; a weight that is being trained stays."""
-        trained = self.weight.requires_grad
-        self._kernel, self._why = (None, "its weight is trained") if trained else choose(self.weight)
+        """Hold the weight compressed where that is wanted and there is a kernel for it."""
+        trained = self.training or self.weight.requires_grad
+        self._kernel, self._why = (None, TRAINED) if trained else choose(self.weight)
         if self._kernel is not None:
             self.form = compress(self.weight, self._kernel)
             self._parameters["weight"] = None
@@ -206,7 +209,16 @@ class SparseLinear(nn.Linear):
     def _decompress(self) -> None:
         if self.form is not None:
             self._parameters["weight"] = nn.Parameter(decompress(self.form), requires_grad=False)
-            self.form = None
+            self.form, self._kernel, self._why = None, None, TRAINED
+
+    def train(self, mode: bool = True) -> Self:
+        changed = mode != self.training
+        super().train(mode)
+        if changed and mode:
+            self._decompress()
+        elif changed:
+            self._compress()
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         form = self.form
@@ -242,7 +254,7 @@ class SparseLinear(nn.Linear):
 
 
 def use_kernels(model: nn.Module, layers: Iterable[str]) -> nn.Module:
-    """`model`, not to be trained, with a `SparseLinear` for each of the named `layers` that is 2:4, in place.
+    """`model` with a `SparseLinear` for each of the named `layers` that is 2:4, in place.
 
     Convolutions, and a layer whose weight is another's too, stay as they are.
     """

@@ -225,16 +225,6 @@ def test_what_has_no_kernel_is_told_why(gpu, monkeypatch):
     assert sparse24.said_of(weight) == "dense, no 2:4 kernels on cpu"
 
 
-def test_on_a_cpu_a_layer_is_the_dense_one():
-    dense = linear(64, 128)
-    layer = SparseLinear.over(dense)
-    assert layer.kernel == "dense, no 2:4 kernels on cpu"
-    assert layer.form is None
-    assert layer.weight is dense.weight
-    x = torch.randn(3, 128).bfloat16()
-    assert torch.equal(layer(x), dense(x))
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_layer_runs_compressed_and_gives_what_the_dense_one_gives(gpu, dtype, bias):
@@ -312,11 +302,15 @@ def test_of_a_model_the_named_two_of_four_layers_alone_are_taken(gpu):
     assert torch.equal(next(sparse24.compressed_weights(model)), model["a"].dense())
 
 
-def test_a_weight_that_trains_stays_a_parameter(gpu):
-    layer = SparseLinear.over(linear(64, 128).requires_grad_())
-    assert layer.kernel == "dense, its weight is trained"
+def test_in_train_mode_a_layer_is_dense_and_trains(gpu):
+    layer = SparseLinear.over(linear(64, 128))
+    assert layer.form is not None
+    layer.train().requires_grad_()
     layer(torch.randn(2, 128).bfloat16()).float().sum().backward()
     assert layer.weight.grad is not None
+    assert layer.eval().kernel == "dense, in training"  # the gradient is still to be taken
+    layer.requires_grad_(False).train().eval()
+    assert layer.kernel == "2:4 cusparselt"
 
 
 @pytest.fixture(scope="module")
