@@ -11,8 +11,8 @@ kernel. Elsewhere (a CPU, an older GPU, float32, sizes that no kernel takes) it 
 training know nothing of it.
 
 Layers that were quantized after they were pruned run by the kernels of their scheme, as dense ones do, and reports say
-so. What torch offers for int8 rounds the sums to int8; its private operators do not, but want a second copy of the
-weights beside the one from which few tokens are decoded (`fused.py`).
+so. What torch offers for int8 gives the sums as int8; its private operators can give them whole, but want a second copy
+of the weights beside the one from which few tokens are decoded (`fused.py`).
 
 The kernels have not been run on a GPU yet, and nothing is claimed of their speed. What is tested is all that leads to
 their call: torch's own code down to its operators, in whose place the tests put products on the CPU.
@@ -183,9 +183,9 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         form = self.form
-        if form is not None and self._takes(x, form):
-            return multiply(x, form, self.bias)
-        return F.linear(x, self.dense(), self.bias)
+        if form is None:
+            return F.linear(x, self.weight, self.bias)
+        return multiply(x, form, self.bias) if self._takes(x, form) else F.linear(x, decompress(form), self.bias)
 
     def _takes(self, x: Tensor, form: SparseSemiStructuredTensor) -> bool:
         """Whether the kernel can multiply x: no gradient is wanted, and nothing is cast on the way."""
