@@ -7,7 +7,7 @@ project (one product for queries, keys and values, autocast, fused AdamW, the wh
 precision has a process of its own, in which the sides take turns; a row that fails says why and the rest go on.
 
     python benchmarks/gpu.py                        # one call, under 10 minutes on an H100 or H200
-    python benchmarks/gpu.py --decode               # decoding instead, quantized and not (gpu_decode.py); 5 minutes
+    python benchmarks/gpu.py --decode               # decoding instead, compressed and not (gpu_decode.py); 5 minutes
     python benchmarks/gpu.py --device cpu --smoke   # all of it in tiny, to see that it works
 
 The table, as JSON with the machine and the versions, goes to benchmarks/results/. MFU: PaLM's count of operations
@@ -487,7 +487,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny models")
-    parser.add_argument("--decode", action="store_true", help="decoding at batch 1, fused kernels on and off")
+    parser.add_argument(
+        "--decode", action="store_true", help="decoding and prompts at batch 1, fused and 2:4 kernels on and off"
+    )
     parser.add_argument("--steps", type=int, default=None, help="timed steps of each row (default 15; smoke 3)")
     parser.add_argument("--limit", type=float, default=530, help="seconds after which no row is begun")
     parser.add_argument("--parts", nargs="+", help="of these only: llama:bf16-mixed gpt:fp8-mixed ...")

@@ -19,7 +19,7 @@ from pipeline import environment
 environment.prepare()  # as the program does, before torch is there
 
 import torch
-from decoding import quantized, seconds_a_token
+from decoding import compressed, seconds_a_token
 from torch import nn
 
 from pipeline.app import compose
@@ -41,7 +41,7 @@ def main() -> None:
     dense = base.model.build(DataSpec(vocabulary=256, sequence_length=128)).eval()
     models: dict[str, nn.Module] = {"float32": dense.to(device)}
     for choice in ("int8", "int8_weight_only"):
-        models[choice] = quantized(models["float32"], choice, device)
+        models[choice] = compressed(models["float32"], choice, device)
     prompt = torch.randint(0, 256, (1, 16), device=device)
     print(
         f"torch {torch.__version__}, {device}, {torch.backends.cpu.get_cpu_capability()}, int8 kernel "

@@ -37,13 +37,13 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
     offload_to = None if trains(line) else run.directory
     with run.progress.phase("checking in a fresh process"):
         proof = receipt.check(artifact, offload_to)
-    after = store.load(artifact, device=run.device, offload_to=offload_to)
+    after = store.load(artifact, device=run.device, offload_to=offload_to, sparse_kernels=True)
     with (
         run.progress.phase("evaluating the artifact"),
         measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
     ):
         quality = evaluate(run, after)
-    before = store.load(run.snapshot(first), device=run.device, offload_to=offload_to)
+    before = store.load(run.snapshot(first), device=run.device, offload_to=offload_to, sparse_kernels=True)
     with run.progress.phase("measuring speed"), run.config.precision.evaluation_context(run.device):
         speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
     fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)

@@ -303,7 +303,7 @@ def evaluate_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) 
     artifact = Path(str(config.artifact))
     manifest = store.read_manifest(artifact)
     with run.progress:
-        model = store.load(artifact, device=run.device)
+        model = store.load(artifact, device=run.device, sparse_kernels=True)
         with (
             run.progress.phase("evaluating"),
             measure_peak(run.device, [*model.parameters(), *model.buffers()]) as peak,
@@ -357,7 +357,7 @@ def generate_text(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> N
     settings, device = config.generate, config.device.kind()
     words = len(tokenizer(prompt, verbose=False)["input_ids"])
     result["memory"]["predicted"]["generate"] = foreseen(config, artifact, task, max(1, words))
-    model = store.load(artifact, device=device)
+    model = store.load(artifact, device=device, sparse_kernels=True)
     model.register_forward_pre_hook(lambda *_: pulse())
     with (
         measure_peak(device, [*model.parameters(), *model.buffers()]) as peak,

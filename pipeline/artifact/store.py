@@ -56,9 +56,12 @@ class Count:
 
 def count(model: nn.Module) -> Count:
     """Parameters of a float, masked or quantized model; tied ones once."""
+    from pipeline.layers.sparse24 import compressed_weights
+
     elements = nonzero = 0
     dense = (parameter.detach() for parameter in model.parameters())
-    for tensor in itertools.chain(dense, (layer.dequantized() for layer in quantized_layers(model).values())):
+    quantized = (layer.dequantized() for layer in quantized_layers(model).values())
+    for tensor in itertools.chain(dense, compressed_weights(model), quantized):
         elements, nonzero = elements + tensor.numel(), nonzero + int(torch.count_nonzero(tensor))
     return Count(elements, nonzero)
 
@@ -178,10 +181,17 @@ def tensor_bytes(directory: Path) -> int:
     return sum((directory / name).stat().st_size for name in manifests.weight_files(os.listdir(directory)))
 
 
-def load(directory: Path, device: str = "cpu", trainable: bool = False, offload_to: Path | None = None) -> nn.Module:
+def load(
+    directory: Path,
+    device: str = "cpu",
+    trainable: bool = False,
+    offload_to: Path | None = None,
+    sparse_kernels: bool = False,
+) -> nn.Module:
     """The model of an artifact, in eval mode, on `device`.
 
     `trainable`: in train mode, float parameters with gradients, masks as buffers, so that a chain can go on.
+    `sparse_kernels`: of a model that is not, 2:4 layers run by a GPU's kernels for them (layers/sparse24.py).
     `offload_to`: a directory with room for a copy of the weights, which lie there instead of in memory
     (layers/offload.py).
 
@@ -206,6 +216,10 @@ def load(directory: Path, device: str = "cpu", trainable: bool = False, offload_
     quantized = {id(p) for layer in quantized_layers(model).values() for p in layer.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and id(parameter) not in quantized)
+    if sparse_kernels and not trainable:
+        from pipeline.layers.sparse24 import use_kernels
+
+        use_kernels(model, masks)
     model.train(trainable)
     model.to(cast(Any, device))
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -204,8 +205,15 @@ class Pruner(Method):
             "sparsity_by_layer": by_layer,
             "sparsity_target": self.target(),
             "pattern": self.pattern,
+            **({} if self.pattern is None else {"kernel": self.kernels(model, selection.layers)}),
             "left_alone": selection.left_in_float,
         }
+
+    def kernels(self, model: nn.Module, layers: Sequence[str]) -> dict[str, int]:
+        """By what layers of an N:M pattern run on the device of `model` once the artifact is opened, counted."""
+        from pipeline.layers.sparse24 import said_of
+
+        return dict(Counter(said_of(model.get_submodule(name).get_parameter("weight")) for name in layers))
 
 
 def _shown(value: float | None) -> str:

@@ -18,6 +18,7 @@ from pipeline.layers.offload import offload_module, place_of
 from pipeline.layers.quantize import Quantized
 from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
 from pipeline.layers.select import select
+from pipeline.layers.sparsity import is_two_of_four
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
@@ -25,6 +26,9 @@ __all__ = [
     "KINDS", "conv", "embedding", "empty_layer", "float8", "join_siblings", "linear", "lora", "nf4", "put",
     "quantization_detail", "quantize_layers", "replace", "require_finite", "static",
 ]  # fmt: skip
+
+AS_DENSE = ", 2:4 as dense"
+"""Said of a kernel that reads the zeros of a 2:4 weight like any others."""
 
 
 def quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, **settings: Any) -> nn.Module:
@@ -109,14 +113,16 @@ def quantization_detail(
     """JSON facts of a quantized model: which layers, how many bits, by which kernels, what stayed in float and why."""
     found = quantized_layers(model)
     zeros = elements = 0
+    kernels: Counter[str] = Counter()
     for layer in found.values():
         weight = layer.dequantized()
+        kernels[layer.kernel + (AS_DENSE if layer.sparse and is_two_of_four(weight) else "")] += 1
         zeros, elements = zeros + int((weight == 0).sum()), elements + weight.numel()
     return {
         "layers": len(found),
         "layer_names": list(found),
         "bits": {name: layer.bits for name, layer in found.items()},
-        "kernel": dict(Counter(layer.kernel for layer in found.values())),
+        "kernel": dict(kernels),
         "left_in_float": select(model, architecture, ignore, types).left_in_float,
         "sparsity": zeros / max(1, elements),
     }

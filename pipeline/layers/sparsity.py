@@ -104,6 +104,13 @@ def apply_masks(model: nn.Module) -> None:
         local(weight).mul_(part_of(mask, weight) if isinstance(weight, DTensor) else mask)
 
 
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether at most two of each four consecutive inputs of `weight` [out, in] are not zero."""
+    if weight.ndim != 2 or weight.shape[1] % 4:
+        return False
+    return bool((weight.detach().reshape(len(weight), -1, 4) != 0).sum(-1, dtype=torch.uint8).le(2).all())
+
+
 def measured_sparsity(model: nn.Module, layers: Sequence[str]) -> float:
     """Share of exact zeros in the weights of the named layers, counted."""
     weights = [cast(Tensor, model.get_submodule(name).weight) for name in layers]

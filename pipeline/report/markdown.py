@@ -123,6 +123,7 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
         said.append(f"Not faster: {slower}.")
     elif speed is None:
         said.append("The speed before and after was not compared.")
+    said += _run_densely(result)
     direction, metric = word(result, "quality", "direction"), word(result, "quality", "metric")
     before, after = amount(result, "quality", "before"), amount(result, "quality", "after")
     if before is not None and after is not None and worsening(direction, before, after) > 0:
@@ -141,6 +142,22 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
     if pick(result, "artifact", "reload", "ok") is not True:
         said.append("There is no receipt: the artifact was not reloaded with equal outputs in a fresh process.")
     return said
+
+
+def _run_densely(result: Mapping[str, Any]) -> list[str]:
+    """Layers pruned to a pattern of which the kernel that runs them makes no use."""
+    lines: list[str] = []
+    stages = pick(result, "stages")
+    for stage in stages if isinstance(stages, list) else []:
+        kernels = pick(stage, "detail", "kernel")
+        for kernel, count in kernels.items() if isinstance(kernels, dict) else ():
+            pattern = word(stage, "detail", "pattern") or "2:4"
+            dense = f"{word(stage, 'name')}: {count} layers of {pattern} weights run as dense ones"
+            if kernel.startswith("dense, "):
+                lines.append(f"{dense}: {kernel.removeprefix('dense, ')}.")
+            elif kernel.endswith(", 2:4 as dense"):
+                lines.append(f"{dense}, by {kernel.removesuffix(', 2:4 as dense')}.")
+    return lines
 
 
 def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:

@@ -102,6 +102,17 @@ def test_what_did_not_improve_is_said_plainly(image: dict[str, Any]) -> None:
     ]
 
 
+def test_weights_in_a_pattern_that_run_as_dense_ones_are_confessed(language: dict[str, Any]) -> None:
+    language["quality"]["after"] = 8.9
+    detail = {"pattern": "2:4", "kernel": {"2:4 cusparselt": 20, "dense, no 2:4 kernels for convolutions": 4}}
+    language["stages"][0].update(name="wanda", detail=detail)
+    assert shortcomings(language) == [
+        "wanda: 4 layers of 2:4 weights run as dense ones: no 2:4 kernels for convolutions."
+    ]
+    language["stages"][0].update(name="int8", detail={"kernel": {"int_mm, 2:4 as dense": 24}})
+    assert shortcomings(language) == ["int8: 24 layers of 2:4 weights run as dense ones, by int_mm."]
+
+
 def test_nothing_to_confess_no_section(run_dir: Path, language: dict[str, Any]) -> None:
     language["quality"]["after"] = 8.9
     assert shortcomings(language) == []
