@@ -118,7 +118,7 @@ def loss_curve(metrics_csv: str | Path, out: str | Path, baseline: float | None 
     axes.set_ylabel("loss (nats)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_xlim(0, 1.03 * offset)  # from the first step, whichever is the first that was logged
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return save(figure, Path(out))
 
 
