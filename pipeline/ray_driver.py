@@ -56,6 +56,7 @@ class RankLost(LeanfitError):
 def main(arguments: list[str]) -> None:
     """Exits with 1 where the fit failed; why is in the stage's error file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    os.setpgid(0, 0)  # a terminal's Ctrl-C is for the program, which tells this process; Ray's own would end at once
     threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     run_dir, name = Path(arguments[0]).absolute(), arguments[1]
     config = compose([f"recipe={run_dir / 'recipe.lock.yaml'}"])
