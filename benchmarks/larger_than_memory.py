@@ -44,7 +44,7 @@ import pipeline.stage_input, pipeline.proof
 from pipeline.app import main
 if sys.argv.pop(1) == "in memory":
     pipeline.stage_input.trains = pipeline.proof.trains = lambda line: True
-main()
+sys.exit(main())
 """
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the checkpoint")
     parser.add_argument("--methods", nargs="+", default=["int4", "int4_gptq"])
     parser.add_argument("--ways", nargs="+", default=["in memory", "in files"], choices=["in memory", "in files"])
-    parser.add_argument("--limit", type=float, help="also under a hard limit of so many times the checkpoint's bytes")
+    parser.add_argument("--limit", type=float, help="under a hard limit of so many times the checkpoint's bytes")
     parser.add_argument("--directory", type=Path, help="where to write (default: a temporary directory)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.directory) as place:
@@ -149,17 +149,17 @@ def main() -> None:
         print(f"checkpoint: {size / 1e6:.0f} MB in {len(list(checkpoint.glob('*.safetensors')))} shards", flush=True)
         empty = measure([sys.executable, "-c", "import pipeline.runner, transformers.models.llama"], directory)
         print(f"imports alone: {empty.peak / 1e6:.0f} MB", flush=True)
+        limit = None if given.limit is None else int(given.limit * size)
+        said = "" if limit is None else f", at most {limit / 1e6:.0f} MB"
         for method in given.methods:
             for way in given.ways:
-                for limit in [None] if given.limit is None else [None, int(given.limit * size)]:
-                    command = [sys.executable, "-c", PROGRAM, way, f"compression={method}", *SETTINGS]
-                    found = measure([*command, "model=hf", f"model.pretrained={checkpoint}"], directory, limit)
-                    said = "" if limit is None else f", at most {limit / 1e6:.0f} MB"
-                    ended = "done" if found.code == 0 else f"exit code {found.code}: {found.last[:200]}"
-                    print(
-                        f"{method}, {way}{said}: peak {found.peak / 1e6:.0f} MB, {found.seconds:.0f} s, {ended}",
-                        flush=True,
-                    )
+                command = [sys.executable, "-c", PROGRAM, way, f"compression={method}", *SETTINGS]
+                found = measure([*command, "model=hf", f"model.pretrained={checkpoint}"], directory, limit)
+                ended = "done" if found.code == 0 else f"exit code {found.code}: {found.last[:200]}"
+                print(
+                    f"{method}, {way}{said}: peak {found.peak / 1e6:.0f} MB, {found.seconds:.0f} s, {ended}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
