@@ -32,6 +32,13 @@ CASES = {
         *GPT, "model=llama", "model.layers=2", "model.width=64", "model.heads=4", "model.key_value_heads=2",
         "compression=int4_awq",
     ],
+    "one layer, scales that its activation does not let through": [
+        *GPT, "model.layers=1", "model.width=256", "compression=int4_awq"
+    ],
+    "samples of trials in several batches": [*GPT, "data.sequence_length=32", "compression=int4_awq"],
+    "hidden states that are replaced one by one": [
+        *GPT, "model=llama", "model.layers=2", "model.width=128", "model.heads=4", "compression=int8_static"
+    ],
     "convolutions": ["model=efficientnet", "data=digits", *GPT[1:-1], "compression=int8_static"],
 }  # fmt: skip
 
