@@ -15,6 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from pipeline.artifact import sparse
 from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
 from pipeline.layers.blockwise import in_dtype_of
-from pipeline.layers.offload import OffloadError, beside, offload
+from pipeline.layers.offload import OffloadError, beside, maps_file, offload
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
 
@@ -271,8 +272,26 @@ def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
     config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
     config._attn_implementation = attention
-    with no_init_weights():
+    with no_init_weights(), _without_parameters():
         return cast("PreTrainedModel", cls(config))
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Parameters that modules register go to the meta device, one by one: no second model beside the stored one.
+    Buffers are made as they are, since those that are not stored count."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def model_class(name: object) -> Any:
@@ -311,14 +330,16 @@ def _fill(
 
     Tensors lie in files in `offload_to`, where it is given.
     """
-    from safetensors.torch import load_file
-
     from pipeline.layers.schemes import join_siblings
 
-    keep: Callable[[Tensor], Tensor] = _aligned if offload_to is None else partial(offload, directory=offload_to)
+    # In memory of its own, where torch aligns it: elsewhere a kernel may add in another order.
+    keep: Callable[[Tensor], Tensor] = torch.clone if offload_to is None else partial(offload, directory=offload_to)
     tensors: dict[str, Tensor] = {}
     for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        tensors.update((name, keep(tensor)) for name, tensor in load_file(directory / file).items())
+        maps_file()
+        with safe_open(directory / file, "pt") as stored:
+            names: list[str] = stored.keys()
+            tensors.update((name, keep(stored.get_tensor(name))) for name in names)
     masks: dict[str, Tensor] = {}
     for name, encoding in manifest["encodings"].items():
         tensors[name], masks[name.rpartition(".")[0]] = map(keep, _decoded(tensors, name, encoding))
@@ -353,11 +374,6 @@ def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) ->
     bits, shape = encoding["bits"], tuple(encoding["shape"])
     dense, mask = sparse.decode(tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values"), shape, bits)
     return (pack_int32(dense, bits) if encoding["packed"] else dense), mask
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """At a 64-byte boundary, where torch allocates: elsewhere a kernel may add in another order."""
-    return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
 def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
