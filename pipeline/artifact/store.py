@@ -95,17 +95,16 @@ def save(
     _renew_transient_buffers(model)
 
     def fill(place: Path) -> dict[str, Any]:
-        tensors, tied, encodings = _plain_tensors(model)
-        weights = _write_tensors(tensors, place)
-        save_file(_probe_tensors(model, probe), place / manifests.PROBE)
-        form = format_of(model, encodings)
+        parts = parts_of(model, probe)
+        weights = _write_tensors(parts.tensors, place)
+        save_file(parts.probe, place / manifests.PROBE)
+        form = format_of(model, parts.encodings)
         write_config(model, place, form)
         for name in (*weights, manifests.PROBE):
             # safetensors makes its files for the owner alone; an artifact's are as readable as any other file.
             shutil.copymode(place / "config.json", place / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        counted = count(model)
         made = {
             "schema": manifests.SCHEMA,
             "leanfit": pipeline.__version__,
@@ -119,12 +118,12 @@ def save(
             },
             "chain": chain,
             "calibration": None if calibration is None else dict(calibration),
-            "layers": _layer_records(model),
-            "encodings": encodings,
-            "tied": tied,
+            "layers": parts.layers,
+            "encodings": parts.encodings,
+            "tied": parts.tied,
             "kernels": dict(Counter(layer.kernel for layer in quantized_layers(model).values())),
-            "parameters": counted.elements,
-            "nonzero": counted.nonzero,
+            "parameters": parts.counted.elements,
+            "nonzero": parts.counted.nonzero,
             "quality": None,
             "speed": None,
             "size": None,
@@ -138,6 +137,25 @@ def save(
         return made
 
     return cast(dict[str, Any], _write_whole(directory, fill))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is written of a model: tensors by name, {alias of a tied one: the name that is stored}, {name: encoding} of
+    those stored as bitmasks, the probe's inputs and outputs, records of quantized and masked layers."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    encodings: dict[str, Any]
+    probe: dict[str, Tensor]
+    counted: Count
+    layers: dict[str, Any]
+
+
+def parts_of(model: nn.Module, probe: Mapping[str, Tensor]) -> Parts:
+    """All that `save` computes, and so all that it holds beside the model."""
+    tensors, tied, encodings = _plain_tensors(model)
+    return Parts(tensors, tied, encodings, _probe_tensors(model, probe), count(model), _layer_records(model))
 
 
 def publish(source: Path, directory: Path) -> None:
@@ -334,6 +352,7 @@ def _fill(
 
     # In memory of its own, where torch aligns it: elsewhere a kernel may add in another order.
     keep: Callable[[Tensor], Tensor] = torch.clone if offload_to is None else partial(offload, directory=offload_to)
+    made: Callable[[Tensor], Tensor] = Tensor.detach if offload_to is None else keep  # here, and so of its own already
     tensors: dict[str, Tensor] = {}
     for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
         maps_file()
@@ -342,7 +361,7 @@ def _fill(
             tensors.update((name, keep(stored.get_tensor(name))) for name in names)
     masks: dict[str, Tensor] = {}
     for name, encoding in manifest["encodings"].items():
-        tensors[name], masks[name.rpartition(".")[0]] = map(keep, _decoded(tensors, name, encoding))
+        tensors[name], masks[name.rpartition(".")[0]] = map(made, _decoded(tensors, name, encoding))
     _put_layers(model, manifest)
     tied = manifest["tied"]
     result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
@@ -356,7 +375,7 @@ def _fill(
     for name, record in manifest["layers"].items():
         if record["scheme"] == "float":
             weight = model.get_parameter(f"{name}.weight").detach()
-            float_masks[name] = masks[name] if name in masks else keep(weight != 0)
+            float_masks[name] = masks[name] if name in masks else made(weight != 0)
     return float_masks
 
 
@@ -497,7 +516,7 @@ def _renew_transient_buffers(model: PreTrainedModel) -> None:
         return
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
+    with no_init_weights(), _without_parameters():
         fresh = type(model)(model.config)
     for name, module, leaf in transient:
         setattr(module, leaf, getattr(fresh.get_submodule(name), leaf).to(getattr(module, leaf).device))

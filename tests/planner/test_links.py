@@ -111,7 +111,7 @@ def test_links_and_what_they_leave_are_predicted_within_two_percent(name, tmp_pa
     assert predicted.evaluate.bytes == pytest.approx(evaluating, rel=0.02)
     phases = predicted.phases()
     assert phases["compress"].bytes == max(peak.bytes for peak in predicted.compress.values())
-    assert {*phases} == {"compress", "evaluate", *(f"train: {link}" for link in fits)}
+    assert {*phases} == {"compress", "save", "evaluate", *(f"train: {link}" for link in fits)}
 
 
 def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):
