@@ -33,7 +33,7 @@ from pipeline.errors import LeanfitError
 from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
-from pipeline.memory.measure import MeasureTraining
+from pipeline.memory.measure import MeasureTraining, measure_peak, training_tensors
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
@@ -56,6 +56,8 @@ class Fitted:
     earlier_seconds: float = 0.0
     """What this fit took, up to its last checkpoint, before it was interrupted and resumed."""
     reserved_bytes: int | None = None
+    saving_bytes: int | None = None
+    """The peak while the last checkpoint was written; None where several ranks write it."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -78,8 +80,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class SaveLast(Checkpoint):
     """`last.ckpt` every `every` optimizer steps and after the last, at the one point where a step is wholly done."""
 
-    def __init__(self, path: Path, every: int, last: int) -> None:
-        self.path, self.every, self.last = path, every, last
+    def __init__(self, path: Path, every: int, last: int, beside: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self.path, self.every, self.last, self.beside = path, every, last, beside
+        self.peak_bytes: int | None = None
         self.saved = -1
         self.started = time.perf_counter()
         self.earlier_seconds = 0.0
@@ -90,9 +93,16 @@ class SaveLast(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.earlier_seconds = state_dict["seconds"]
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
-        if step > 0 and (step % self.every == 0 or step == self.last):
+        if step == self.last and trainer.world_size == 1:  # steps are measured no more by then
+            alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
+            with measure_peak(pl_module.device.type, alive) as peak:
+                self.save(trainer)
+            self.peak_bytes = peak.bytes
+        elif step > 0 and (step % self.every == 0 or step == self.last):
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
@@ -344,7 +354,7 @@ def fit(
         parts.append(compiling)
     parts += levers(config, model, callbacks)
     parts.append(meter)
-    saver = SaveLast(last, config.trainer.checkpoint_every, steps)
+    saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside)
     parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
     every = config.trainer.evaluate_every
     if every:
@@ -392,4 +402,5 @@ def fit(
         meter.peak_bytes,
         saver.earlier_seconds,
         meter.reserved_bytes,
+        saver.peak_bytes,
     )

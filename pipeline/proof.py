@@ -20,7 +20,7 @@ from pipeline.memory.measure import measure_peak
 from pipeline.schema import RunConfig
 from pipeline.stage_input import trains
 from pipeline.tasks.base import Quality
-from pipeline.walk import Run, changing_stages, evaluate
+from pipeline.walk import Run, changing_stages, enter_peak, evaluate
 
 
 def prove(run: Run, line: Sequence[Stage]) -> None:
@@ -37,7 +37,9 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
     offload_to = None if trains(line) else run.directory
     with run.progress.phase("checking in a fresh process"):
         proof = receipt.check(artifact, offload_to)
-    after = store.load(artifact, device=run.device, offload_to=offload_to, sparse_kernels=True)
+    with measure_peak(run.device) as opening:
+        after = store.load(artifact, device=run.device, offload_to=offload_to, sparse_kernels=True)
+    enter_peak(run.result, "load", opening)
     with (
         run.progress.phase("evaluating the artifact"),
         measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
@@ -47,8 +49,7 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
     with run.progress.phase("measuring speed"), run.config.precision.evaluation_context(run.device):
         speeds = run.task.speed({"before": before, "after": after}, run.data, run.device)
     fill(run, artifact, before, after, quality, asdict(speeds["before"]), asdict(speeds["after"]), proof)
-    run.result["memory"]["measured"]["evaluate"] = peak.bytes
-    run.result["memory"]["reserved"]["evaluate"] = peak.reserved
+    enter_peak(run.result, "evaluate", peak)
     run.result["memory"]["kind"] = "allocated"
     store.annotate(artifact, {key: run.result[key] for key in ("quality", "size", "speed")})
     run.result["artifact"]["files"] = store.files(artifact)

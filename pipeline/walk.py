@@ -28,7 +28,7 @@ from pipeline.errors import ConfigError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
-from pipeline.memory.measure import measure_peak
+from pipeline.memory.measure import Peak, measure_peak
 from pipeline.models.architecture import describe, positions
 from pipeline.nodes import Leader
 from pipeline.recording import forget, recorded, records, space_problems
@@ -117,7 +117,9 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
         else:
             run.doing = "train" if stage.kind == "train" else f"compress: {stage.name}"
             if model is None:
-                model = stage_input(run.config, run.directory, run.data, changing, stage)
+                with measure_peak(run.device) as opening:
+                    model = stage_input(run.config, run.directory, run.data, changing, stage)
+                enter_peak(run.result, "load", opening)
             model, record = train(run, stage, model) if stage.kind == "train" else compress(run, stage, model)
             record = save_snapshot(run, stage, model, record, last=stage is changing[-1])
             if not run.config.keep_stages:
@@ -293,8 +295,16 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
         places = {run.directory / ADAPTED: model, run.snapshot(stage): dense}
     with run.progress.phase("saving"):
         for place, saved in places.items():
-            write_snapshot(run, stage, saved, place, record)
+            with measure_peak(run.device, [*saved.parameters(), *saved.buffers()]) as writing:
+                write_snapshot(run, stage, saved, place, record)
+            enter_peak(run.result, "save", writing)
     return record
+
+
+def enter_peak(result: dict[str, Any], phase: str, peak: Peak) -> None:
+    """Enter a measured peak of a phase that a run has more than one of: the largest counts."""
+    for kind, size in (("measured", peak.bytes), ("reserved", peak.reserved)):
+        result["memory"][kind][phase] = most(result["memory"][kind][phase], size)
 
 
 def write_snapshot(run: Run, stage: Stage, model: nn.Module, place: Path, record: dict[str, Any]) -> None:
@@ -340,6 +350,8 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
     """Enter a finished stage into the result."""
     size = store.tensor_bytes(run.snapshot(stage))
     fitted = record["fitted"]
+    if fitted:
+        enter_peak(run.result, "save", Peak(fitted.get("saving_bytes")))
     if stage.index == 0:
         quality = record["quality"]
         run.result["quality"].update(
@@ -366,6 +378,4 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             "detail": record["detail"],
         }
     )
-    for kind, key in (("measured", "peak_bytes"), ("reserved", "reserved_bytes")):
-        peaks = run.result["memory"][kind]
-        peaks["compress"] = most(peaks["compress"], record.get(key))
+    enter_peak(run.result, "compress", Peak(record.get("peak_bytes"), record.get("reserved_bytes")))

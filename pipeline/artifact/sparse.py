@@ -48,12 +48,17 @@ def unpack_values(packed: Tensor, elements: int, bits: int) -> Tensor:
 
 def encode(dense: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(bitmask, values) of `dense` where `mask` is True; `bits` is the width of a value, below 8 they are packed."""
-    return pack_bits(mask), pack_values(dense[mask].flatten(), bits)
+    return pack_bits(mask), pack_values(taken(dense, mask), bits)
+
+
+def taken(dense: Tensor, mask: Tensor) -> Tensor:
+    """The values of `dense` where `mask` is True, in order."""
+    return dense[mask].flatten()
 
 
 def encoded_bytes(mask: Tensor, bits: int) -> int:
     """Bytes that `encode` would take."""
-    return math.ceil(mask.numel() / 8) + math.ceil(int(mask.sum()) * bits / 8)
+    return math.ceil(mask.numel() / 8) + math.ceil(int(torch.count_nonzero(mask)) * bits / 8)
 
 
 def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +71,7 @@ def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], bits: int) -
     if bitmask.dtype != torch.uint8 or bitmask.numel() != math.ceil(elements / 8):
         raise ValueError(f"the bitmask does not have one bit for each of {elements} elements")
     mask = unpack_bits(bitmask, elements)
-    kept = int(mask.sum())
+    kept = int(torch.count_nonzero(mask))
     if values.numel() != (math.ceil(kept * bits / 8) if bits < 8 else kept):
         raise ValueError(f"the bitmask keeps {kept} values, {values.numel()} are stored")
     values = unpack_values(values, kept, bits)

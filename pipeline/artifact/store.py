@@ -15,6 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from pipeline.artifact import sparse
 from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
 from pipeline.layers.blockwise import in_dtype_of
-from pipeline.layers.offload import OffloadError, beside, offload
+from pipeline.layers.offload import OffloadError, beside, maps_file, offload
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
 
@@ -97,17 +98,16 @@ def save(
     _renew_transient_buffers(model)
 
     def fill(place: Path) -> dict[str, Any]:
-        tensors, tied, encodings = _plain_tensors(model)
-        weights = _write_tensors(tensors, place)
-        save_file(_probe_tensors(model, probe), place / manifests.PROBE)
-        form = format_of(model, encodings)
+        parts = parts_of(model, probe)
+        weights = _write_tensors(parts.tensors, place)
+        save_file(parts.probe, place / manifests.PROBE)
+        form = format_of(model, parts.encodings)
         write_config(model, place, form)
         for name in (*weights, manifests.PROBE):
             # safetensors makes its files for the owner alone; an artifact's are as readable as any other file.
             shutil.copymode(place / "config.json", place / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        counted = count(model)
         made = {
             "schema": manifests.SCHEMA,
             "leanfit": pipeline.__version__,
@@ -121,12 +121,12 @@ def save(
             },
             "chain": chain,
             "calibration": None if calibration is None else dict(calibration),
-            "layers": _layer_records(model),
-            "encodings": encodings,
-            "tied": tied,
+            "layers": parts.layers,
+            "encodings": parts.encodings,
+            "tied": parts.tied,
             "kernels": dict(Counter(layer.kernel for layer in quantized_layers(model).values())),
-            "parameters": counted.elements,
-            "nonzero": counted.nonzero,
+            "parameters": parts.counted.elements,
+            "nonzero": parts.counted.nonzero,
             "quality": None,
             "speed": None,
             "size": None,
@@ -140,6 +140,25 @@ def save(
         return made
 
     return cast(dict[str, Any], _write_whole(directory, fill))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is written of a model: tensors by name, {alias of a tied one: the name that is stored}, {name: encoding} of
+    those stored as bitmasks, the probe's inputs and outputs, records of quantized and masked layers."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    encodings: dict[str, Any]
+    probe: dict[str, Tensor]
+    counted: Count
+    layers: dict[str, Any]
+
+
+def parts_of(model: nn.Module, probe: Mapping[str, Tensor]) -> Parts:
+    """All that `save` computes, and so all that it holds beside the model."""
+    tensors, tied, encodings = _plain_tensors(model)
+    return Parts(tensors, tied, encodings, _probe_tensors(model, probe), count(model), _layer_records(model))
 
 
 def publish(source: Path, directory: Path) -> None:
@@ -285,8 +304,26 @@ def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
     config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
     config._attn_implementation = attention
-    with no_init_weights():
+    with no_init_weights(), _without_parameters():
         return cast("PreTrainedModel", cls(config))
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Parameters that modules register go to the meta device, one by one: no second model beside the stored one.
+    Buffers are made as they are, since those that are not stored count."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def model_class(name: object) -> Any:
@@ -325,17 +362,20 @@ def _fill(
 
     Tensors lie in files in `offload_to`, where it is given.
     """
-    from safetensors.torch import load_file
-
     from pipeline.layers.schemes import join_siblings
 
-    keep: Callable[[Tensor], Tensor] = _aligned if offload_to is None else partial(offload, directory=offload_to)
+    # In memory of its own, where torch aligns it: elsewhere a kernel may add in another order.
+    keep: Callable[[Tensor], Tensor] = torch.clone if offload_to is None else partial(offload, directory=offload_to)
+    made: Callable[[Tensor], Tensor] = Tensor.detach if offload_to is None else keep  # here, and so of its own already
     tensors: dict[str, Tensor] = {}
     for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        tensors.update((name, keep(tensor)) for name, tensor in load_file(directory / file).items())
+        maps_file()
+        with safe_open(directory / file, "pt") as stored:
+            names: list[str] = stored.keys()
+            tensors.update((name, keep(stored.get_tensor(name))) for name in names)
     masks: dict[str, Tensor] = {}
     for name, encoding in manifest["encodings"].items():
-        tensors[name], masks[name.rpartition(".")[0]] = map(keep, _decoded(tensors, name, encoding))
+        tensors[name], masks[name.rpartition(".")[0]] = map(made, _decoded(tensors, name, encoding))
     _put_layers(model, manifest)
     tied = manifest["tied"]
     result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
@@ -349,7 +389,7 @@ def _fill(
     for name, record in manifest["layers"].items():
         if record["scheme"] == "float":
             weight = model.get_parameter(f"{name}.weight").detach()
-            float_masks[name] = masks[name] if name in masks else keep(weight != 0)
+            float_masks[name] = masks[name] if name in masks else made(weight != 0)
     return float_masks
 
 
@@ -367,11 +407,6 @@ def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) ->
     bits, shape = encoding["bits"], tuple(encoding["shape"])
     dense, mask = sparse.decode(tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values"), shape, bits)
     return (pack_int32(dense, bits) if encoding["packed"] else dense), mask
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """At a 64-byte boundary, where torch allocates: elsewhere a kernel may add in another order."""
-    return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
 def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
@@ -495,7 +530,7 @@ def _renew_transient_buffers(model: PreTrainedModel) -> None:
         return
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
+    with no_init_weights(), _without_parameters():
         fresh = type(model)(model.config)
     for name, module, leaf in transient:
         setattr(module, leaf, getattr(fresh.get_submodule(name), leaf).to(getattr(module, leaf).device))

@@ -97,12 +97,18 @@ class Int4Awq(GroupQuantizer):
         return super().preflight(model, context) or norm_problems(context, "scale", "int4")
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
+        from pipeline.layers.awq import SEARCH_TOKENS
+        from pipeline.layers.equalize import activation, is_homogeneous
         from pipeline.layers.holding import calibrated, largest
 
         known = calibrated(model, context.architecture, context.calibration and context.calibration())
-        return (
-            None if known is None else largest([known.running(known.hessians(), extra=1), known.solving(2, layers=10)])
+        if known is None:
+            return None
+        between = activation(model)
+        trying = known.trying(
+            self.layers(model, context), between is None or is_homogeneous(between), SEARCH_TOKENS, self.group_size
         )
+        return largest([known.running(known.hessians(), known.widened + known.wide), *trying])
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None

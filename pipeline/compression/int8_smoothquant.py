@@ -73,10 +73,13 @@ class Int8SmoothQuant(Quantizer):
         return super().preflight(model, context) or norm_problems(context, "smooth", "int8")
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
-        from pipeline.layers.holding import calibrated
+        from pipeline.layers.holding import calibrated, largest
 
         known = calibrated(model, context.architecture, context.calibration and context.calibration())
-        return None if known is None else known.integers()
+        if known is None:
+            return None
+        magnitudes = known.wide + known.widened if known.gated else 0  # elsewhere of hidden states alone
+        return largest([known.running(copied=magnitudes, kept=False), *known.integers(self.layers(model, context), 1)])
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None

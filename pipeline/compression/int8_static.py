@@ -67,10 +67,19 @@ class Int8Static(Quantizer):
     percentile: Annotated[float, Gt(0), Le(100)]
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
-        from pipeline.layers.holding import calibrated
+        from pipeline.layers.holding import calibrated, largest
+        from pipeline.layers.static import BINS
 
         known = calibrated(model, context.architecture, context.calibration and context.calibration())
-        return None if known is None else known.integers()
+        if known is None:
+            return None
+        layers = self.layers(model, context)
+        magnitudes = known.wide + known.widened
+        counts = 0
+        if self.observer != "minmax":  # over the width of a bin, and then as integers of 64 bits
+            magnitudes = known.wide + max(known.wide, 8)
+            counts = 8 * BINS * len(known.inside(layers))
+        return largest([known.running(counts, magnitudes, kept=False), *known.integers(layers, 2)])
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None

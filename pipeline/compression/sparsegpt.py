@@ -148,6 +148,7 @@ def prune_sparsegpt(
                 weight.copy_(found.weight.view(weight.shape))
             set_mask(layer, found.mask.view(weight.shape))
             dampings[name] = found.damping
+            del found  # the next block runs without it
     require_pruned(model, layers, f"sparsegpt: sparsity={sparsity}")
     if facts is not None:
         facts.update(damping_facts(dampings, damping), by_magnitude=by_magnitude)
@@ -170,14 +171,18 @@ class SparseGpt(Pruner):
     block_size: Annotated[int, Ge(1)]
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
-        from pipeline.layers.holding import calibrated, largest, masks
+        from pipeline.layers.holding import calibrated, largest
 
         known = calibrated(model, context.architecture, context.calibration and context.calibration())
         if known is None:
             return None
-        grown = masks(model, self.layers(model, context))
-        moments = [known.running(known.hessians()), known.solving(6, layers=1)]
-        return {**largest(moments), "masks": grown}
+        before, all_but_one = known.masks(self.layers(model, context))
+        return largest(
+            [
+                {**known.running(known.hessians(), known.widened), "masks": before},
+                {**known.solving(6, layers=1), "masks": all_but_one},
+            ]
+        )
 
     def prune(
         self, model: nn.Module, layers: Sequence[str], sparsity: float, pattern: str | None, context: Context

@@ -67,6 +67,7 @@ def prune_wanda(
                 scores.masked_fill_(~old.flatten(1), -1)
             mask = rowwise_mask(scores, sparsity) if pattern is None else n_of_m_mask(scores, *parse_pattern(pattern))
             set_mask(layer, mask.view(weight.shape))
+            del scores  # the next block runs without them
     require_pruned(model, layers, f"wanda: sparsity={sparsity}")
     return model
 
@@ -80,14 +81,21 @@ class Wanda(Pruner):
     updates: ClassVar[int] = 8
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
-        from pipeline.layers.holding import calibrated, largest, masks
+        from pipeline.layers.holding import calibrated, largest
 
         known = calibrated(model, context.architecture, context.calibration and context.calibration())
         if known is None:
             return None
-        grown = masks(model, self.layers(model, context))
-        moments = [known.running()]
-        return {**largest(moments), "masks": grown}
+        layers = self.layers(model, context)
+        # Scores, then ranks by sorting them and their order; with N:M half of the scores and where they are.
+        octets = known.wide + (24 if self.pattern is None else known.wide // 2 + 5)
+        before, all_but_one = known.masks(layers)
+        return largest(
+            [
+                {**known.running(copied=known.widened + known.wide), "masks": before},
+                {**known.ranking(octets), "masks": all_but_one},
+            ]
+        )
 
     def prune(
         self, model: nn.Module, layers: Sequence[str], sparsity: float, pattern: str | None, context: Context

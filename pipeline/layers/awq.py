@@ -62,6 +62,7 @@ def search(
             chosen.append((pair, scales))
     nearest_error = _error_with(sample, nearest, outputs)
     best = Found(nearest, [], pairs.refused, (nearest_error, nearest_error))
+    del nearest  # so that never more is held than the best integers and those that are tried
     parameters = list(_parameters(root, [*layers, *(name for pair, _ in chosen for name in _names(pair))]))
     best_values = [parameter.data for parameter in parameters]
     unclipped = _unclipped(architecture)
@@ -83,6 +84,7 @@ def search(
                 done = [pair for pair, _ in scaled]
                 best = Found(integers, done, pairs.refused, (error, nearest_error), clipped)
                 best_values = [parameter.data for parameter in parameters]
+            del integers
     for parameter, data in zip(parameters, best_values, strict=True):
         parameter.data = data
     return best
@@ -158,7 +160,7 @@ def _error_function(
     inspected = _common_parent(pair)
     calls = _calls(segment, inspected)
     module = segment.root.get_submodule(inspected)
-    expected = [hidden_of(output).cpu() for output in run_calls(module, calls, segment.device)]
+    expected = [hidden_of(output).cpu() for output in run_calls(module, calls, segment.device, kept=True)]
 
     def of_module(tried: dict[str, Tensor]) -> float:
         with restored(segment.root, tried):
@@ -235,7 +237,7 @@ def _error_with(segment: Segment, integers: dict[str, Quantized], outputs: Seque
 
 def _squared_distance(found: Iterator[Any], expected: Sequence[Tensor]) -> float:
     total = 0.0
-    for output, wanted in zip(found, expected, strict=True):
+    for output, wanted in zip(found, alike(expected), strict=True):
         got = wide(hidden_of(output))
         total += float((got - wanted.to(got)).square().sum())
     return total
@@ -247,7 +249,7 @@ def _sample(segment: Segment) -> tuple[Segment, list[Tensor]]:
     Samples count as tokens where a segment gives one row each.
     """
     outputs: list[Tensor] = []
-    for output in segment.run():
+    for output in segment.run(kept=True):
         outputs.append(hidden_of(output).cpu())
         if sum(seen.numel() // seen.shape[-1] for seen in outputs) >= SEARCH_TOKENS:
             break
@@ -263,7 +265,7 @@ def _calls(segment: Segment, name: str) -> list[Call]:
 
     handle = segment.root.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)
     try:
-        for _ in segment.run():
+        for _ in segment.run(kept=True):
             pass
     finally:
         handle.remove()

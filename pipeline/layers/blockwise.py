@@ -86,9 +86,12 @@ class Segment:
     calls: list[Call] = field(repr=False)
     device: str
 
-    def run(self) -> Iterator[Any]:
-        """What the module, as it is now, gives for each recorded call; on the device, in eval mode, no gradients."""
-        yield from run_calls(self.module.to(self.device), self.calls, self.device)
+    def run(self, kept: bool = False) -> Iterator[Any]:
+        """What the module, as it is now, gives for each recorded call; on the device, in eval mode, no gradients.
+
+        `kept`: what is made of a call stays when the next one is run.
+        """
+        yield from run_calls(self.module.to(self.device), self.calls, self.device, kept)
 
     def run_first_row(self) -> Any:
         """What the module gives for the first sample alone: a cheap trial."""
@@ -105,9 +108,9 @@ class Segment:
                 pass
 
 
-def run_calls(module: nn.Module, calls: Sequence[Call], device: str) -> Iterator[Any]:
-    """What `module` gives for each call, on `device`, without gradients."""
-    for call in alike(calls):
+def run_calls(module: nn.Module, calls: Sequence[Call], device: str, kept: bool = False) -> Iterator[Any]:
+    """What `module` gives for each call, on `device`, without gradients; `kept`: as with `Segment.run`."""
+    for call in calls if kept else alike(calls):
         pulse()
         moved = call.on(device)
         with torch.no_grad():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.layers.blockwise import Segment, hidden_of
+from pipeline.layers.constants import constant
 from pipeline.layers.quantize import wide
 from pipeline.models.base import Architecture, Block
 
@@ -102,7 +103,31 @@ def _candidates(segment: Segment, block: Block, refused: dict[str, str]) -> Iter
         heads = attention.heads, attention.key_value_heads
         yield Pair(block.name, attention.value, (attention.output,), *heads)
     if feed_forward:
-        yield Pair(block.name, feed_forward.up, (feed_forward.down,))
+        pair = Pair(block.name, feed_forward.up, (feed_forward.down,))
+        between = None if feed_forward.gate else activation(segment.root)
+        if between is None or is_homogeneous(between):
+            yield pair
+        else:
+            refused[str(pair)] = f"moving scales changes the outputs: {between} lies between"
+
+
+def activation(root: nn.Module) -> str | None:
+    """What lies between a feed-forward's two layers, by transformers' name; None where the config does not say."""
+    config = getattr(root, "config", None)
+    said = (getattr(config, name, None) for name in ("activation_function", "hidden_act"))
+    return next((name for name in said if isinstance(name, str)), None)
+
+
+@constant
+def is_homogeneous(name: str) -> bool:
+    """Whether f(s x) = s f(x) for s > 0, of an activation that transformers knows by this name.
+
+    Tried here and not on the model alone, so that a plan, which has no values, knows it too.
+    """
+    from transformers.activations import ACT2FN
+
+    function, x = ACT2FN[name], torch.linspace(-3, 3, 13)
+    return bool(torch.allclose(function(4 * x), 4 * function(x)))
 
 
 def _linear(module: nn.Module) -> bool:

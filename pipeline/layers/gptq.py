@@ -131,6 +131,7 @@ def round_with_gptq(
             )  # fmt: skip
             put(model, name, found.quantized, "weight_only", **asdict(grid))
             dampings[name] = found.damping
+            del found  # the next block runs without it
     join_siblings(model)
     if facts is not None:
         facts.update(damping_facts(dampings, damping), rounded_to_nearest=nearest)

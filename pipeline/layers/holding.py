@@ -51,7 +51,10 @@ class Calibrated:
     def __init__(self, model: nn.Module, architecture: Architecture, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.blocks = model, architecture.blocks
         first = next(model.parameters())
-        self.itemsize = first.itemsize
+        self.itemsize, self.dtype = first.itemsize, first.dtype
+        self.wide = max(4, self.itemsize)
+        """Of what is worked on: float32 at least."""
+        self.widened = self.wide if self.itemsize < self.wide else 0
         ids = [batch["input_ids"] for batch in batches]
         self.tokens = max(rows.numel() for rows in ids)
         self.several = len(ids) > 1
@@ -71,24 +74,106 @@ class Calibrated:
         return self.model.get_submodule(name).get_parameter("weight")
 
     @property
+    def gated(self) -> bool:
+        return bool(self._block.feed_forward and self._block.feed_forward.gate)
+
+    @property
     def _inner(self) -> int:
         """Feed-forward rows that are there at once while a block runs."""
-        gate = self._block.feed_forward.gate if self._block.feed_forward else None
-        return 3 if gate else 2
+        return 3 if self.gated else 2
 
-    def running(self, gathered: int = 0, counted: int = 1, extra: int = 0) -> Terms:
-        """A block runs on a batch, and `counted` more copies of its largest input are made; `gathered`: statistics."""
-        stream, wide = 2 + self.several + extra, max(4, self.itemsize)
-        widened = wide * counted + (wide if self.itemsize < wide else 0)
-        most = max(self._inner * self.itemsize, self.itemsize + widened) * self.feed_forward
+    def running(self, gathered: int = 0, copied: int = 0, kept: bool = True, extra: int = 0) -> Terms:
+        """A block runs on a batch, and its layers' inputs are looked at.
+
+        `gathered`: bytes of statistics. `copied`: octets beside an element of an input, for a moment. `kept`: the input
+        of the layer before stays meanwhile, as `hessian.collect` keeps it. `extra`: more rows of hidden states.
+        """
+        stream = 1 + self.several + (kept or self.gated) + extra
+        most = max(self._inner * self.itemsize, self.itemsize + copied) * self.feed_forward
         rows = self.tokens * (stream * self.hidden * self.itemsize + most)
         return {**self.base, "activations": rows, "statistics": gathered}
 
-    def integers(self) -> Terms:
-        """A block runs in int8: on exact integers, or on their values in float."""
-        floats = kernels.choose(torch.device("cpu"), torch.float32, self.tokens) == "float"
-        rows = self.tokens * ((2 + self.several) * self.hidden + (3 if floats else self._inner) * self.feed_forward) * 4
-        return {**self.base, "activations": rows}
+    def integers(self, layers: Sequence[str], held: int) -> list[Terms]:
+        """The first block runs in int8 for the next one: on exact integers, or on their values in float. Not the last.
+
+        `layers`: those that are rounded. `held`: copies of a layer's inputs that stay while it multiplies in float.
+        """
+        if len(self.blocks) == 1:
+            return []
+        weight = self._weight(self._block.feed_forward.down)  # type: ignore[union-attr]
+        rounded = sum(inside.numel() for inside in self.inside(layers).values())
+        base = {**self.base, "weights": self.base["weights"] - rounded * (self.itemsize - 1)}
+        given = self.itemsize + self.widened
+        gate = self.itemsize if self.gated else 0
+        stream = 2 * self.hidden * self.itemsize
+        if kernels.choose(torch.device("cpu"), self.dtype, self.tokens) in kernels.FBGEMM:
+            quotient = self.wide * self.hidden  # of what a layer is given
+            wide = [gate + 8, given + 4]  # the result and its sums; the feed-forward's inner rows over their step
+            return [{**base, "activations": self.tokens * (stream + quotient + max(wide) * self.feed_forward)}]
+        quotients = self.tokens * (stream + (given + 2 * self.wide) * self.feed_forward)
+        product = self.tokens * (stream + (given + held * self.wide) * self.feed_forward)
+        return [
+            {**base, "activations": quotients},
+            {**base, "activations": product, "working set": 2 * weight.numel() * self.wide},
+        ]
+
+    def trying(self, layers: Sequence[str], homogeneous: bool, sample: int, group_size: int | None) -> list[Terms]:
+        """AWQ has its statistics; and with scales moved ranges of the largest layer are narrowed, and a block runs with
+        integers that are tried, beside the best ones so far.
+
+        `layers`: those to be rounded. `homogeneous`: whether scales pass from the feed-forward's first layer to its
+        last; where there is a gate they do. `sample`: tokens of a trial, whose expected outputs are held.
+        """
+        attention, feed_forward = self._block.attention, self._block.feed_forward
+        assert feed_forward is not None
+        weights = self.inside(layers)
+        scaled = {name for name in weights if name != feed_forward.down or homogeneous or self.gated}
+        if attention and attention.value == attention.query:
+            scaled.discard(attention.output)
+        rounded = sum(weight.numel() for weight in weights.values())
+        moved = sum(weights[name].nbytes for name in scaled)
+        squares = sum(weights[name].shape[1] ** 2 for name in scaled) * self.wide
+        whole = self.hessians() + (0 if self.several else self.feed_forward**2 * self.wide)
+        expected = min(-(-sample // self.tokens) * self.tokens, self.base["calibration"] // 8) * self.hidden
+        before = {**self.base, "statistics": whole + squares}
+        down = self._weight(feed_forward.down)
+        share = 1.0 if group_size is None else group_size / down.shape[1]
+        copies = 2 + (self.widened > 0) + 7 * share  # the error and its product, and of a group seven more
+        inner = self.tokens * (2 * self.hidden + self._inner * self.feed_forward) * self.itemsize
+        means = self.feed_forward**2 * (2 * self.wide + 3)  # of the largest matrix, and whether they are finite
+        return [
+            {
+                **self.base,
+                "activations": expected * self.itemsize,
+                "statistics": whole + means,
+                "working set": rounded,
+            },
+            {
+                **before,
+                "activations": expected * self.itemsize,
+                "working set": rounded + moved + int(copies * down.numel() * self.wide),
+            },
+            {
+                **before,
+                "activations": inner + expected * self.itemsize,
+                "working set": 2 * rounded + moved + rounded * self.itemsize,
+            },
+        ]
+
+    def masks(self, layers: Sequence[str]) -> tuple[int, int]:
+        """Bytes of new masks on `layers`, while the last block runs and while its largest layer is worked on."""
+        whole = masks(self.model, layers)
+        last = masks(self.model, [name for name in layers if name.startswith(f"{self.blocks[-1].name}.")])
+        return whole - last, whole - self._weight(self._block.feed_forward.down).numel()  # type: ignore[union-attr]
+
+    def ranking(self, octets: int) -> Terms:
+        """The weights of the largest layer are ranked: `octets` for each."""
+        weight = self._weight(self._block.feed_forward.down)  # type: ignore[union-attr]
+        return {**self.base, "working set": weight.numel() * octets}
+
+    def inside(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Weights of those of `layers` that are in the first block."""
+        return {name: self._weight(name) for name in layers if name.startswith(f"{self._block.name}.")}
 
     def hessians(self) -> int:
         """Bytes of one block's, in float32 at least; layers that read the same tensor share one."""
@@ -96,16 +181,15 @@ class Calibrated:
         columns = [self.hidden, *([self.feed_forward] if self.several else [])]  # the last is made after a block ran
         if attention is not None:
             columns += [self.hidden, self._weight(attention.output).shape[1]]
-        return sum(column**2 for column in columns) * max(4, self.itemsize)
+        return sum(column**2 for column in columns) * self.wide
 
     def solving(self, copies: int, layers: int = 0) -> Terms:
         """The layer with the most inputs is solved: so many matrices of its inputs' size, so many copies of its own."""
-        wide = max(4, self.itemsize)
         weight = self._weight(self._block.feed_forward.down)  # type: ignore[union-attr]
         return {
             **self.base,
-            "statistics": copies * self.feed_forward**2 * wide,
-            "working set": layers * weight.numel() * wide,
+            "statistics": copies * self.feed_forward**2 * self.wide,
+            "working set": layers * weight.numel() * self.wide,
         }
 
 

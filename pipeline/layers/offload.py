@@ -58,8 +58,7 @@ def _written(tensor: Tensor, directory: Path, dtype: torch.dtype) -> Tensor:
                     rest = memoryview(octets)
                     while rest:
                         rest = rest[file.write(rest) :]
-            with torch.autograd.profiler.record_function(MAPS):
-                pass
+            maps_file()
             mapped = torch.from_file(name, shared=True, size=flat.numel(), dtype=dtype)
         finally:
             os.unlink(name)
@@ -69,6 +68,12 @@ def _written(tensor: Tensor, directory: Path, dtype: torch.dtype) -> Tensor:
     if mapped.nbytes >= RELEASED_AFTER:
         release()
     return mapped.view(tensor.shape)
+
+
+def maps_file() -> None:
+    """Say that a file is mapped next, which is no memory of its own."""
+    with torch.autograd.profiler.record_function(MAPS):
+        pass
 
 
 def place_of(tensor: Tensor) -> Path | None:

@@ -3,7 +3,8 @@ turns are alike, so that what only plans them can leave most of them out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,9 +24,12 @@ def pulse() -> None:
         listener()
 
 
-def alike(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """`turns` of a loop that each hold the same memory, but for the first; within `planned` a few of them."""
-    return turns[:PLANNED] if _planned else turns
+def alike(turns: Iterable[Turn]) -> Iterable[Turn]:
+    """`turns` of a loop that each hold the same memory, but for the first; within `planned` a few of them.
+
+    A list may be changed meanwhile, and what is taken out of it goes.
+    """
+    return itertools.islice(turns, PLANNED) if _planned else turns
 
 
 @contextmanager

@@ -272,7 +272,7 @@ class MeasureTraining(lightning.Callback):
             return
         if trainer.global_step == min(self.skipped_steps):
             meter = Meter(pl_module.device.type)
-            alive = [*_training_tensors(trainer, pl_module, batch), *self.beside()]
+            alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
             meter.start(alive, bucket_bytes(trainer.strategy.model))
             self._meter = meter
 
@@ -307,7 +307,7 @@ def bucket_bytes(wrapped: Any) -> int:
     return sum(int(size) for size in sizes.split(","))
 
 
-def _training_tensors(trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any) -> list[Tensor]:
+def training_tensors(trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any) -> list[Tensor]:
     """What training holds between steps: weights, gradients, buffers, optimizer states, and the batch at hand."""
     # ZeRO steps flat shards, and keeps another of each weight with stage 3, in which the weight itself is empty.
     stepped = [

@@ -103,7 +103,7 @@ class HuggingFace(Model):
         from safetensors import safe_open
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        from pipeline.layers.offload import offload, offload_module
+        from pipeline.layers.offload import maps_file, offload, offload_module
 
         files = self._weight_files()
         if not files:
@@ -113,6 +113,7 @@ class HuggingFace(Model):
         def read() -> tuple[Any, dict[str, Any]]:
             weights = {}
             for file in files:
+                maps_file()
                 with safe_open(file, "pt") as shard:
                     names: list[str] = shard.keys()
                     for name in names:

@@ -140,6 +140,11 @@ def kernels_of(config: RunConfig) -> tuple[Inner | None, int]:
     return inside if config.device.kind() == "cpu" else None, workspace(config)
 
 
+def _real(*_: Any) -> bool:
+    """Not a mock's own answer: a mock keeps what it was asked about."""
+    return False
+
+
 @contextmanager
 def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
     """A FakeTensorMode in which transformers builds the attention masks that it builds on real tensors.
@@ -154,7 +159,7 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         ExitStack() as stack,
         warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        mock.patch.object(masking_utils, "is_tracing", return_value=False),
+        mock.patch.object(masking_utils, "is_tracing", _real),
     ):
         # Copies of tensors ask whether there is memory behind them.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

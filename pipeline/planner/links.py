@@ -41,6 +41,7 @@ from pipeline.planner.generation import generates, traced_generation
 from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.training import traced_fit
+from pipeline.planner.transfers import reading, traced_saving
 from pipeline.planner.workspaces import BIASED, WITH_BIAS, WORKSPACES, workspace
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -61,6 +62,10 @@ class Links:
 
     train: dict[str, Peak] = field(default_factory=dict)
     compress: dict[str, Peak] = field(default_factory=dict)
+    load: Peak | None = None
+    """What is left, as it is read back; None where it lies in files."""
+    save: Peak | None = None
+    """Of all that stages leave the one that takes most to be written."""
     evaluate: Peak | None = None
     generate: Peak | None = None
     stored: int | None = None
@@ -73,6 +78,8 @@ class Links:
         found = {f"train: {link}": peak for link, peak in self.train.items()}
         if self.compress and not any(phase.startswith("compress") for phase in self.open):
             found["compress"] = max(self.compress.values(), key=lambda peak: peak.bytes)
+        if self.save is not None and "save" not in self.open:
+            found["save"] = self.save
         if self.evaluate is not None:
             found["evaluate"] = self.evaluate
         if self.generate is not None:
@@ -98,9 +105,12 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         chain = _Chain(config, data, tokenizer)
         try:
             model = chain.entering(line[0])
+            chain.saved(found, model, task)
             for stage in line[1:]:
                 model = chain.linked(found, stage, model, untraced)
+                chain.saved(found, model, task)
                 del left[0]
+            found.load = reading(config, model) if chain.trains or config.device.kind() == "cuda" else None
             loaded = as_loaded(model)
             found.stored = file_bytes(model_tensors(loaded, {}))
             if "generate" in left:
@@ -113,6 +123,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         except Exception as error:  # whatever torch, or a method, makes of values that are not there
             why = f"cannot be traced: {first_line(error)}"
             found.open |= {phase: why if phase == left[0] else f"{left[0]} comes before it" for phase in left}
+            found.open["save"] = f"{left[0]} comes before it"
     if any(phase.startswith("compress") for phase in found.open):
         computed = declare_links(config, data, tokenizer).compress
         for link in computed.keys() - found.compress.keys():
@@ -212,6 +223,15 @@ class _Chain:
         peaks = [live.timeline.peak() for live in (preparing, finalizing)]
         found.compress[stage.name] = max(peaks, key=lambda peak: peak.bytes)
         return model.eval()
+
+    def saved(self, found: Links, model: nn.Module, task: Task) -> None:
+        """Enter what it takes to write what a stage leaves, if that is the most so far."""
+        try:
+            peak = traced_saving(self.config, model, task, self.data)
+        except Exception as error:  # the stages after it can be planned all the same
+            found.open["save"] = f"cannot be traced: {first_line(error)}"
+        else:
+            found.save = max(peak, found.save or peak, key=lambda peak: peak.bytes)
 
     def trained(self, stage: Stage, model: nn.Module, context: Context) -> Peak:
         """The fit of a link."""
@@ -320,7 +340,7 @@ def _unreal(config: RunConfig) -> Iterator[None]:
         mock.patch.object(FakeTensor, "__deepcopy__", copied),
         mock.patch.object(kernels, "fbgemm_pack", _packed),
         mock.patch.object(kernels, "_fbgemm", _product),
-        mock.patch.object(kernels, "peak", return_value=1.0),
+        mock.patch.object(kernels, "peak", _peak),
         mock.patch.object(offload, "_written", written),
         mock.patch.object(offload, "place_of", place),
     ):
@@ -341,3 +361,8 @@ def _product(rows: Tensor, zero_point: int, packed: _Packed, step: float = 1.0) 
     """FBGEMM's product holds its sums as integers beside its result."""
     sums = torch.empty(*rows.shape[:-1], packed.outputs, dtype=torch.int32)
     return torch.empty(sums.shape, dtype=torch.float32)
+
+
+def _peak(x: Tensor) -> float:
+    """Not a mock's own answer: a mock keeps what it was asked about."""
+    return 1.0

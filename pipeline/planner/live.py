@@ -50,6 +50,14 @@ class Timeline:
         """Events from the first mark of that name on."""
         return range(next(at for at, name in self.marks if name == mark), len(self.events))
 
+    def held_at(self, mark: str) -> dict[str, int]:
+        """Bytes by kind at the last mark of that name."""
+        end = next(at for at, name in reversed(self.marks) if name == mark)
+        kinds: dict[str, int] = {}
+        for block, sign, _ in self.events[:end]:
+            kinds[block.kind] = kinds.get(block.kind, 0) + sign * block.bytes
+        return {kind: held for kind, held in kinds.items() if held}
+
     def peak(self, span: range | None = None) -> Peak:
         """The largest sum of live bytes within `span` (all events if None), and what it is made of."""
         span = range(len(self.events)) if span is None else span
@@ -96,13 +104,15 @@ class Course:
 @dataclass(frozen=True)
 class Peak:
     """`bytes` live at once, of which kinds, and the operator that was running; `course`: how it came, where traced.
-    `reserved`: what CUDA's pool takes from the device for it (`pool`), where that is known."""
+    `reserved`: what CUDA's pool takes from the device for it (`pool`), where that is known. `kept`: bytes by kind that
+    a fit keeps when a step is done, where it is traced."""
 
     bytes: int
     kinds: Mapping[str, int]
     operator: str
     course: Course | None = None
     reserved: int | None = None
+    kept: Mapping[str, int] | None = None
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

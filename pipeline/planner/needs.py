@@ -28,6 +28,8 @@ from pipeline.planner.plan import (
     plan_evaluation,
     plan_generation,
     plan_links,
+    plan_opening,
+    plan_saving,
     untraceable,
     validation,
 )
@@ -108,6 +110,8 @@ class Needs:
                 if "artifact" in found.disk:
                     self._stored[chained(config)] = found.disk["artifact"]
             else:
+                plan_opening(config, data, found)
+                plan_saving(config, self.task, data, found, "trace")
                 plan_evaluation(config, self.task, data, found, "trace")
                 if generates(config, self.task):
                     plan_generation(config, self.task, data, found, "trace")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +27,13 @@ from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe, positions
 from pipeline.planner import calibration, formula
 from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.generation import generates, longest, trace_generation
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
+from pipeline.planner.transfers import held, trace_opening, traced_saving
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -142,6 +144,7 @@ def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Leve
     found = Plan(capacity=capacity(config), beside=CONTEXT if config.device.kind() == "cuda" else "")
     why = "level=formula was asked for" if level == "formula" else untraceable(config)
     first = line[0]
+    attempt(found, "load", lambda: plan_opening(config, data, found))
     if first.fit is not None:
         plan_training(config, first, task, data, found, why)
         if config.trainer.evaluate_every:
@@ -151,9 +154,12 @@ def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Leve
             found, "compress", lambda: plan_links(config, data, tokenizer or config.model.tokenizer(), found, level)
         )
     else:
+        attempt(found, "save", lambda: plan_saving(config, task, data, found, level))
         attempt(found, "evaluate", lambda: plan_evaluation(config, task, data, found, level))
         if generates(config, task):
             attempt(found, "generate", lambda: plan_generation(config, task, data, found, level))
+    if not config.parallelism.distributed and "save" not in found.open:
+        plan_checkpoints(config, found, stage_input.shapes(config, data))
     if config.artifact is None:
         attempt(found, "what goes to disk", lambda: plan_disk(config, first, data, found))
     return found
@@ -176,6 +182,48 @@ def plan_disk(config: RunConfig, stage: Stage, data: DataBundle, found: Plan) ->
     if config.chain:
         del disk["artifact"]
     found.disk |= disk
+
+
+def plan_opening(config: RunConfig, data: DataBundle, found: Plan) -> None:
+    """Stage 0's input as it is built or read, and where no link changes it, its artifact as it is read back."""
+    shapes = stage_input.shapes(config, data)
+    peaks = [trace_opening(config, data)]
+    if not config.chain and (stage_input.trains(stages_of(config)) or config.device.kind() == "cuda"):
+        peaks.append(held(config.precision.convert(shapes)))
+    enter(config, found, "load", "computed", peaks, convolutional(shapes))
+
+
+def enter(
+    config: RunConfig, found: Plan, name: str, source: str, peaks: Sequence[Peak | None], convolutions: bool
+) -> None:
+    """The largest of `peaks` as a phase, beside what the plan has under that name."""
+    there = [peak for peak in (*peaks, found.phases.get(name)) if peak is not None]
+    if there:
+        most = max(there, key=lambda peak: peak.bytes)
+        found.phases[name] = most if isinstance(most, Phase) else known(config, name, most, source, convolutions)
+
+
+def plan_saving(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
+    """Stage 0's output as an artifact."""
+    if level == "formula" or config.device.kind() not in TRACED:
+        found.open["save"] = "what is written is known by tracing alone"
+        return
+    model = stage_input.shapes(config, data)
+    convolutions = convolutional(model)
+    with tracing(config):
+        peak = traced_saving(config, faked(model, config.precision.weight_dtype), task, data)
+    enter(config, found, "save", "traced", [peak], convolutions)
+
+
+def plan_checkpoints(config: RunConfig, found: Plan, model: nn.Module) -> None:
+    """`last.ckpt` of every fit that is traced, beside artifacts: what it keeps is written as it lies there."""
+    kept = [phase.kept for name, phase in found.phases.items() if name.partition(":")[0] == "train" and phase.kept]
+    if len(kept) < sum(stage.fit is not None for stage in stages_of(config)):
+        found.phases.pop("save", None)
+        found.open["save"] = "what a fit keeps for its checkpoint is known by tracing alone"
+        return
+    writing = [Peak(sum(kinds.values()), kinds, "") for kinds in kept]
+    enter(config, found, "save", "traced", writing, convolutional(model))
 
 
 def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle, found: Plan, why: str | None) -> None:
@@ -231,12 +279,14 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
         return
     if level == "formula":
         links = declare_links(config, data, tokenizer)
+        found.open["save"] = "what the chain leaves is written by tracing alone"
         found.open["evaluate"] = "what the chain leaves is evaluated by tracing alone"
         if generates(config, lookup.get(config.data.task)):
             found.open["generate"] = "what the chain leaves generates by tracing alone"
     else:
         links = trace_links(config, data, tokenizer, untraceable(config))
     convolutions = convolutional(stage_input.shapes(config, data))
+    enter(config, found, "load", "computed", [links.load], convolutions)
     for phase, peak in links.phases().items():
         source = "computed" if level == "formula" or (phase == "compress" and links.computed) else "traced"
         found.phases[phase] = known(config, phase, peak, source, convolutions)
@@ -266,8 +316,9 @@ def beside_fit(config: RunConfig, bare: Phase, train: Peak) -> Phase:
     """A validation with what the fit of `train` keeps between two steps."""
     early = config.memory.release_gradients or config.memory.step_in_backward
     kept = ("optimizer state",) if early else ("optimizer state", "gradients")
-    held = {kind: train.kinds[kind] for kind in kept if kind in train.kinds}
-    return replace(bare, bytes=bare.bytes + sum(held.values()), kinds={**bare.kinds, **held})
+    there = train.kinds if train.kept is None else train.kept
+    beside = {kind: there[kind] for kind in kept if kind in there}
+    return replace(bare, bytes=bare.bytes + sum(beside.values()), kinds={**bare.kinds, **beside})
 
 
 def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: bool) -> Phase:
@@ -279,7 +330,7 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     if config.device.kind() == "cuda":
         margin = max(margin, COMPRESSED_ON_GPU if config.chain and phase != "train" else ON_GPU)
     reserved = peak.reserved if phase == "train" else None  # in a link's fit also by what came before
-    found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, reserved, source, margin)
+    found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, reserved, peak.kept, source, margin)
     if not config.plan.calibrate:
         return found
     corrected = calibration.correction(calibration.ratios(calibration.place(), calibration.kind(config, phase)))
@@ -288,7 +339,7 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     factor, spread = corrected
     more = round((factor - 1) * peak.bytes)
     kinds = {**peak.kinds, UNSEEN: more}
-    return Phase(peak.bytes + more, kinds, peak.operator, peak.course, reserved, "calibrated", spread, factor)
+    return replace(found, bytes=peak.bytes + more, kinds=kinds, source="calibrated", margin=spread, factor=factor)
 
 
 def remember(config: RunConfig, found: Plan, measured: Mapping[str, int | None]) -> None:

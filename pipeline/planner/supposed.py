@@ -9,6 +9,7 @@ as the usual course would have it, and never by method:
     an error code             0: matrices can be decomposed
     a float                   1e-5 or a little less, and each less than the one before: what is tried is an improvement
     an integer of a tensor    its place in it: indices differ and ascend; of a tensor of one element 1
+    a count by bins           of as many bins as are asked for at least
     are two tensors equal?    if both are of one shape, unless one is a copy of a third
 
 What depends on values more than so (the shape of a result) raises, and is not planned by tracing.
@@ -61,6 +62,9 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
             return self._value(args[0])
         if func is aten.equal.default:
             return self._equal(args[0], args[1])
+        if func is aten.bincount.default:  # whose number of bins is a value
+            least = (kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0)
+            func, args, kwargs = aten.zeros.default, ([least],), {"dtype": torch.int64}
         given = {_key(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
         self._given = given
         out = super().__torch_dispatch__(func, types, args, kwargs)

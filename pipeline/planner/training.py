@@ -29,6 +29,7 @@ from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
 STEPS = 3
+STEP_DONE = "step is done"
 
 
 class TracedModule(TaskModule):
@@ -71,6 +72,16 @@ class Phases(lightning.Callback):
             for state in optimizer.state.values():
                 self.live.hold((v for v in state.values() if isinstance(v, Tensor)), "optimizer state")
         self.live.phase = "other"
+
+
+class StepIsDone(lightning.Callback):
+    """Marks when a step is done and all other callbacks were called: then checkpoints are written."""
+
+    def __init__(self, live: Live) -> None:
+        self.live = live
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.live.mark(STEP_DONE)
 
 
 def trace_training(
@@ -121,7 +132,7 @@ def traced_fit(
     config = with_fewer_parts(config)
     _, accumulation = micro_batch_size(config)
     blocks = [block.name for block in architecture.blocks]
-    parts = [Phases(live), *callbacks, *levers(config, model, callbacks)]
+    parts = [Phases(live), *callbacks, *levers(config, model, callbacks), StepIsDone(live)]
     with quiet_lightning(), ExitStack() as stack:
         stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
         plugin = config.precision.plugin("cpu")
@@ -138,7 +149,8 @@ def traced_fit(
             trainer.fit(module, Batches(batch, steps * accumulation), weights_only=False)
         peak = live.timeline.peak(live.timeline.since(f"step {since}"))
         # The pool keeps what steps before took.
-        return replace(peak, reserved=reserved(live.timeline.events) if config.device.kind() == "cuda" else None)
+        taken = reserved(live.timeline.events) if config.device.kind() == "cuda" else None
+        return replace(peak, reserved=taken, kept=live.timeline.held_at(STEP_DONE))
 
 
 class Batches:

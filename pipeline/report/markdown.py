@@ -236,7 +236,7 @@ def _short_json(value: Any) -> str:
 
 def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for phase in ("train", "compress", "evaluate", "generate"):
+    for phase in ("load", "train", "compress", "save", "evaluate", "generate"):
         predicted, measured = amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase)
         if predicted is not None or measured is not None:
             rows.append(_memory_row(phase, predicted, measured))

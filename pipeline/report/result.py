@@ -71,8 +71,13 @@ class Train(Section):
 
 
 class Peaks(Section):
+    """`load`: what a run begins with is built or opened, and its artifact is read back. `save`: checkpoints after a
+    fit's last step, and artifacts, are written."""
+
+    load: Count
     train: Count
     compress: Count
+    save: Count
     evaluate: Count
     generate: Count
     """Of `job=generate`, and of plans of a language model."""
@@ -81,8 +86,10 @@ class Peaks(Section):
 class Errors(Section):
     """Predicted / measured - 1."""
 
+    load: FiniteFloat | None
     train: FiniteFloat | None
     compress: FiniteFloat | None
+    save: FiniteFloat | None
     evaluate: FiniteFloat | None
     generate: FiniteFloat | None
 

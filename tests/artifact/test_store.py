@@ -23,6 +23,7 @@ from pipeline.layers.offload import place_of
 from pipeline.layers.schemes import quantize_layers
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import masked_layers
+from pipeline.memory.measure import measure_peak, storage_bytes
 from pipeline.models.architecture import describe
 
 IDS = {"input_ids": torch.arange(80).view(2, 40) % 64}
@@ -364,6 +365,26 @@ def test_the_blueprint_of_a_quantized_artifact_has_its_layers_and_no_memory(tmp_
         name: type(module) for name, module in model.named_modules()
     }
     assert {tensor.device.type for tensor in made.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("build", "tied"), [(opt, True), (lambda: opt(False), False)])
+def test_the_blueprint_ties_what_the_artifact_ties(tmp_path, build, tied):
+    model = build()
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    shapes, loaded = store.blueprint(tmp_path / "a"), store.load(tmp_path / "a")
+    for opened in (shapes, loaded):
+        assert (opened.lm_head.weight is opened.model.decoder.embed_tokens.weight) is tied
+    assert describe(shapes).tied == describe(model).tied
+    assert sum(p.numel() for p in shapes.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_model_is_opened_in_no_more_memory_than_its_own(tmp_path, scheme):
+    model = opt(width=128)
+    store.save(model if scheme is None else quantized(model, scheme), tmp_path / "a", chain=[], probe=IDS)
+    with measure_peak("cpu") as peak:
+        loaded = store.load(tmp_path / "a")
+    assert peak.bytes == storage_bytes([*loaded.parameters(), *loaded.buffers()])
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "w4"], ids=str)

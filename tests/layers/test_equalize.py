@@ -7,10 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from pipeline.layers.blockwise import segments
-from pipeline.layers.equalize import ChannelRange, Pair, channel_ranges, find_pairs, fold, smoothing_scales
+from pipeline.layers.equalize import (
+    ChannelRange,
+    Pair,
+    channel_ranges,
+    find_pairs,
+    fold,
+    is_homogeneous,
+    smoothing_scales,
+)
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
 
@@ -98,13 +107,19 @@ def test_pairs_are_found_by_what_is_computed():
         ("self_attn_layer_norm", QKV), ("final_layer_norm", ("fc1",)), ("v_proj", ("out_proj",))
     }  # fmt: skip
     assert set(refused) == {f"model.decoder.layers.{n}.fc1 -> fc2" for n in (0, 1)}  # GELU
-    assert "moving scales changes" in refused["model.decoder.layers.0.fc1 -> fc2"]
+    assert "gelu lies between" in refused["model.decoder.layers.0.fc1 -> fc2"]
     assert ("fc1", ("fc2",)) in suffixes(pairs_of(opt(activation="relu"))[0])
     exact, refused = pairs_of(llama())
     assert refused == {}
     assert suffixes(exact) == {
         (NORMS[0], QKV), (NORMS[1], ("gate_proj", "up_proj")), ("v_proj", ("o_proj",)), ("up_proj", ("down_proj",))
     }  # fmt: skip
+
+
+def test_which_activations_let_scales_through_is_found_in_fake_mode_too():
+    with FakeTensorMode():
+        found = {name: is_homogeneous(name) for name in ("relu", "leaky_relu", "relu2", "gelu", "silu", "tanh")}
+    assert [name for name, passes in found.items() if passes] == ["relu", "leaky_relu"]
 
 
 def test_a_norm_whose_output_is_a_residual_too_is_refused():

@@ -32,6 +32,13 @@ CASES = {
         *GPT, "model=llama", "model.layers=2", "model.width=64", "model.heads=4", "model.key_value_heads=2",
         "compression=int4_awq",
     ],
+    "one layer, scales that its activation does not let through": [
+        *GPT, "model.layers=1", "model.width=256", "compression=int4_awq"
+    ],
+    "samples of trials in several batches": [*GPT, "data.sequence_length=32", "compression=int4_awq"],
+    "hidden states that are replaced one by one": [
+        *GPT, "model=llama", "model.layers=2", "model.width=128", "model.heads=4", "compression=int8_static"
+    ],
     "convolutions": ["model=efficientnet", "data=digits", *GPT[1:-1], "compression=int8_static"],
 }  # fmt: skip
 
@@ -104,7 +111,7 @@ def test_links_and_what_they_leave_are_predicted_within_two_percent(name, tmp_pa
     assert predicted.evaluate.bytes == pytest.approx(evaluating, rel=0.02)
     phases = predicted.phases()
     assert phases["compress"].bytes == max(peak.bytes for peak in predicted.compress.values())
-    assert {*phases} == {"compress", "evaluate", *(f"train: {link}" for link in fits)}
+    assert {*phases} == {"compress", "save", "evaluate", *(f"train: {link}" for link in fits)}
 
 
 def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):

@@ -1,0 +1,171 @@
+"""What a run holds while it opens its model, and while it writes checkpoints and artifacts.
+
+Opening is replayed tensor by tensor: fresh weights are made in float32, tied ones each for itself before they are one,
+and brought to the weights' dtype one after the other; an artifact's come in the dtypes that they have, no other tensor
+beside them. What lies in files is no memory: no phase says how much it is. An artifact is written by the code that
+writes it, on fake tensors; and a checkpoint writes what training keeps, as it lies there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from pipeline import checkpoints, stage_input
+from pipeline.artifact import sparse, store
+from pipeline.compression.base import Method
+from pipeline.data.base import DataBundle
+from pipeline.layers.sparsity import masked_layers
+from pipeline.planner.fakes import fake_batch, kernels_of, tracing
+from pipeline.planner.live import Live, Peak
+from pipeline.planner.supposed import Supposing
+from pipeline.schema import RunConfig
+from pipeline.tasks.base import Batch, Task
+from pipeline.walk import changing_stages, stages_of
+
+
+def trace_opening(config: RunConfig, data: DataBundle) -> Peak | None:
+    """The peak while stage 0's input is built, or read from a checkpoint or an artifact; None: its weights lie in
+    files. On a GPU nothing is opened but on its host."""
+    if in_files(config) or config.device.kind() == "cuda":
+        return None
+    model = stage_input.shapes(config, data)
+    stored = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
+    with tracing(config):
+        live = Live()
+        live.phase = "weights"
+        with live:
+            if stored:
+                made = copies((*model.parameters(), *model.buffers()))
+            else:
+                made = built(model, each=not config.model.lies_in_files())
+                if config.artifact is not None:
+                    made.append(torch.empty(checkpoint_bytes(config), dtype=torch.uint8))
+                    live.hold(made[-1:], "checkpoint")
+                    del made[-1]
+                converted(model, made, config.precision.weight_dtype)
+        del made
+        return live.timeline.peak()
+
+
+def in_files(config: RunConfig) -> bool:
+    """Whether stage 0's input lies in files: where nothing trains, what was on disk before."""
+    if stage_input.trains(changing_stages(stages_of(config))):
+        return False
+    if config.artifact is None:
+        return config.model.lies_in_files()
+    return not checkpoints.exists(Path(config.artifact))
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of the checkpoint that the run begins with: all of its file is read."""
+    path = Path(str(config.artifact))
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def built(model: nn.Module, each: bool) -> list[Tensor]:
+    """A model's tensors, in the order in which they are converted. `each`: tied ones are made each for itself before
+    they are one, as modules make them."""
+    shapes = list(own_tensors(model))
+    made = copies(shapes if each else {id(tensor): tensor for tensor in shapes}.values())
+    if not each:
+        return made
+    first = {id(tensor): place for place, tensor in reversed(list(enumerate(shapes)))}
+    return [made[place] for place in sorted(first.values())]
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """As `nn.Module.to` goes through them: of the modules inside, then of the module itself."""
+    for child in module.children():
+        yield from own_tensors(child)
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+
+
+def converted(model: nn.Module, made: list[Tensor], dtype: torch.dtype) -> None:
+    """`made`, in the order of the modules' own tensors, to `dtype` in place, one after the other."""
+    for place, tensor in enumerate(made):
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            made[place] = tensor.to(dtype)
+        del tensor
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in tensors]
+
+
+def held(model: nn.Module) -> Peak:
+    """A model's own tensors: nothing else is there while an artifact is opened."""
+    kinds = {"weights": nbytes(model.parameters()), "buffers": nbytes(model.buffers())}
+    return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
+
+
+def reading(config: RunConfig, model: nn.Module) -> Peak:
+    """An artifact is opened, of which `model`, of fake tensors, has been stored: masked weights come as a mask and
+    values, and masks stay until all are read. On a GPU they are put together on its host."""
+    share = kept_share(config.chain)
+    weights = [layer.get_parameter("weight") for _, layer in masked_layers(model)]
+    small = [w for w in weights if encoded_bytes(w.numel(), 8 * w.itemsize, share) < w.nbytes]
+    whole = held(model)
+    masks = sum(weight.numel() for weight in weights)
+    kinds = {**whole.kinds, "buffers": whole.kinds.get("buffers", 0) - masks}
+    if config.device.kind() != "cuda":
+        values = (int(share * weight.numel()) * (weight.itemsize + 8) for weight in small)  # and where they are
+        kinds |= {"masks": masks, "working set": max(values, default=0)}
+    return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
+
+
+def encoded_bytes(elements: int, bits: int, share: float) -> int:
+    """As `sparse.encoded_bytes`, of a mask that keeps `share`."""
+    return math.ceil(elements / 8) + math.ceil(int(share * elements) * bits / 8)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
+    """The peak while `model`, of fake tensors, is written as an artifact. To be called within `tracing`.
+
+    On a GPU it is what the model holds there: it is written from the host.
+    """
+    if config.device.kind() == "cuda":
+        return held(model)
+    with unset_fake_temporarily():
+        batch: Batch = task.probe(data)
+    live = Supposing(*kernels_of(config))
+    live.hold_model(model)
+    live.phase = "working set"
+    share = kept_share(config.chain)
+
+    def encoded(mask: Tensor, bits: int) -> int:
+        return encoded_bytes(mask.numel(), bits, share)
+
+    def taken(dense: Tensor, mask: Tensor) -> Tensor:
+        kept = int(share * mask.numel())
+        _ = torch.empty(kept, mask.ndim, dtype=torch.int64)  # where they are
+        return torch.empty(kept, dtype=dense.dtype)
+
+    with live, mock.patch.object(sparse, "encoded_bytes", encoded), mock.patch.object(sparse, "taken", taken):
+        store.parts_of(model, fake_batch(batch))
+    return live.timeline.peak()
+
+
+def kept_share(chain: Mapping[str, Method]) -> float:
+    """Of weights under a mask, how many are not pruned, by what the links declare: 1 where none prunes."""
+    shares = [1.0]
+    for method in chain.values():
+        pattern, sparsity = getattr(method, "pattern", None), getattr(method, "sparsity", None)
+        if pattern is not None:
+            keep, _, block = pattern.partition(":")
+            shares.append(int(keep) / int(block))
+        elif sparsity is not None:
+            shares.append(1 - sparsity)
+    return min(shares)

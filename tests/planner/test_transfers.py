@@ -1,0 +1,121 @@
+"""What is held while a model is opened, and an artifact or a checkpoint is written: predicted, and as real ones do."""
+
+import gc
+
+import pytest
+
+from pipeline.app import compose
+from pipeline.artifact import store
+from pipeline.chain import Fit, Stage
+from pipeline.compression.magnitude import prune_magnitude
+from pipeline.fitting import fit
+from pipeline.layers.schemes import quantize_layers
+from pipeline.layers.select import select
+from pipeline.memory.measure import measure_peak
+from pipeline.models.architecture import describe
+from pipeline.planner.fakes import faked, tracing
+from pipeline.planner.plan import plan
+from pipeline.planner.transfers import reading, trace_opening, traced_saving
+from pipeline.stage_input import base_model, shapes
+from pipeline.tasks import lookup
+
+GPT = ["model=gpt_nano", "trainer=smoke", "trainer.max_steps=3", "device=cpu", "data.evaluation_tokens=2048"]
+LLAMA = [
+    *GPT, "model=llama", "model.layers=2", "model.width=64", "model.heads=4", "model.tie_embeddings=true",
+    "precision=64-true",
+]  # fmt: skip
+IMAGES = ["model=efficientnet", "data=digits", *GPT[1:-1], "precision=bf16-true"]
+
+
+def opened(words):
+    config = compose(words)
+    return config, config.data.open(config.model.tokenizer())
+
+
+@pytest.mark.parametrize("words", [GPT, LLAMA, IMAGES, [*GPT, "model.tie_embeddings=false", "precision=bf16-true"]])
+def test_a_fresh_model_is_built_in_what_was_predicted(words):
+    config, data = opened(words)
+    with measure_peak("cpu") as peak:
+        base_model(config, data)
+    assert trace_opening(config, data).bytes == pytest.approx(peak.bytes, rel=0.01)
+
+
+def test_a_pretrained_model_an_artifact_and_a_checkpoint_are_opened_in_what_was_predicted(tmp_path):
+    config, data = opened(GPT)
+    model = base_model(config, data)
+    model.save_pretrained(tmp_path / "hf")
+    config.model.tokenizer().save_pretrained(tmp_path / "hf")
+    store.save(model, tmp_path / "artifact", chain=[], probe=lookup.get("causal_lm").probe(data))
+    stage = Stage(0, "train", "train", fit=Fit(2, 1e-3))
+    fit(config, stage, model, lookup.get("causal_lm"), data, describe(model), tmp_path)
+    cases = {
+        "pretrained": ["model=hf", f"model.pretrained={tmp_path / 'hf'}"],
+        "artifact": ["job=compress", f"artifact={tmp_path / 'artifact'}", "compression=int8_qat"],
+        "checkpoint": ["job=compress", f"artifact={tmp_path / 'checkpoints/last.ckpt'}", "compression=int8"],
+    }
+    for name, words in cases.items():
+        config, data = opened([*GPT, *words])
+        gc.collect()
+        with measure_peak("cpu") as peak:
+            base_model(config, data)
+        assert trace_opening(config, data).bytes == pytest.approx(peak.bytes, rel=0.05), name
+
+
+def compressed(model, how):
+    layers = select(model, describe(model)).layers
+    if how == "pruned":
+        return prune_magnitude(model, layers, 0.75)
+    return quantize_layers(model, layers, "weight_only", bits=4, group_size=32) if how == "int4" else model
+
+
+@pytest.mark.parametrize("how", ["float", "pruned", "int4"])
+@pytest.mark.parametrize("words", [GPT, LLAMA])
+def test_an_artifact_is_written_and_read_back_in_what_was_predicted(tmp_path, how, words):
+    config, data = opened(
+        [*words, *(["compression=magnitude", "compression.magnitude.sparsity=0.75"] * (how == "pruned"))]
+    )
+    task = lookup.get("causal_lm")
+    model = compressed(base_model(config, data), how).eval()
+    with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as writing:
+        store.save(model, tmp_path / "a", chain=[], probe=task.probe(data))
+    with measure_peak("cpu") as opening:
+        store.load(tmp_path / "a")
+    twin = compressed(base_model(config, data), how).eval().to("meta")
+    twin.tie_weights()
+    with tracing(config):
+        faked(twin)
+        saved, read = traced_saving(config, twin, task, data), reading(config, twin)
+    assert saved.bytes == pytest.approx(writing.bytes, rel=0.02)
+    assert read.bytes == pytest.approx(opening.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "words", [["memory.release_gradients=false"], ["memory.release_gradients=true"], ["adapter=lora"]]
+)
+def test_a_checkpoint_is_written_in_what_was_predicted(tmp_path, words):
+    config, data = opened([*GPT, *words])
+    model, stage = base_model(config, data), Stage(0, "train", "train", fit=Fit(3, 1e-3))
+    model = config.adapter.attach(model, describe(model), 0) if config.adapter.trains else model
+    found = fit(config, stage, model, lookup.get("causal_lm"), data, describe(model), tmp_path)
+    kept = plan(config, data).phases["train"].kept
+    assert sum(kept.values()) == pytest.approx(found.saving_bytes, rel=0.02)
+    assert ("gradients" in kept) is ("memory.release_gradients=true" not in words)
+
+
+def test_what_lies_in_files_takes_no_memory_to_open(tmp_path):
+    config, data = opened(GPT)
+    store.save(base_model(config, data), tmp_path / "a", chain=[], probe=lookup.get("causal_lm").probe(data))
+    config, data = opened([*GPT, "job=compress", f"artifact={tmp_path / 'a'}", "compression=int8"])
+    assert trace_opening(config, data) is None
+    with measure_peak("cpu") as peak:
+        base_model(config, data, tmp_path)
+    largest = max(weight.numel() * 4 for weight in shapes(config, data).parameters())
+    assert peak.bytes <= largest  # which is made before its values are there
+
+
+def test_where_a_fit_is_not_traced_what_is_saved_is_not_planned():
+    config, data = opened([*GPT, "memory.optimizer_offload=disk"])
+    found = plan(config, data)
+    assert "save" not in found.phases
+    assert "by tracing alone" in found.open["save"]
+    assert "load" in found.phases
