@@ -78,6 +78,10 @@ def maps_file() -> None:
 
 def place_of(tensor: Tensor) -> Path | None:
     """The directory in which `tensor` was offloaded; None where it lies in memory."""
+    return _place(tensor)
+
+
+def _place(tensor: Tensor) -> Path | None:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return None
     name = tensor.untyped_storage().filename

@@ -332,6 +332,7 @@ def _unreal(config: RunConfig) -> Iterator[None]:
     def place(tensor: Tensor) -> Path | None:
         return Path() if tensor.untyped_storage()._cdata in FILES else None
 
+    # Only names that no other module takes for its own: one first imported meanwhile would keep what stands in for it.
     with (
         tracing(config),
         pulse.planned(),
@@ -342,7 +343,7 @@ def _unreal(config: RunConfig) -> Iterator[None]:
         mock.patch.object(kernels, "_fbgemm", _product),
         mock.patch.object(kernels, "peak", _peak),
         mock.patch.object(offload, "_written", written),
-        mock.patch.object(offload, "place_of", place),
+        mock.patch.object(offload, "_place", place),
     ):
         yield
 
