@@ -1,8 +1,9 @@
 """Predicted peaks beside measured ones, over configs drawn by chance from all groups.
 
 Each config runs in a process of its own, which writes its predictions (traced, and by the formula) before it trains:
-then the stage that trains, the links of the chain, and the evaluation of what was stored, measured by the allocator's
-events as in every run. Configs that the rules refuse are drawn anew; what could not be predicted is listed as failed.
+then its model is opened, the stage that trains, the links of the chain, all that is written, and what was stored is
+read back and evaluated, measured by the allocator's events as in every run. A config is its number's: the same on every
+machine. Configs that the rules refuse are drawn anew; what could not be predicted is listed as failed.
 
     python benchmarks/planner.py --configs 200 --out DIR      # goes on where DIR was left
     python benchmarks/planner.py --configs 200 --out DIR --report
@@ -29,10 +30,10 @@ environment.prepare()
 from pipeline.app import compose
 from pipeline.errors import ConfigError
 
-PHASES = ("train", "compress", "evaluate")
+PHASES = ("load", "train", "compress", "save", "evaluate")
 COMMON = [
     "trainer=smoke", "trainer.max_steps=4", "trainer.evaluate_every=0", "trainer.checkpoint_every=100", "device=cpu",
-    "calibration.samples=8",
+    "plan.calibrate=false",  # what is compared is the plan, not what this machine has learned
 ]  # fmt: skip
 MARGINS = {"gpt": 0.01, "llama": 0.01, "efficientnet": 0.05}
 """What was set as the goal, whatever the precision."""
@@ -65,6 +66,9 @@ def attempt(draw: random.Random) -> list[str]:
     words += [f"memory.release_gradients={draw.choice(('true', 'false'))}"]
     words += [f"memory.activation_checkpointing={draw.choice(('none', 'none', 'selective', 'full'))}"]
     words += [f"memory.step_in_backward={draw.choice(('false', 'false', 'false', 'true'))}"]
+    words += [f"memory.optimizer_offload={draw.choice(('none',) * 9 + ('disk',))}"]
+    words += [f"memory.activation_offload={draw.choice(('none',) * 9 + ('disk',))}"]
+    words += [f"calibration.samples={draw.choice((8, 8, 16, 32))}"]
     if language:
         words += [f"memory.loss_chunks={draw.choice((1, 1, 2, 4))}"]
         words += [f"adapter={draw.choice(('none', 'none', 'none', 'lora', 'dora'))}"]
@@ -93,16 +97,32 @@ def convolutions(draw: random.Random) -> list[str]:
 
 
 def chain(draw: random.Random, language: bool) -> list[str]:
-    """Half of all configs compress, some of them twice."""
+    """Half of all configs compress, some of them twice, with settings that change what is held."""
     quantizations = ["int8", "int8_weight_only", "int4", "int8_static", "nf4", "fp8", "int8_qat"]
-    quantizations += ["int4_gptq", "int4_awq", "int8_smoothquant", "int4_qat"] if language else []
+    quantizations += ["int4_gptq", "int4_awq", "int8_smoothquant", "int4_qat", "mixed_bits"] if language else []
     prunings = ["magnitude", "structured", "distill", *(["wanda", "sparsegpt"] if language else [])]
     kind = draw.random()
     links = [draw.choice(prunings)] if kind < 0.15 else []
     links += [draw.choice(quantizations)] if kind < 0.1 or 0.15 < kind < 0.5 else []
     if not links:
         return []
-    return [f"compression=[{','.join(links)}]"]
+    return [f"compression=[{','.join(links)}]", *(word for link in links for word in settings(draw, link))]
+
+
+def settings(draw: random.Random, link: str) -> list[str]:
+    """Some of a link's own settings."""
+    key = f"compression.{link}"
+    words: list[str] = []
+    if link == "mixed_bits":
+        words += [f"{key}.average_bits=4", f"{key}.samples=8"]
+    if link in ("int4", "int4_gptq", "int4_awq", "mixed_bits"):
+        words += [f"{key}.group_size={draw.choice(('32', '64', 'null'))}"]
+        words += [f"{key}.symmetric={draw.choice(('true', 'true', 'false'))}"]
+    if link == "int8_static":
+        words += [f"{key}.observer={draw.choice(('minmax', 'percentile', 'mse'))}"]
+    if link in ("magnitude", "wanda", "sparsegpt"):
+        words += [f"{key}.pattern={draw.choice(('null', '2:4'))}"]
+    return words
 
 
 def one(number: int, out: Path) -> None:
@@ -113,7 +133,7 @@ def one(number: int, out: Path) -> None:
     from pipeline.report.progress import Progress
     from pipeline.report.result import new_result
     from pipeline.tasks import lookup
-    from pipeline.walk import Run, begin, changing_stages, evaluate, preflight, stages_of, walk
+    from pipeline.walk import Run, begin, changing_stages, enter_peak, evaluate, preflight, stages_of, walk
 
     words = drawn(number)
     config = compose(words)
@@ -140,10 +160,13 @@ def one(number: int, out: Path) -> None:
         )
         walk(run, line, begin(run, line))
         last = run.snapshot(changing_stages(line)[-1])
-        after = store.load(last)
+        with measure_peak(run.device) as opening:
+            after = store.load(last)
+        enter_peak(run.result, "load", opening)
         with measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak:
             evaluate(run, after)
-        found["measured"] = {**run.result["memory"]["measured"], "evaluate": peak.bytes}
+        enter_peak(run.result, "evaluate", peak)
+        found["measured"] = run.result["memory"]["measured"]
         found["parameters"] = sum(weight.numel() for weight in after.parameters())
     write(out, number, found)
 

@@ -60,7 +60,10 @@ class Int4Gptq(GroupQuantizer):
         from pipeline.layers.holding import calibrated, largest
 
         known = calibrated(model, context.architecture, context.calibration and context.calibration())
-        return None if known is None else largest([known.running(known.hessians(), known.widened), known.solving(7)])
+        if known is None:
+            return None
+        solving = known.solving(7, gone=known.shrunk(self.layers(model, context), self.bits))
+        return largest([known.running(known.hessians(), known.widened), solving])
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None

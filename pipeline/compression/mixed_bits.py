@@ -103,7 +103,8 @@ class MixedBits(Quantizer):
         measuring = {kind: size for kind, size in known.base.items() if kind != "hidden states"}
         moments = [{**measuring, "logits": 5 * 4 * known.tokens * classes}]
         if self.rounding == "gptq":
-            moments += [known.running(known.hessians(), known.widened), known.solving(7)]
+            gone = known.shrunk(self.layers(model, context), max(self.bits))
+            moments += [known.running(known.hessians(), known.widened), known.solving(7, gone=gone)]
         return largest(moments)
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:

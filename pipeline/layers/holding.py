@@ -160,6 +160,12 @@ class Calibrated:
             },
         ]
 
+    def shrunk(self, layers: Sequence[str], bits: int) -> float:
+        """Octets that the first block is smaller by once all of its `layers` but the last have integers of `bits`."""
+        down = self._block.feed_forward.down  # type: ignore[union-attr]
+        weights = (weight.numel() for name, weight in self.inside(layers).items() if name != down)
+        return sum(weights) * (self.itemsize - bits / 8)
+
     def masks(self, layers: Sequence[str]) -> tuple[int, int]:
         """Bytes of new masks on `layers`, while the last block runs and while its largest layer is worked on."""
         whole = masks(self.model, layers)
@@ -183,11 +189,15 @@ class Calibrated:
             columns += [self.hidden, self._weight(attention.output).shape[1]]
         return sum(column**2 for column in columns) * self.wide
 
-    def solving(self, copies: int, layers: int = 0) -> Terms:
-        """The layer with the most inputs is solved: so many matrices of its inputs' size, so many copies of its own."""
+    def solving(self, copies: int, layers: int = 0, gone: float = 0) -> Terms:
+        """The layer with the most inputs is solved: so many matrices of its inputs' size, so many copies of its own.
+
+        `gone`: octets of weights that were made integers before.
+        """
         weight = self._weight(self._block.feed_forward.down)  # type: ignore[union-attr]
         return {
             **self.base,
+            "weights": self.base["weights"] - int(gone),
             "statistics": copies * self.feed_forward**2 * self.wide,
             "working set": layers * weight.numel() * self.wide,
         }
