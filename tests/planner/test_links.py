@@ -1,6 +1,8 @@
 """Predicted peaks of links beside those that real ones hold, and that the evaluation of their artifact does."""
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -161,3 +163,25 @@ def test_what_is_found_once_for_a_process_is_not_found_by_a_plan():
     assert kernels.choose(torch.device("cpu"), torch.float32, 1) == fitting
     assert type(_pairs(torch.device("cpu"))) is torch.Tensor
     assert type(kernels._signed_limits(2)) is torch.Tensor
+
+
+LEFT = """
+import sys
+from unittest.mock import Mock
+from pipeline.app import compose
+from pipeline.planner.plan import plan
+config = compose(["model=gpt_nano", "model.layers=1", "device=cpu", "compression=[magnitude,int8]"])
+found = plan(config, config.data.open(config.model.tokenizer()))
+assert found.phases["compress"].source == "traced", found.open
+for name, module in sorted(sys.modules.items()):
+    for key, value in vars(module).items() if name.startswith("pipeline.") else ():
+        if isinstance(value, Mock) or "<locals>" in getattr(value, "__qualname__", "") and value.__module__ == PLACE:
+            print(name, key)
+"""
+
+
+def test_no_module_that_a_plan_imports_first_keeps_what_stood_in_for_a_function():
+    # In a process that has imported nothing before: quantized layers of models in files stayed in memory for it.
+    code = LEFT.replace("PLACE", "'pipeline.planner.links'")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == ""
