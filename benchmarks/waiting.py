@@ -43,11 +43,11 @@ print(sorted(spent[2:])[5])
 """
 DECODE = """
 import torch
-from benchmarks.decoding import quantized, seconds_a_token
+from benchmarks.decoding import compressed, seconds_a_token
 from pipeline.app import compose
 from pipeline.data.base import DataSpec
 model = compose(["model=gpt_124m"]).model.build(DataSpec(vocabulary=256, sequence_length=128)).eval()
-model, prompt = quantized(model, "int8", "cpu"), torch.randint(0, 256, (1, 16))
+model, prompt = compressed(model, "int8", "cpu"), torch.randint(0, 256, (1, 16))
 print(sorted(seconds_a_token(model, prompt, 12) for _ in range(6))[2])
 """
 WORK = {"a step of training gpt_nano": STEP, "a token of int8 at width 768": DECODE}
