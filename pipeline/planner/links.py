@@ -40,6 +40,7 @@ from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files
 from pipeline.planner.generation import generates, traced_generation
 from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
+from pipeline.planner.trained import adapted
 from pipeline.planner.training import traced_fit
 from pipeline.planner.transfers import reading, traced_saving
 from pipeline.planner.workspaces import BIASED, WITH_BIAS, WORKSPACES, workspace
@@ -106,6 +107,9 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         try:
             model = chain.entering(line[0])
             chain.saved(found, model, task)
+            if line[0].fit is not None and stage_input.link_under_adapters(config) is not None:
+                # Beside what was trained, the dense model that it stands for.
+                chain.saved(found, faked(stage_input.shapes(config, data), chain.dtype), task)
             for stage in line[1:]:
                 model = chain.linked(found, stage, model, untraced)
                 chain.saved(found, model, task)
@@ -145,9 +149,13 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
     """What the methods themselves say that `prepare` and `finalize` hold, by formula, where they know one: in
     milliseconds for a model of any size. Fits and evaluation are not in it."""
     found = Links()
+    first, *links = changing_stages(stages_of(config))
     model = stage_input.shapes(config, data)
-    model.to(config.precision.weight_dtype)
-    for stage in changing_stages(stages_of(config))[1:]:
+    if first.fit is not None and stage_input.link_under_adapters(config) is not None:
+        model = adapted(config, first, model)
+    else:
+        model.to(config.precision.weight_dtype)
+    for stage in links:
         assert stage.method is not None
         context = stage_input.context_of(config, stage, model)
         if stage.method.needs_calibration:

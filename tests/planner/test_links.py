@@ -17,8 +17,8 @@ from pipeline.layers import kernels
 from pipeline.layers.nf4 import _pairs
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
-from pipeline.planner.links import trace_links
-from pipeline.stage_input import context_of, stage_input, trains
+from pipeline.planner.links import declare_links, trace_links
+from pipeline.stage_input import base_model, context_of, stage_input, trains
 from pipeline.tasks import lookup
 from pipeline.walk import changing_stages, stages_of, teacher_tensors
 
@@ -163,6 +163,15 @@ def test_what_is_found_once_for_a_process_is_not_found_by_a_plan():
     assert kernels.choose(torch.device("cpu"), torch.float32, 1) == fitting
     assert type(_pairs(torch.device("cpu"))) is torch.Tensor
     assert type(kernels._signed_limits(2)) is torch.Tensor
+
+
+def test_a_link_beside_which_adapters_were_trained_holds_its_packed_model_and_no_more():
+    config = compose([*GPT, "adapter=lora", "compression=nf4"])
+    tokenizer, data = opened(config)
+    traced, declared = (way(config, data, tokenizer).compress["nf4"] for way in (trace_links, declare_links))
+    assert declared.bytes == pytest.approx(traced.bytes, rel=0.01)
+    floats = sum(weight.nbytes for weight in base_model(config, data).parameters())
+    assert traced.bytes < 0.5 * floats
 
 
 LEFT = """
