@@ -107,7 +107,8 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         try:
             model = chain.entering(line[0])
             chain.saved(found, model, task)
-            if line[0].fit is not None and stage_input.link_under_adapters(config) is not None:
+            beside = line[0].fit is not None and stage_input.link_under_adapters(config) is not None
+            if beside and config.device.kind() == "cpu":  # elsewhere it is put together on the host
                 # Beside what was trained, the dense model that it stands for.
                 chain.saved(found, faked(stage_input.shapes(config, data), chain.dtype), task)
             for stage in line[1:]:
