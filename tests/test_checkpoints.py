@@ -68,7 +68,7 @@ def test_a_directory_without_its_last_file_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_of_two_devices_are_gone_on_with_by_one_and_by_severalas_if_nothing_had_happened(
+def test_shards_of_two_devices_are_gone_on_with_by_one_and_by_four_as_if_nothing_had_happened(
     tmp_path, tmp_path_factory
 ):
     train(tmp_path / "through", compose([*CONSTANT, WHOLE]))
