@@ -140,6 +140,11 @@ def link_under_adapters(config: RunConfig) -> tuple[str, Method] | None:
     return link if link is not None and config.adapter.trains and link[1].holds_adapters else None
 
 
+def beside_compressed(config: RunConfig, stage: Stage) -> bool:
+    """Whether `stage` trains adapters beside what the first link holds compressed."""
+    return stage.kind == "train" and stage.fit is not None and link_under_adapters(config) is not None
+
+
 def context_of(
     config: RunConfig,
     stage: Stage,

@@ -39,10 +39,10 @@ from pipeline.stage_input import (
     ADAPTED,
     adapted,
     base_model,
+    beside_compressed,
     calibration_problems,
     context_of,
     guest_problems,
-    link_under_adapters,
     load_checkpoint,
     shapes,
     stage_input,
@@ -289,7 +289,7 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
         with run.progress.phase(f"evaluating: {stage.name}"):
             record["quality"] = asdict(evaluate(run, model))
     places = {run.snapshot(stage): model}
-    if stage.kind == "train" and stage.fit is not None and link_under_adapters(run.config) is not None:
+    if beside_compressed(run.config, stage):
         # The next link gets what was trained. `before` is the dense model that it stands for; it is written last.
         dense = fill_dense(base_model(run.config, run.data), model.cpu())
         places = {run.directory / ADAPTED: model, run.snapshot(stage): dense}

@@ -38,7 +38,6 @@ from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import Inner, Peak
 from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
-from pipeline.planner.trained import fitted_dtype
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
@@ -70,7 +69,7 @@ def training(
     account = Account(inner)
     with ExitStack() as stack:
         stack.enter_context(tracing(config))
-        step = steps(config, faked(model, fitted_dtype(config)), stage.fit.lr, inner)
+        step = steps(config, faked(model), stage.fit.lr, inner)
         if gathered_in := dtype_of(ranks.holding.gathered_in):
             faked(model, gathered_in)
         stack.callback(config.precision.convert_layers(model, architecture))
@@ -148,7 +147,6 @@ def on_disk(config: RunConfig, model: nn.Module) -> dict[str, int]:
 
     `model`, of the meta device, is the one that stage 0 trains, with the adapters if there are any; they are merged.
     """
-    model = config.precision.convert(model)
     held = held_tensors(model)
     saved = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
     twin = copy.deepcopy(model)

@@ -107,8 +107,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         try:
             model = chain.entering(line[0])
             chain.saved(found, model, task)
-            beside = line[0].fit is not None and stage_input.link_under_adapters(config) is not None
-            if beside and config.device.kind() == "cpu":  # elsewhere it is put together on the host
+            if stage_input.beside_compressed(config, line[0]) and config.device.kind() == "cpu":  # else on its host
                 # Beside what was trained, the dense model that it stands for.
                 chain.saved(found, faked(stage_input.shapes(config, data), chain.dtype), task)
             for stage in line[1:]:
@@ -152,7 +151,7 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
     found = Links()
     first, *links = changing_stages(stages_of(config))
     model = stage_input.shapes(config, data)
-    if first.fit is not None and stage_input.link_under_adapters(config) is not None:
+    if stage_input.beside_compressed(config, first):
         model = adapted(config, first, model)
     else:
         model.to(config.precision.weight_dtype)
@@ -201,7 +200,7 @@ class _Chain:
         faked(model, None if self.stored else self.dtype)
         if self.in_files:
             put_into_files(model)
-        if first.fit is not None and stage_input.link_under_adapters(config) is not None:
+        if stage_input.beside_compressed(config, first):
             with self.counting():
                 model = stage_input.adapted(config, first, model, stage_input.context_of(config, first, model))
         return model

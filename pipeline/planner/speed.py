@@ -37,7 +37,7 @@ from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
 from pipeline.planner.live import Live
-from pipeline.planner.trained import adapted, fitted_dtype
+from pipeline.planner.trained import adapted
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.stage_input import base_model, link_under_adapters
@@ -158,7 +158,7 @@ def passes(
     """
     operators = Operators(config.device.kind())
     with tracing(), _parts(model, architecture, operators):
-        faked(model, fitted_dtype(config))
+        faked(model)
         plugin = config.precision.plugin("cpu")
         takes_off = config.precision.convert_layers(model, architecture)
         model.train()
@@ -178,7 +178,7 @@ def stepping(config: RunConfig, stage: Stage, model: nn.Module) -> list[Operator
     operators = Operators(config.device.kind())
     operators.part = "step"
     with tracing():
-        faked(model, fitted_dtype(config))
+        faked(model)
         optimizer = config.optimizer.build(model, stage.fit.lr)
         config.precision.prepare_training(model, optimizer)
         for _ in range(2):  # the first step makes the optimizer's state
@@ -290,8 +290,6 @@ class Workbook:
         if (key := (*base, config.optimizer)) not in self._steps:
             self._steps[key] = stepping(config, stage, self.model(config, stage))
         model = self.model(config, stage)
-        if fitted_dtype(config) is not None:
-            model = config.precision.convert(model)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         weights = sum(weight.nbytes for weight in model.parameters())
         gradients = sum(weight.nbytes for weight in trained)

@@ -13,16 +13,12 @@ from pipeline.schema import RunConfig
 
 
 def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
-    """What stage 0 trains of `model`, both on the meta device."""
+    """What stage 0 trains of `model`, both on the meta device, in the dtypes that it has in the fit. In place."""
     context = stage_input.context_of(config, stage, model)
-    if stage_input.link_under_adapters(config) is None:
+    model = config.precision.convert(model)
+    if not stage_input.beside_compressed(config, stage):
         with torch.device("meta"):
             return stage_input.adapted(config, stage, model, context)
     with tracing(config), Supposing():
-        model = stage_input.adapted(config, stage, faked(model, config.precision.weight_dtype), context)
+        model = stage_input.adapted(config, stage, faked(model), context)
     return faked(model, device="meta")
-
-
-def fitted_dtype(config: RunConfig) -> torch.dtype | None:
-    """Dtype of what `adapted` gives; None: beside layers that are compressed, where each tensor has its own."""
-    return None if stage_input.link_under_adapters(config) is not None else config.precision.weight_dtype

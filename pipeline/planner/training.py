@@ -24,7 +24,6 @@ from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.pool import reserved
-from pipeline.planner.trained import fitted_dtype
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
@@ -99,7 +98,7 @@ def trace_training(
         batch: one micro batch, whose shapes and dtypes count.
     """
     with tracing(config):
-        faked(model, fitted_dtype(config))
+        faked(model)
         live = Live(*kernels_of(config))
         return traced_fit(config, stage, model, task, architecture, batch, live, STEPS, since=STEPS - 1)
 
