@@ -17,6 +17,7 @@ What depends on values more than so (the shape of a result) raises, and is not p
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -42,11 +43,14 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         self._read = 0
         self._counted: dict[int, int] = {}
         self._codes: set[int] = set()
+        self._sources: dict[int, int] = {}
         self._copied: dict[int, int] = {}
+        self._numbers = itertools.count()
 
     def _release(self, key: int) -> None:
         self._counted.pop(key, None)
         self._codes.discard(key)
+        self._sources.pop(key, None)
         self._copied.pop(key, None)
         super()._release(key)
 
@@ -71,7 +75,9 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         if func in COPIES:
             source = _key(args[0])
             if args[0].dtype == out.dtype:
-                self._copied[_key(out)] = self._copied.get(source, source)
+                # By a number, since the next storage may get the key of a source that is let go.
+                known = self._copied.get(source)
+                self._copied[_key(out)] = self._number_of(source) if known is None else known
         elif func in COUNTS and args[0].dtype == torch.bool:
             self._counted[_key(out)] = args[0].numel()
         elif func.namespace == "aten" and "linalg" in func.__name__ and isinstance(out, tuple):
@@ -96,8 +102,15 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         if one.shape != other.shape:
             return False
         first, second = _key(one), _key(other)
-        origins = self._copied.get(first, first), self._copied.get(second, second)
-        return origins[0] == origins[1] or origins == (first, second)
+        if first not in self._copied and second not in self._copied:
+            return True
+        origins = [self._copied.get(key, self._sources.get(key)) for key in (first, second)]
+        return origins[0] == origins[1]
+
+    def _number_of(self, source: int) -> int:
+        if source not in self._sources:
+            self._sources[source] = next(self._numbers)
+        return self._sources[source]
 
 
 def _key(tensor: Tensor) -> int:
