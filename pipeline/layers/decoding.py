@@ -2,11 +2,18 @@
 
 transformers called it `past_key_values` up to 5.23 and calls it `cache` since; models with code of their own may keep
 the former name for long. A model's signature tells.
+
+One float32 token on a CPU is decoded without oneDNN. Its matrix products are not oneDNN's there, but GELU would be, and
+takes 50 microseconds to start where torch's own takes 5 for all 3,072 features of a token.
 """
 
+import functools
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -19,9 +26,33 @@ def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, An
     Raises:
         TypeError: the model takes no cache.
     """
-    taken = inspect.signature(model.forward).parameters
-    name = next((name for name in CACHES if name in taken), None)
+    name = _cache_name(getattr(model.forward, "__func__", model.forward))
     if name is None:
         raise TypeError(f"{type(model).__name__} takes no key-value cache")
-    output = cast(Any, model)(input_ids=ids, use_cache=True, **{name: cache})
+    with _kernels_for(model, ids):
+        output = cast(Any, model)(input_ids=ids, use_cache=True, **{name: cache})
     return output.logits, getattr(output, name)
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str | None:
+    """Under which of `CACHES` a model's `forward` takes its cache."""
+    taken = inspect.signature(forward).parameters
+    return next((name for name in CACHES if name in taken), None)
+
+
+def _kernels_for(model: nn.Module, ids: Tensor) -> AbstractContextManager[None]:
+    if ids.numel() != 1 or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    weight = next(model.parameters(), None)
+    return nullcontext() if weight is None or weight.dtype != torch.float32 else _without_onednn()
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before

@@ -74,26 +74,22 @@ class Int8Linear(KernelLinear):
         super().__init__(layer)
         self.share_flat = share_flat
         self._siblings: Siblings | None = None
+        self._place = 0
 
     def forward(self, x: Tensor) -> Tensor:
         # Attributes of nn.Module are looked for in Python, and a token waits for that at every layer.
-        weight, scale, bias = self._buffers["weight"], self._buffers["weight_scale"], self._parameters.get("bias")
-        assert weight is not None
-        assert scale is not None
-        if torch.compiler.is_compiling():
-            return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
-        if x.is_cuda and self.fuses(x):
-            return self.fused_product(x, bias)
-        group = self._siblings
-        if group is None:
-            if self._packed.value is not None and kernels.is_fast_token(x, self.in_features):
+        bias = self._parameters.get("bias")
+        if not torch.compiler.is_compiling():
+            if x.is_cuda and self.fuses(x):
+                return self.fused_product(x, bias)
+            if self._siblings is not None:
+                found = self._siblings.take(self, x)
+                if found is not None:
+                    return found
+            elif self._packed.value is not None and kernels.is_fast_token(x, self.in_features):
                 y = kernels.token_product(x, self._packed.value)
-                return y if bias is None else y + bias
-            return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
-        found = group.take(self, x)
-        if found is None:
-            return kernels.int8_linear(x, weight, scale, bias, self._packed, self.share_flat)
-        return kernels.rescaled(x, found[0], found[1], bias)
+                return y if bias is None else y.add_(bias)
+        return kernels.int8_linear(x, self.weight, self.weight_scale, bias, self._packed, self.share_flat)
 
     def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         assert self.product is not None
@@ -118,46 +114,55 @@ class Siblings:
         self.layers = tuple(layers)
         self.sizes = [layer.out_features for layer in layers]
         self._forget()
-        for layer in layers:
-            layer._siblings = self
+        for place, layer in enumerate(layers):
+            layer._siblings, layer._place = self, place
 
     def _forget(self) -> None:
         self._packed: Any = None
+        self._bias: Tensor | None = None
         self._packed_of: list[kernels.Packed] = []
-        self._waiting: tuple[Tensor, Tensor | None, dict[Int8Linear, Tensor]] | None = None
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
 
-    def take(self, layer: Int8Linear, x: Tensor) -> tuple[Tensor | None, Tensor] | None:
-        """`kernels.fbgemm_sums` of `layer` at `x`, or None: there are none, and the layer is to multiply itself."""
-        if layer is self.layers[0]:
-            return self._multiply(x)
-        waiting = self._waiting
-        if waiting is None or waiting[0] is not x:
+    def take(self, layer: Int8Linear, x: Tensor) -> Tensor | None:
+        """The output of `layer` at `x`, or None: there is none, and the layer is to multiply itself."""
+        place = layer._place
+        if place == 0:
+            self._outputs, self._input = self._multiply(x), x
+        elif self._input is not x:
             return None
-        _, steps, parts = waiting
-        part = parts.pop(layer, None)
-        if not parts:
-            self._waiting = None
-        return None if part is None else (steps, part)
+        outputs = self._outputs
+        if not outputs:
+            return None
+        found, outputs[place] = outputs[place], None
+        if place == len(outputs) - 1:
+            self._outputs, self._input = [], None
+        return found
 
-    def _multiply(self, x: Tensor) -> tuple[Tensor | None, Tensor] | None:
-        self._waiting = None
+    def _multiply(self, x: Tensor) -> list[Tensor | None]:
+        """Outputs of all layers at `x`; none where no kernel of FBGEMM's takes it."""
+        if kernels.is_fast_token(x, self.layers[0].in_features):
+            packed, bias = self._pack()
+            y = kernels.token_product(x, packed)
+            return list((y if bias is None else y.add_(bias)).split_with_sizes(self.sizes, -1))
         tokens = x.numel() // x.shape[-1]
         if tokens > kernels.INTEGER_ROWS:
-            return None
+            return []
         kernel = kernels.choose(x.device, x.dtype, tokens)
         if kernel not in kernels.FBGEMM:
-            return None
-        steps, sums = kernels.fbgemm_sums(x, kernel, self._pack(), self.layers[0].share_flat)
-        parts = dict(zip(self.layers, sums.split_with_sizes(self.sizes, -1), strict=True))
-        self._waiting = x, steps, parts
-        return steps, parts.pop(self.layers[0])
+            return []
+        packed, bias = self._pack()
+        steps, sums = kernels.fbgemm_sums(x, kernel, packed, self.layers[0].share_flat)
+        return list(kernels.rescaled(x, steps, sums, bias).split_with_sizes(self.sizes, -1))
 
-    def _pack(self) -> Any:
+    def _pack(self) -> tuple[Any, Tensor | None]:
+        """FBGEMM's weights of all layers, and their biases [out of all]; made anew where a layer's are void."""
         if self._packed_of != [layer._packed for layer in self.layers]:
             weights, scales = ([getattr(layer, name) for layer in self.layers] for name in ("weight", "weight_scale"))
             self._packed = kernels.fbgemm_pack(torch.cat(weights), torch.cat(scales))
+            self._bias = _joined([layer.bias for layer in self.layers], self.sizes, scales[0])
             self._packed_of = [layer._packed for layer in self.layers]
-        return self._packed
+        return self._packed, self._bias
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "sizes": self.sizes}
@@ -165,6 +170,14 @@ class Siblings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _joined(biases: list[Tensor | None], sizes: list[int], like: Tensor) -> Tensor | None:
+    """Biases one after another; zeros for a layer that has none while others do."""
+    if all(bias is None for bias in biases):
+        return None
+    made = [like.new_zeros(size) if bias is None else bias for bias, size in zip(biases, sizes, strict=True)]
+    return torch.cat(made).detach()
 
 
 @quantizes("weight_only", nn.Linear)

@@ -41,3 +41,25 @@ def test_the_cache_goes_by_the_name_in_the_models_signature(name):
 def test_a_model_without_a_cache_is_named():
     with pytest.raises(TypeError, match="Linear takes no key-value cache"):
         decode(nn.Linear(2, 2), IDS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "expected"), [(torch.float32, 1, False), (torch.float32, 2, True), (torch.bfloat16, 1, True)]
+)
+def test_one_float32_token_is_decoded_without_onednn_which_is_there_again_after_an_error(dtype, tokens, expected):
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
+
+        def forward(self, input_ids, use_cache, cache=None):
+            seen.append(torch.backends.mkldnn.enabled)
+            raise RuntimeError("no logits")
+
+    before = torch.backends.mkldnn.enabled
+    with pytest.raises(RuntimeError, match="no logits"):
+        decode(Model(), IDS[:1, :tokens])
+    assert seen == [expected and before]
+    assert torch.backends.mkldnn.enabled == before

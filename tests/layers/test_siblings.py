@@ -18,13 +18,17 @@ SHARED = kernels.choose(torch.device("cpu"), torch.float32, 1) in kernels.FBGEMM
 
 def three(bias=True, join=True):
     torch.manual_seed(0)
-    made = nn.ModuleList(KINDS["int8", nn.Linear].from_float(nn.Linear(96, out, bias=bias)) for out in (72, 40, 40))
+    biased = [bias in (True, "first"), bias is True, bias is True]
+    made = nn.ModuleList(
+        KINDS["int8", nn.Linear].from_float(nn.Linear(96, out, bias=has))
+        for out, has in zip((72, 40, 40), biased, strict=True)
+    )
     if join:
         Siblings(list(made))
     return made
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, False, "first"])
 @pytest.mark.parametrize("shape", [(1, 1, 96), (1, 96), (2, 3, 96), (40, 96)])
 def test_siblings_give_what_each_gives_alone(bias, shape):
     x = torch.randn(shape)
