@@ -11,10 +11,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -28,6 +29,10 @@ FILES: dict[int, torch.UntypedStorage] = {}
 """Storages of fake tensors that stand for such in files, by address."""
 SAMPLES = 200
 """Moments of a phase that a plan keeps, for its plot."""
+
+
+DEVICE = torch.ops.prim.device.default
+"""What asks a tensor for its device: two of three calls that a mode gets."""
 
 
 @dataclass
@@ -115,6 +120,13 @@ class Peak:
     kept: Mapping[str, int] | None = None
 
 
+def device_of(tensor: Tensor) -> torch.device:
+    """The device that a tensor has, or stands for. A fake tensor's own answer goes through all modes."""
+    if isinstance(tensor, FakeTensor) and not tensor.fake_mode.in_kernel_invocation:
+        return cast(torch.device, cast(Any, tensor).fake_device)
+    return tensor.device
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enter it inside a FakeTensorMode; `timeline` grows while operators run.
 
@@ -152,7 +164,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline.marks.append((len(self.timeline.events), name))
 
     def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
+        if tensor.layout != torch.strided or device_of(tensor).type == "meta":
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -191,6 +203,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE:
+            return device_of(args[0])
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             # Fake tensors have no values. With these no mask hides anything, and no count of steps or tokens is 0.
