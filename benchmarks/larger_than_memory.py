@@ -8,6 +8,7 @@ puts the processes into a memory control group of 0.8 times the checkpoint's byt
 (Linux, as root): whoever needs more is killed.
 
     python benchmarks/larger_than_memory.py [--layers 36] [--methods int4 int4_gptq] [--limit 0.8]
+    python benchmarks/larger_than_memory.py --methods int4_awq "wanda compression.wanda.steps=0"   # settings may follow
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def main() -> None:
         said = "" if limit is None else f", at most {limit / 1e6:.0f} MB"
         for method in given.methods:
             for way in given.ways:
-                command = [sys.executable, "-c", PROGRAM, way, f"compression={method}", *SETTINGS]
+                command = [sys.executable, "-c", PROGRAM, way, *f"compression={method}".split(), *SETTINGS]
                 found = measure([*command, "model=hf", f"model.pretrained={checkpoint}"], directory, limit)
                 ended = "done" if found.code == 0 else f"exit code {found.code}: {found.last[:200]}"
                 print(
