@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.errors import LeanfitError
 from pipeline.layers import conv, embedding, float8, linear, lora, nf4, static
-from pipeline.layers.offload import offload_module, place_of
+from pipeline.layers.offload import offload_module, place_of_model
 from pipeline.layers.quantize import Quantized
 from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
 from pipeline.layers.select import select
@@ -99,9 +99,9 @@ def empty_layer(scheme: str, layer: FloatLayer, **settings: Any) -> QuantizedLay
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where `name` is in `model`, its tensors into files where those of the layer before are."""
-    before = getattr(model.get_submodule(name), "weight", None)
-    if isinstance(before, torch.Tensor) and (place := place_of(before)) is not None:
+    """Put `layer` where `name` is in `model`, its tensors into files where the model's are. The layer before may be in
+    memory all the same: a method changed it."""
+    if (place := place_of_model(model)) is not None:
         offload_module(layer, place)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from pipeline.compression.int4 import quantize_int4
+from pipeline.compression.int4_awq import quantize_int4_awq
 from pipeline.compression.int4_gptq import quantize_gptq
+from pipeline.compression.int8_smoothquant import quantize_int8_smoothquant
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.compression.sparsegpt import prune_sparsegpt
 from pipeline.compression.wanda import prune_wanda
 from pipeline.layers.blockwise import segments
 from pipeline.layers.offload import OffloadError, beside, offload, offload_module, place_of, place_of_model
+from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
 from tests import tiny
@@ -75,6 +78,8 @@ def test_tied_weights_stay_tied(tmp_path):
 METHODS = {
     "int4": lambda m, layers, batches: quantize_int4(m, layers, 16),
     "int4_gptq": lambda m, layers, batches: quantize_gptq(m, layers, batches, describe(m), 16),
+    "int4_awq": lambda m, layers, batches: quantize_int4_awq(m, layers, describe(m), batches, 16)[0],
+    "int8_smoothquant": lambda m, layers, batches: quantize_int8_smoothquant(m, layers, describe(m), batches)[0],
     "sparsegpt": lambda m, layers, batches: prune_sparsegpt(m, layers, 0.5, batches, describe(m)),
     "wanda": lambda m, layers, batches: prune_wanda(m, layers, 0.5, batches, describe(m)),
     "magnitude": lambda m, layers, batches: prune_magnitude(m, layers, 0.5),
@@ -94,11 +99,13 @@ def test_every_method_gives_the_very_tensors_that_it_gives_in_memory(tmp_path, m
         assert torch.equal(tensor, results[1][name]), name
 
 
-@pytest.mark.parametrize("method", ["int4", "int4_gptq"])
-def test_packed_layers_lie_where_the_float_ones_did(tmp_path, method):
+@pytest.mark.parametrize("method", [name for name in METHODS if name.startswith("int")])
+def test_quantized_layers_lie_where_the_models_weights_do_though_a_method_scaled_them_before(tmp_path, method):
     model = offloaded(tiny.llama(), tmp_path)
     METHODS[method](model, select(model, describe(model)).layers, tiny.uneven_batches())
-    assert {place_of(tensor) for tensor in model.state_dict().values()} == {tmp_path}
+    found = quantized_layers(model)
+    assert found
+    assert {place_of(buffer) for layer in found.values() for buffer in layer.buffers()} == {tmp_path}
 
 
 def test_masks_and_pruned_weights_stay_in_files(tmp_path):
