@@ -12,10 +12,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.planner.live import COUNTING, FILES, Inner
+from pipeline.planner.scratch import scratch
 from pipeline.planner.workspaces import workspace
 from pipeline.precision import cpu_kernels
 from pipeline.schema import RunConfig
@@ -117,6 +119,35 @@ def converted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return out
 
 
+def promoted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where an elementwise operator on a CPU is given several dtypes, copies in the one that it computes in: of each
+    operand of another dtype, and of what is written in place."""
+    if torch.Tag.pointwise not in func.tags:
+        return NotImplemented
+    # Masks are read as they are.
+    operands = [leaf for leaf in args if isinstance(leaf, Tensor)][1 if name.startswith("aten::where") else 0 :]
+    operands = operands[:1] if name.startswith("aten::masked_fill") else operands
+    if len({operand.dtype for operand in operands}) < 2:
+        return NotImplemented
+    _, common = elementwise_dtypes(*operands, type_promotion_kind=ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT)
+    out = func(*args, **kwargs)
+    written = [out] if func._schema.is_mutable else []
+    copied = [t for t in (*operands, *written) if t.ndim and t.dtype != common]
+    held = [torch.empty(tensor.shape, dtype=common) for tensor in copied]
+    del held
+    return out
+
+
+def tiled(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The copies in tiles that a CPU's own 16-bit product makes of its operands."""
+    taken = scratch(name, func, args, kwargs)
+    if not taken:
+        return NotImplemented
+    out = func(*args, **kwargs)
+    torch.empty(taken, dtype=torch.uint8)
+    return out
+
+
 _within = False
 
 
@@ -128,7 +159,7 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     out = sixteen_bit(name, func, args, kwargs)
     _within = True
     try:
-        for does in (converted, blocked):
+        for does in (converted, promoted, blocked, tiled):
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:
         _within = False

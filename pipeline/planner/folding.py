@@ -51,7 +51,7 @@ class Account(Live):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten._to_copy.default:
-            source = self.block(args[0])
+            source = self.block(args[0]) if args[0].is_floating_point() else None
             if source is not None and source.kind == "weights":
                 self.hold([out], "autocast's weights")
         return out

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from pipeline.parallelism.sharding import dtype_of
 from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
-from pipeline.planner.live import Inner, Peak
+from pipeline.planner.live import STEP_DONE, Inner, Peak
 from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
@@ -98,8 +99,13 @@ def training(
         account.moment = "optimizer step"
         if not memory.step_in_backward:
             account.guest(step.at_work, "optimizer step")
-        del taken
-    return folding.unrolled().peak()
+        del taken, loss
+        account.mark(STEP_DONE)
+    course = folding.unrolled()
+    kept = course.held_at(STEP_DONE)
+    if memory.release_gradients or memory.step_in_backward:
+        kept.pop("gradients", None)
+    return replace(course.peak(), kept=kept)
 
 
 def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:

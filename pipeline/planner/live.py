@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from pipeline.layers.quantized import QuantizedLayer
 from pipeline.planner.workspaces import BIASED, PRODUCTS, WITH_BIAS, WORKSPACES
 
 Inner = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -31,8 +32,18 @@ SAMPLES = 200
 """Moments of a phase that a plan keeps, for its plot."""
 
 
+STEP_DONE = "step is done"
+"""Marks what a fit keeps between two steps."""
 DEVICE = torch.ops.prim.device.default
 """What asks a tensor for its device: two of three calls that a mode gets."""
+
+WHOLE = frozenset(
+    {
+        torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv2d.padding, torch.ops.aten._convolution_mode.default,
+    }
+)  # fmt: skip
+"""Operators made of others, which a mode gets whole where autograd does not take them apart: in inference mode."""
 
 
 @dataclass
@@ -127,6 +138,17 @@ def device_of(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def by_kind(model: nn.Module) -> dict[str, list[Tensor]]:
+    """A model's own tensors. What a quantized layer holds in its weight's place is weights too, though no parameter."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    stored = {id(tensor) for layer in quantized for tensor in layer.buffers()}
+    buffers = list(model.buffers())
+    return {
+        "weights": [*model.parameters(), *(tensor for tensor in buffers if id(tensor) in stored)],
+        "buffers": [tensor for tensor in buffers if id(tensor) not in stored],
+    }
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enter it inside a FakeTensorMode; `timeline` grows while operators run.
 
@@ -157,8 +179,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 block.kind = kind
 
     def hold_model(self, model: nn.Module) -> None:
-        self.hold(model.parameters(), "weights")
-        self.hold(model.buffers(), "buffers")
+        for kind, tensors in by_kind(model).items():
+            self.hold(tensors, kind)
 
     def mark(self, name: str) -> None:
         self.timeline.marks.append((len(self.timeline.events), name))
@@ -209,6 +231,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default:
             # Fake tensors have no values. With these no mask hides anything, and no count of steps or tokens is 0.
             return self.truth(args[0]) if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func in WHOLE:
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.name().partition(".")[0]
         if name in PRODUCTS:
             self.multiply(name)

@@ -22,13 +22,12 @@ from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightni
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
-from pipeline.planner.live import Live, Peak
+from pipeline.planner.live import STEP_DONE, Live, Peak
 from pipeline.planner.pool import reserved
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
 STEPS = 3
-STEP_DONE = "step is done"
 
 
 class TracedModule(TaskModule):

@@ -23,7 +23,7 @@ from pipeline.compression.base import Method
 from pipeline.data.base import DataBundle
 from pipeline.layers.sparsity import masked_layers
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
-from pipeline.planner.live import Live, Peak
+from pipeline.planner.live import Live, Peak, by_kind
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
@@ -103,7 +103,7 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def held(model: nn.Module) -> Peak:
     """A model's own tensors: nothing else is there while an artifact is opened."""
-    kinds = {"weights": nbytes(model.parameters()), "buffers": nbytes(model.buffers())}
+    kinds = {kind: nbytes(tensors) for kind, tensors in by_kind(model).items()}
     return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
 
 

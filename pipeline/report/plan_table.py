@@ -17,15 +17,17 @@ from pipeline.report.timeline import draw_timelines
 from pipeline.report.units import format_bytes
 
 TOGETHER = "together"
+OPERATOR = "in the operator"
 
 
 def plan_table(plan: Any) -> Table:
-    """A column a phase, a row a kind, largest first; the phase that needs most is marked."""
+    """A column a phase, a row a kind, largest first; the phase that needs most is marked. Operators' names are too long
+    for a terminal, and are left to the report."""
     phases = plan.phases
-    rows = plan_rows(phases)
+    rows = [row for row in plan_rows(phases) if row[0] != OPERATOR]
     highest = max((phase.bytes for phase in phases.values()), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("at the peak")
+    table.add_column("at the peak", no_wrap=True)
     for name in phases:
         table.add_column(name, justify="right")
     for label, *cells in rows:
@@ -40,28 +42,33 @@ def plan_table(plan: Any) -> Table:
 
 
 def plan_rows(phases: Mapping[str, Any]) -> list[list[str]]:
-    """A row a kind, largest first, then what they are together, in which operator, and how that is known."""
+    """A row a kind, largest first, then what they are together, in which operator, how that is known and how well."""
     named = {kind for phase in phases.values() for kind in phase.kinds}
     kinds = sorted(named, key=lambda kind: (-max(phase.kinds.get(kind, 0) for phase in phases.values()), kind))
     shown = list(phases.values())
     return [
         *([kind, *(format_bytes(phase.kinds.get(kind)) for phase in shown)] for kind in kinds),
         [TOGETHER, *(format_bytes(phase.bytes) for phase in shown)],
-        *reserved_row(shown),
-        ["in the operator", *(phase.operator.removeprefix("aten::") for phase in shown)],
-        ["how known", *(f"{phase.source} ± {100 * phase.margin:.2g}%" for phase in shown)],
+        *reserved_rows(shown),
+        [OPERATOR, *(phase.operator.removeprefix("aten::") for phase in shown)],
+        ["known how", *(phase.source for phase in shown)],
+        ["known within", *(within(phase.margin) for phase in shown)],
     ]
 
 
-def reserved_row(phases: Sequence[Any]) -> list[list[str]]:
-    """What CUDA's pool takes from the device, with its margin; no row where it is not known of any phase."""
+def within(margin: float) -> str:
+    return f"± {100 * margin:.2g}%"
+
+
+def reserved_rows(phases: Sequence[Any]) -> list[list[str]]:
+    """What CUDA's pool takes from the device, with its margin; no rows where it is not known of any phase."""
     if all(phase.reserved is None for phase in phases):
         return []
-    told = (
-        "-" if phase.reserved is None else f"{format_bytes(phase.reserved)} ± {100 * phase.reserved_margin:.2g}%"
-        for phase in phases
-    )
-    return [["reserved by CUDA's pool", *told]]
+    margins = ("-" if phase.reserved is None else within(phase.reserved_margin) for phase in phases)
+    return [
+        ["reserved by CUDA's pool", *(format_bytes(phase.reserved) for phase in phases)],
+        ["reserved within", *margins],
+    ]
 
 
 def plan_notes(plan: Any) -> list[str]:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline import fitting
 from pipeline.app import compose, main
 from pipeline.fitting import fit
+from pipeline.layers.quantized import quantized_layers
 from pipeline.memory.measure import Peak, measure_peak
 from pipeline.planner import plan as planner
 from pipeline.planner import workspaces
@@ -83,7 +84,8 @@ def test_training_of_transformers_is_predicted_within_one_percent(name, tmp_path
     config, predicted, measured, model = predicted_and_measured(CONFIGS[name], tmp_path)
     assert predicted.bytes == pytest.approx(measured, rel=0.01)
     assert sum(predicted.kinds.values()) == predicted.bytes
-    assert predicted.kinds["weights"] == sum(weight.nbytes for weight in model.parameters())
+    stored = [buffer.nbytes for layer in quantized_layers(model).values() for buffer in layer.buffers()]
+    assert predicted.kinds["weights"] == sum(weight.nbytes for weight in model.parameters()) + sum(stored)
     if config.adapter.trains:
         trained = [weight.nbytes for weight in model.parameters() if weight.requires_grad]
         assert predicted.kinds["optimizer state"] == sum(2 * size + 4 for size in trained)  # Adam's moments, its count

@@ -1,0 +1,65 @@
+"""What a CPU's own 16-bit kernels hold inside, found by trying.
+
+Where a CPU multiplies 16-bit matrices itself (AMX, AVX512-FP16), oneDNN copies operands into the tiles that its kernel
+reads; it lays out channels in blocks for convolutions. How much that takes depends on the kernel it picks, by shapes,
+strides, dtype and threads, and oneDNN does not say. So a plan runs such operators for real, each kind once, where that
+is small enough, and looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from pipeline.layers.constants import constant
+from pipeline.memory.measure import measure_peak
+from pipeline.precision import cpu_kernels
+
+TRIED = frozenset(
+    {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward"}
+)
+LARGEST = 1 << 28
+"""Bytes of the operands of an operator that is tried."""
+
+
+class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
+    """(shape, strides, dtype) of a tensor."""
+
+
+def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
+    if name not in TRIED:
+        return 0
+    tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
+    dtype = tensors[-1].dtype
+    if dtype not in cpu_kernels.NARROW or not cpu_kernels.native(dtype):
+        return 0
+    if sum(tensor.nbytes for tensor in tensors) > LARGEST:
+        return 0
+    return _tried(func, tuple(map(_kind, args)), tuple(kwargs.items()), torch.get_num_threads())
+
+
+def _kind(argument: Any) -> Any:
+    """What stands for an argument: `Kind` for a tensor, a tuple for a list."""
+    if isinstance(argument, Tensor):
+        return Kind((tuple(argument.shape), tuple(argument.stride()), argument.dtype))
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+@constant
+def _tried(func: Any, kinds: tuple[Any, ...], settings: tuple[tuple[str, Any], ...], threads: int) -> int:
+    with torch.inference_mode():
+        given = [_zeros(*kind) if isinstance(kind, Kind) else kind for kind in kinds]
+        result = func(*given, **dict(settings))
+        with measure_peak("cpu") as peak:
+            func(*given, **dict(settings))
+    assert peak.bytes is not None
+    made: int = sum(leaf.nbytes for leaf in tree_iter(result) if isinstance(leaf, Tensor))
+    return max(0, peak.bytes - made)
+
+
+def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype).zero_()

@@ -1,0 +1,87 @@
+"""What operators hold inside on a CPU: predicted, and as real ones do."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.memory.measure import measure_peak
+from pipeline.planner.fakes import inside, tracing
+from pipeline.planner.live import Live
+from pipeline.planner.supposed import Supposing
+from pipeline.precision import cpu_kernels
+
+NATIVE = [dtype for dtype in cpu_kernels.NARROW if cpu_kernels.native(dtype)]
+OPERATORS = {
+    "sum of two": lambda wide, narrow, mask: wide + narrow,
+    "written in place": lambda wide, narrow, mask: wide.add_(narrow),
+    "written in place in fewer bits": lambda wide, narrow, mask: narrow.add_(wide),
+    "a row for all": lambda wide, narrow, mask: wide - narrow[:1],
+    "compared": lambda wide, narrow, mask: wide < narrow,
+    "three": lambda wide, narrow, mask: torch.addcmul(wide, narrow, wide),
+    "times a mask": lambda wide, narrow, mask: wide * mask,
+    "masked": lambda wide, narrow, mask: wide.masked_fill(mask, 0.0),
+    "chosen by a mask": lambda wide, narrow, mask: torch.where(mask, wide, wide),
+    "of one dtype": lambda wide, narrow, mask: narrow * narrow,
+}
+
+
+def held(function, made):
+    """(predicted, measured) bytes at the peak of `function` of what `made` makes."""
+    with tracing(), Supposing(inside) as live:
+        given = made()
+        live.hold(given, "given")
+        before = live.timeline.peak().bytes
+        kept = function(*given)
+        predicted = live.timeline.peak().bytes - before
+        del kept
+    given = made()
+    function(*[tensor.clone() for tensor in given])  # what a kernel makes once
+    with measure_peak("cpu") as peak:
+        kept = function(*given)
+    del kept
+    return predicted, peak.bytes
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_elementwise_operator_of_several_dtypes_copies_what_is_of_another(name):
+    def made():
+        return torch.ones(64, 256), torch.ones(64, 256, dtype=torch.float16), torch.ones(64, 256, dtype=torch.bool)
+
+    predicted, measured = held(OPERATORS[name], made)
+    assert measured > 0 or name == "written in place"
+    assert predicted == measured
+
+
+@pytest.mark.skipif(not NATIVE, reason="this CPU multiplies no 16-bit matrices")
+@pytest.mark.parametrize("tokens", [1, 8, 64, 800])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_tiles_of_a_16_bit_product_are_found_by_trying(tokens, bias, context):
+    for dtype in NATIVE:
+
+        def made(dtype=dtype):
+            given = [torch.ones(1, tokens, 192, dtype=dtype), torch.ones(576, 192, dtype=dtype)]
+            return [*given, torch.ones(576, dtype=dtype)] if bias else given
+
+        with context():
+            predicted, measured = held(F.linear, made)
+        assert predicted == measured
+
+
+@pytest.mark.skipif(not NATIVE, reason="this CPU has no 16-bit convolutions")
+@pytest.mark.parametrize("padding", [1, "same"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_blocks_of_a_16_bit_convolution_are_found_by_trying(padding, context):
+    def made():
+        return torch.ones(4, 24, 12, 12, dtype=NATIVE[0]), torch.ones(40, 24, 3, 3, dtype=NATIVE[0])
+
+    with context():
+        predicted, measured = held(lambda x, weight: F.conv2d(x, weight, padding=padding), made)
+    assert predicted == measured
+
+
+def test_what_is_too_large_to_be_tried_is_not_and_counts_as_nothing():
+    with tracing(), Live(inside) as live:
+        given = torch.empty(1, 1 << 14, dtype=torch.bfloat16), torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16)
+        torch.mm(*given)
+        assert live.timeline.peak().bytes == sum(tensor.nbytes for tensor in given) + 2 * (1 << 14)
