@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,6 +25,7 @@ from pipeline import checkpoints, stage_input
 from pipeline.artifact import store
 from pipeline.chain import Stage
 from pipeline.compression.base import Answer, Context, Teacher
+from pipeline.compression.pruning import Pruner
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
 from pipeline.data.loader import evaluation_loader
@@ -147,7 +148,8 @@ def trace_artifact(config: RunConfig, artifact: Path, task: Task, prompt: int) -
 
 def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
     """What the methods themselves say that `prepare` and `finalize` hold, by formula, where they know one: in
-    milliseconds for a model of any size. Fits and evaluation are not in it."""
+    milliseconds for a model of any size, and what it takes to open what was pruned last. Fits and evaluation are not in
+    it."""
     found = Links()
     first, *links = changing_stages(stages_of(config))
     model = stage_input.shapes(config, data)
@@ -171,7 +173,20 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
             found.compress[stage.name] = Peak(sum(terms.values()), terms, "")
             found.computed.add(stage.name)
         model = stage.method.reshaped(model, context)
+        last = stage.method, context
+    in_memory = config.device.kind() == "cuda" or stage_input.trains([first, *links])
+    if links and isinstance(last[0], Pruner) and in_memory:
+        found.load = reading(config, masked(model, last[0].layers(model, last[1])))
     return found
+
+
+def masked(model: nn.Module, layers: Iterable[str]) -> nn.Module:
+    """A copy of `model`, of the meta device, with a mask on each of `layers`."""
+    model = copy.deepcopy(model)
+    for name in layers:
+        layer = model.get_submodule(name)
+        layer.register_buffer(MASK, torch.empty_like(layer.get_parameter("weight"), dtype=torch.bool))
+    return model
 
 
 class _Chain:

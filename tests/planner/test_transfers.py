@@ -119,3 +119,11 @@ def test_where_a_fit_is_not_traced_what_is_saved_is_not_planned():
     assert "save" not in found.phases
     assert "by tracing alone" in found.open["save"]
     assert "load" in found.phases
+
+
+@pytest.mark.parametrize(("link", "pattern"), [("magnitude", "null"), ("sparsegpt", "2:4")])
+def test_what_was_pruned_is_opened_as_is_traced_by_the_formula_too(link, pattern):
+    config, data = opened([*GPT, f"compression=[{link}]", f"compression.{link}.pattern={pattern}"])
+    computed, traced = (plan(config, data, level=level).phases["load"] for level in ("formula", "trace"))
+    assert "masks" in computed.kinds
+    assert computed.bytes == pytest.approx(traced.bytes, rel=0.01)
