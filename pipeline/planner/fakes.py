@@ -177,6 +177,19 @@ def _real(*_: Any) -> bool:
 
 
 @contextmanager
+def generator_states() -> Iterator[None]:
+    """States of the CPU's generator are fake tensors too, which no operator makes: a checkpointed block keeps one. Of a
+    block on a GPU it lies on the host."""
+    size = torch.get_rng_state().nbytes
+
+    def state() -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    with mock.patch.object(torch, "get_rng_state", state), mock.patch.object(torch, "set_rng_state", _real):
+        yield
+
+
+@contextmanager
 def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
     """A FakeTensorMode in which transformers builds the attention masks that it builds on real tensors.
 
@@ -196,6 +209,8 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         if collecting:
             stack.callback(gc.enable)
+        if config is None or config.device.kind() == "cpu":
+            stack.enter_context(generator_states())
         if config is not None and config.device.kind() == "cuda" and config.precision.weight_dtype == torch.float64:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # a GPU has no other kernel for float64
         stack.callback(FILES.clear)

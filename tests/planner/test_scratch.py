@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.memory.measure import measure_peak
 from pipeline.planner.fakes import inside, tracing
@@ -85,3 +86,18 @@ def test_what_is_too_large_to_be_tried_is_not_and_counts_as_nothing():
         given = torch.empty(1, 1 << 14, dtype=torch.bfloat16), torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16)
         torch.mm(*given)
         assert live.timeline.peak().bytes == sum(tensor.nbytes for tensor in given) + 2 * (1 << 14)
+
+
+def test_a_checkpointed_block_keeps_the_state_of_the_generator():
+    def block(x):
+        return checkpoint(lambda inputs: F.dropout(inputs, 0.5).tanh(), x.requires_grad_(), use_reentrant=False)
+
+    before = torch.get_rng_state()
+    predicted, measured = held(block, lambda: [torch.ones(4, 4)])
+    assert predicted == measured > before.nbytes
+    with tracing():
+        block(torch.ones(4, 4)).sum().backward()  # runs it again, with that state
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), expected)  # the real generator is as it was
