@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,10 @@ def test_silence_and_failures_of_a_node_are_noticed(two: list[RunConfig], tmp_pa
     with leading_without_look(two[0], tmp_path, node) as leader:
         follower: Any = two[2]
         leader.begin("train", False, Meeting("127.0.0.1", 1))
-        assert follower.called() == nodes.Call("train", False, "127.0.0.1", 1)
+        until = time.monotonic() + 30  # what node 0 puts on the board may take a while
+        while (call := follower.called()) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        assert call == nodes.Call("train", False, "127.0.0.1", 1)
         assert leader.beats() == [None]
         assert not follower.report([b"beat"])
         assert leader.beats() == [b"beat"]

@@ -43,7 +43,14 @@ def on_ray(directory, *words):
 
 
 def gone(directory):
-    """Whether no process of Ray is left that was started for a run in this directory."""
+    """Whether no process of Ray is left, within 30 s, that was started for a run in this directory."""
+    until = time.monotonic() + 30
+    while (left := remaining(directory)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return not left
+
+
+def remaining(directory):
     left = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -52,7 +59,7 @@ def gone(directory):
             continue
         if f"LEANFIT_TEST={directory}".encode() in told and int(path.name) != os.getpid():
             left.append(path.name)
-    return not left
+    return left
 
 
 @pytest.fixture(scope="module")

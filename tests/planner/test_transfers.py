@@ -90,8 +90,12 @@ def test_an_artifact_is_written_and_read_back_in_what_was_predicted(tmp_path, ho
 
 
 @pytest.mark.parametrize(
-    "words", [["memory.release_gradients=false"], ["memory.release_gradients=true"], ["adapter=lora"]]
-)
+    "words",
+    [
+        ["memory.release_gradients=false"], ["memory.release_gradients=true"], ["adapter=lora"],
+        ["memory.optimizer_offload=disk"], ["memory.activation_offload=disk", "memory.release_gradients=false"],
+    ],
+)  # fmt: skip
 def test_a_checkpoint_is_written_in_what_was_predicted(tmp_path, words):
     config, data = opened([*GPT, *words])
     model, stage = base_model(config, data), Stage(0, "train", "train", fit=Fit(3, 1e-3))
@@ -113,8 +117,8 @@ def test_what_lies_in_files_takes_no_memory_to_open(tmp_path):
     assert peak.bytes <= largest  # which is made before its values are there
 
 
-def test_where_a_fit_is_not_traced_what_is_saved_is_not_planned():
-    config, data = opened([*GPT, "memory.optimizer_offload=disk"])
+def test_where_a_links_own_fit_is_not_traced_what_is_saved_is_not_planned():
+    config, data = opened([*GPT, "memory.optimizer_offload=disk", "compression=int8_qat"])
     found = plan(config, data)
     assert "save" not in found.phases
     assert "by tracing alone" in found.open["save"]
