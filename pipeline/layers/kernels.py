@@ -209,9 +209,10 @@ def _one_token_sums(x: Tensor, kernel: str, packed: Any) -> tuple[Tensor | None,
 
 
 def is_fast_token(x: Tensor, features: int) -> bool:
-    """Whether `token_product` can take x, on a CPU, as it is."""
+    """Whether `token_product` can take x as it is. Asked at every layer of a token, so not by way of `choose`."""
     return (
-        x.numel() == features
+        x.is_cpu
+        and x.numel() == features
         and x.dtype is torch.float32
         and x.ndim > 1
         and not x.requires_grad

@@ -119,7 +119,6 @@ class Siblings:
 
     def _forget(self) -> None:
         self._packed: Any = None
-        self._bias: Tensor | None = None
         self._packed_of: list[kernels.Packed] = []
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
@@ -141,28 +140,29 @@ class Siblings:
 
     def _multiply(self, x: Tensor) -> list[Tensor | None]:
         """Outputs of all layers at `x`; none where no kernel of FBGEMM's takes it."""
+        biases: list[Tensor | None] = [layer._parameters.get("bias") for layer in self.layers]
         if kernels.is_fast_token(x, self.layers[0].in_features):
-            packed, bias = self._pack()
-            y = kernels.token_product(x, packed)
-            return list((y if bias is None else y.add_(bias)).split_with_sizes(self.sizes, -1))
+            parts = kernels.token_product(x, self._pack()).split_with_sizes(self.sizes, -1)
+            given: list[Tensor] = [bias for bias in biases if bias is not None]
+            if len(given) == len(parts):
+                return list(torch._foreach_add(parts, given))  # all in one call
+            return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
         tokens = x.numel() // x.shape[-1]
         if tokens > kernels.INTEGER_ROWS:
             return []
         kernel = kernels.choose(x.device, x.dtype, tokens)
         if kernel not in kernels.FBGEMM:
             return []
-        packed, bias = self._pack()
-        steps, sums = kernels.fbgemm_sums(x, kernel, packed, self.layers[0].share_flat)
-        return list(kernels.rescaled(x, steps, sums, bias).split_with_sizes(self.sizes, -1))
+        steps, sums = kernels.fbgemm_sums(x, kernel, self._pack(), self.layers[0].share_flat)
+        parts = sums.split_with_sizes(self.sizes, -1)
+        return [kernels.rescaled(x, steps, part, bias) for part, bias in zip(parts, biases, strict=True)]
 
-    def _pack(self) -> tuple[Any, Tensor | None]:
-        """FBGEMM's weights of all layers, and their biases [out of all]; made anew where a layer's are void."""
+    def _pack(self) -> Any:
         if self._packed_of != [layer._packed for layer in self.layers]:
             weights, scales = ([getattr(layer, name) for layer in self.layers] for name in ("weight", "weight_scale"))
             self._packed = kernels.fbgemm_pack(torch.cat(weights), torch.cat(scales))
-            self._bias = _joined([layer.bias for layer in self.layers], self.sizes, scales[0])
             self._packed_of = [layer._packed for layer in self.layers]
-        return self._packed, self._bias
+        return self._packed
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "sizes": self.sizes}
@@ -170,14 +170,6 @@ class Siblings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-
-def _joined(biases: list[Tensor | None], sizes: list[int], like: Tensor) -> Tensor | None:
-    """Biases one after another; zeros for a layer that has none while others do."""
-    if all(bias is None for bias in biases):
-        return None
-    made = [like.new_zeros(size) if bias is None else bias for bias, size in zip(biases, sizes, strict=True)]
-    return torch.cat(made).detach()
 
 
 @quantizes("weight_only", nn.Linear)

@@ -121,3 +121,21 @@ def test_a_model_s_projections_are_joined_and_its_tokens_are_what_they_were():
                 assert isinstance(layer, Int8Linear)
                 layer._siblings = None
             torch.testing.assert_close(model(input_ids=tokens).logits, together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_bias_that_is_changed_after_the_first_token_is_read(replaced):
+    layers, alone, x = three(), three(join=False), torch.randn(1, 1, 96)
+    for made in (layers, alone):
+        for layer in made:
+            layer(x)
+        if replaced:
+            made[1].bias = nn.Parameter(made[1].bias + 1)
+        else:
+            made[1].bias.data += 1
+    for layer, single in zip(layers, alone, strict=True):
+        torch.testing.assert_close(layer(x), single(x), rtol=1e-6, atol=1e-6)
+
+
+def test_the_product_of_a_token_on_another_device_is_not_a_cpus():
+    assert not kernels.is_fast_token(torch.empty(1, 1, 96, device="meta"), 96)
