@@ -43,7 +43,7 @@ from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import traced_fit
-from pipeline.planner.transfers import reading, traced_saving
+from pipeline.planner.transfers import opens_in_memory, reading, traced_saving
 from pipeline.planner.workspaces import BIASED, WITH_BIAS, WORKSPACES, workspace
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -115,7 +115,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 model = chain.linked(found, stage, model, untraced)
                 chain.saved(found, model, task)
                 del left[0]
-            found.load = reading(config, model) if chain.trains or config.device.kind() == "cuda" else None
+            found.load = reading(config, model) if opens_in_memory(config, line) else None
             loaded = as_loaded(model)
             found.stored = file_bytes(model_tensors(loaded, {}))
             if "generate" in left:
@@ -174,19 +174,10 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
             found.computed.add(stage.name)
         model = stage.method.reshaped(model, context)
         last = stage.method, context
-    in_memory = config.device.kind() == "cuda" or stage_input.trains([first, *links])
-    if links and isinstance(last[0], Pruner) and in_memory:
-        found.load = reading(config, masked(model, last[0].layers(model, last[1])))
+    if links and isinstance(last[0], Pruner) and opens_in_memory(config, [first, *links]):
+        give_masks(model, last[0].layers(model, last[1]))
+        found.load = reading(config, model)
     return found
-
-
-def masked(model: nn.Module, layers: Iterable[str]) -> nn.Module:
-    """A copy of `model`, of the meta device, with a mask on each of `layers`."""
-    model = copy.deepcopy(model)
-    for name in layers:
-        layer = model.get_submodule(name)
-        layer.register_buffer(MASK, torch.empty_like(layer.get_parameter("weight"), dtype=torch.bool))
-    return model
 
 
 class _Chain:
@@ -211,7 +202,7 @@ class _Chain:
         config = self.config
         model = stage_input.shapes(config, self.data)
         if self.stored:
-            give_masks(model, Path(str(config.artifact)))
+            give_masks(model, masked_in(Path(str(config.artifact))))
         faked(model, None if self.stored else self.dtype)
         if self.in_files:
             put_into_files(model)
@@ -322,13 +313,18 @@ def as_loaded(model: nn.Module) -> nn.Module:
     return frozen(model)
 
 
-def give_masks(model: nn.Module, artifact: Path) -> None:
-    """Room, on the meta device, for the masks that a chain which goes on with an artifact finds in it."""
-    for name, record in store.read_manifest(artifact)["layers"].items():
-        if record["scheme"] == "float":
-            layer = model.get_submodule(name)
-            shape = layer.get_parameter("weight").shape
-            layer.register_buffer(MASK, torch.empty(shape, dtype=torch.bool, device="meta"))
+def masked_in(artifact: Path) -> list[str]:
+    """The layers whose masks a chain which goes on with an artifact finds in it."""
+    records = store.read_manifest(artifact)["layers"].items()
+    return [name for name, record in records if record["scheme"] == "float"]
+
+
+def give_masks(model: nn.Module, layers: Iterable[str]) -> None:
+    """Room for a mask, on the meta device, in each of the named layers."""
+    for name in layers:
+        layer = model.get_submodule(name)
+        shape = layer.get_parameter("weight").shape
+        layer.register_buffer(MASK, torch.empty(shape, dtype=torch.bool, device="meta"))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
-from pipeline.planner.transfers import held, trace_opening, traced_saving
+from pipeline.planner.transfers import held, opens_in_memory, trace_opening, traced_saving
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -188,7 +188,7 @@ def plan_opening(config: RunConfig, data: DataBundle, found: Plan) -> None:
     """Stage 0's input as it is built or read, and where no link changes it, its artifact as it is read back."""
     shapes = stage_input.shapes(config, data)
     peaks = [trace_opening(config, data)]
-    if not config.chain and (stage_input.trains(stages_of(config)) or config.device.kind() == "cuda"):
+    if not config.chain and opens_in_memory(config, stages_of(config)):
         peaks.append(held(config.precision.convert(shapes)))
     enter(config, found, "load", "computed", peaks, convolutional(shapes))
 

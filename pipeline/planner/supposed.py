@@ -43,15 +43,15 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         self._read = 0
         self._counted: dict[int, int] = {}
         self._codes: set[int] = set()
-        self._sources: dict[int, int] = {}
-        self._copied: dict[int, int] = {}
+        self._origins: dict[int, int] = {}
+        self._copies: set[int] = set()
         self._numbers = itertools.count()
 
     def _release(self, key: int) -> None:
         self._counted.pop(key, None)
         self._codes.discard(key)
-        self._sources.pop(key, None)
-        self._copied.pop(key, None)
+        self._origins.pop(key, None)
+        self._copies.discard(key)
         super()._release(key)
 
     def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
@@ -75,11 +75,10 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         self._given = given
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func in COPIES:
-            source = _key(args[0])
             if args[0].dtype == out.dtype:
                 # By a number, since the next storage may get the key of a source that is let go.
-                known = self._copied.get(source)
-                self._copied[_key(out)] = self._number_of(source) if known is None else known
+                self._origins[_key(out)] = self._origins.setdefault(_key(args[0]), next(self._numbers))
+                self._copies.add(_key(out))
         elif func in COUNTS and args[0].dtype == torch.bool:
             self._counted[_key(out)] = args[0].numel()
         elif func.namespace == "aten" and "linalg" in func.__name__ and isinstance(out, tuple):
@@ -104,15 +103,9 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         if one.shape != other.shape:
             return False
         first, second = _key(one), _key(other)
-        if first not in self._copied and second not in self._copied:
+        if first not in self._copies and second not in self._copies:
             return True
-        origins = [self._copied.get(key, self._sources.get(key)) for key in (first, second)]
-        return origins[0] == origins[1]
-
-    def _number_of(self, source: int) -> int:
-        if source not in self._sources:
-            self._sources[source] = next(self._numbers)
-        return self._sources[source]
+        return self._origins.get(first) == self._origins.get(second)
 
 
 def _key(tensor: Tensor) -> int:

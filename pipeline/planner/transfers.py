@@ -9,7 +9,7 @@ writes it, on fake tensors; and a checkpoint writes what training keeps, as it l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipeline import checkpoints, stage_input
 from pipeline.artifact import sparse, store
+from pipeline.chain import Stage
 from pipeline.compression.base import Method
 from pipeline.data.base import DataBundle
 from pipeline.layers.sparsity import masked_layers
@@ -105,6 +106,11 @@ def held(model: nn.Module) -> Peak:
     """A model's own tensors: nothing else is there while an artifact is opened."""
     kinds = {kind: nbytes(tensors) for kind, tensors in by_kind(model).items()}
     return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
+
+
+def opens_in_memory(config: RunConfig, line: Sequence[Stage]) -> bool:
+    """Whether what `line` leaves is read into memory: where nothing trains, weights stay in files, but for a GPU's."""
+    return config.device.kind() == "cuda" or stage_input.trains(line)
 
 
 def reading(config: RunConfig, model: nn.Module) -> Peak:
