@@ -27,6 +27,7 @@ from pipeline.report.table import (
 from pipeline.report.units import (
     format_bytes,
     format_count,
+    format_error,
     format_quality,
     format_seconds,
     quality_change,
@@ -174,10 +175,6 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
         ]
     ]
     for stage in stages if isinstance(stages, list) else []:
-        detail = pick(stage, "detail")
-        facts = [f"{key}: {_short_json(value)}" for key, value in detail.items()] if isinstance(detail, dict) else []
-        if pick(stage, "train"):
-            facts.insert(0, _fit_detail(pick(stage, "train")))
         rows.append(
             [
                 word(stage, "name"),
@@ -185,10 +182,22 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
                 format_seconds(amount(stage, "seconds")),
                 format_quality(metric, amount(stage, "quality_after")),
                 format_bytes(amount(stage, "bytes_after")),
-                shorten("; ".join(facts), 200),
+                _fit_detail(pick(stage, "train")),
             ]
         )
     return rows
+
+
+def _facts_by_stage(result: Mapping[str, Any]) -> list[str]:
+    """What each stage says of itself, a line a fact."""
+    lines: list[str] = []
+    stages = pick(result, "stages")
+    for stage in stages if isinstance(stages, list) else []:
+        detail = pick(stage, "detail")
+        if isinstance(detail, dict) and detail:
+            facts = [f"- {cell(key.replace('_', ' '))}: {cell(_in_words(value))}" for key, value in detail.items()]
+            lines += ["", f"What {cell(word(stage, 'name'))} says of itself:", "", *facts]
+    return lines
 
 
 def _bits_by_layer(result: Mapping[str, Any]) -> list[str]:
@@ -223,15 +232,20 @@ def _fit_detail(train: Any) -> str:
     return ", ".join(facts)
 
 
-def _short_json(value: Any) -> str:
-    """A fact of a stage in a few words: a list of layers is counted, not listed; result.json holds it whole."""
-    if isinstance(value, dict) and len(value) > 3:
+def _in_words(value: Any) -> str:
+    """A fact of a stage in a few words: what is said of many layers is counted; result.json holds it whole."""
+    if isinstance(value, Mapping):
         distinct = {json.dumps(item, default=str, sort_keys=True) for item in value.values()}
-        return f"{distinct.pop()} in all {len(value)}" if len(distinct) == 1 else f"{len(value)} entries"
-    if isinstance(value, (list, tuple)) and len(value) > 3:
-        return f"{len(value)} entries"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return shorten(text, 80)
+        if len(value) > 3 and len(distinct) == 1:
+            return f"{_in_words(next(iter(value.values())))} in all {len(value)}"
+        if len(value) > 3:
+            return f"{len(value)} entries"
+        return ", ".join(f"{key}: {_in_words(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} entries" if len(value) > 3 else ", ".join(map(_in_words, value)) or "none"
+    if isinstance(value, float):
+        return significant(value, 4)
+    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), 200)
 
 
 def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -249,7 +263,7 @@ def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 def _memory_row(name: str, predicted: float | None, measured: float | None) -> list[str]:
     ratio = quotient(predicted, measured)
-    error = "" if ratio is None else f"{100 * (ratio - 1):+.1f}%"
+    error = format_error(ratio)
     return [name, format_bytes(predicted), format_bytes(measured), error]
 
 
@@ -355,8 +369,9 @@ def write_report(run_dir: str | Path, result: Mapping[str, Any], config_yaml: st
     for plot in _plots(run_dir, result):
         lines += ["", plot]
     lines += _section("What did not improve", [f"- {cell(text)}" for text in shortcomings(result)])
-    header = ["stage", "method", "time", word(result, "quality", "metric") or "quality", "bytes", "detail"]
-    lines += _section("Stages", table(header, _stage_rows(result), right=(2, 3, 4)))
+    header = ["stage", "method", "time", word(result, "quality", "metric") or "quality", "bytes", "training"]
+    stages = table(header, _stage_rows(result), right=(2, 3, 4))
+    lines += _section("Stages", [*stages, *_facts_by_stage(result)])
     lines += _bits_by_layer(result)
     memory = _memory_rows(result)
     header = ["phase", "planned", "measured", "plan off by"]

@@ -19,6 +19,7 @@ from rich.text import Text
 from pipeline.report.units import (
     format_bytes,
     format_count,
+    format_error,
     format_quality,
     format_seconds,
     number,
@@ -126,7 +127,7 @@ def comparison(result: Mapping[str, Any]) -> list[Row]:
         error = quotient(predicted, measured)
         change = "measured" if predicted is None else "planned"
         if error is not None:
-            change = f"plan off by {100 * (error - 1):+.1f}%"
+            change = f"plan off by {format_error(error)}"
         before_text = "-" if predicted is None else f"{format_bytes(predicted)} plan"
         add(3, f"peak memory, {label}", before_text, format_bytes(measured), change)
     return rows

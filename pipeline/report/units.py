@@ -126,6 +126,14 @@ def times(ratio: float | None, better: str, worse: str, same: str) -> str:
     return f"{significant(1 / ratio)}x {worse}"
 
 
+def format_error(ratio: float | None) -> str:
+    """'+1.3%', '-0.4%', '0.0%': how far a figure is off one it is `ratio` times as large as."""
+    if ratio is None:
+        return ""
+    percent = round(100 * (ratio - 1), 1)
+    return f"{percent:+.1f}%" if percent else "0.0%"
+
+
 def shorten(text: str, width: int) -> str:
     """`text` on one line of at most `width` columns, its end cut with an ellipsis; wide characters count double."""
     line = Text(" ".join("".join(c if c.isprintable() else " " for c in text).split()), end="")

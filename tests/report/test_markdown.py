@@ -155,8 +155,9 @@ def test_a_chain_is_told_in_order(run_dir: Path, language: dict[str, Any]) -> No
         if line.startswith("| wanda")
     ]
     assert len(lines) == 1
-    assert "loss 2.500 to 2.250; sparsity: 0.5" in lines[0]
+    assert "| loss 2.500 to 2.250 |" in lines[0]
     assert len(re.findall(r"(?<!\\)\|", lines[0])) == 7
+    assert "\n- note: a \\| b \\`c\\`\n" in (run_dir / "report.md").read_text(encoding="utf-8")
 
 
 def test_long_details_are_counted_not_listed(run_dir: Path, language: dict[str, Any]) -> None:
@@ -168,7 +169,14 @@ def test_long_details_are_counted_not_listed(run_dir: Path, language: dict[str, 
         "few": ["a", "b"],
     }
     text = write_report(run_dir, language).read_text(encoding="utf-8")
-    assert 'names: 24 entries; bits: 8 in all 24; mixed: 24 entries; few: \\["a", "b"\\]' in text
+    facts = ["- names: 24 entries", "- bits: 8 in all 24", "- mixed: 24 entries", "- few: a, b"]
+    assert "\n".join(["What int8 says of itself:", "", *facts, ""]) in text
+
+
+def test_facts_are_said_in_words(run_dir: Path, language: dict[str, Any]) -> None:
+    language["stages"][0]["detail"] = {"left_in_float": {"lm_head": "tied"}, "sparsity": 0.009847958, "none": []}
+    text = write_report(run_dir, language).read_text(encoding="utf-8")
+    assert "\n- left in float: lm\\_head: tied\n- sparsity: 0.009848\n- none: none\n" in text
 
 
 @given(st.text())

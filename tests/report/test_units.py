@@ -141,3 +141,11 @@ def test_a_shortened_text_fits_on_one_line(text: str, width: int) -> None:
 def test_a_short_text_is_left_alone() -> None:
     assert units.shorten("compression=int8", 40) == "compression=int8"
     assert units.shorten("one\ntwo\x1b[31m", 40) == "one two [31m"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(None, ""), (1.0, "0.0%"), (1.0004, "0.0%"), (0.9996, "0.0%"), (1.013, "+1.3%"), (0.5, "-50.0%")],
+)
+def test_an_error_has_a_sign_unless_it_is_none(ratio: float | None, text: str) -> None:
+    assert units.format_error(ratio) == text
