@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline import checkpoints, registry
@@ -170,7 +171,7 @@ def precision_on_device(config: RunConfig) -> list[str]:
 
 
 def float8(config: RunConfig) -> list[str]:
-    """Float8 products need kernels, and plain linear layers that are whole."""
+    """Float8 products need kernels, torchao where there are some, and plain linear layers that are whole."""
     said, fix = "precision=fp8-mixed", "use precision=bf16-mixed"
     if config.precision.name != "fp8" or not trains(config):
         return []
@@ -181,6 +182,8 @@ def float8(config: RunConfig) -> list[str]:
         if kind != "cuda" or (major, minor) < FLOAT8_FROM:
             near = f"{fix}, or precision.emulate=true to see what it would give, slowly"
             found.append(f"{said}: {lacks} has no float8 kernels (8.9 and later have); {near}")
+    if not found and find_spec("torchao") is None:
+        found.append(f"{said} needs torchao: pip install 'leanfit[fp8]'; or {fix}")
     if config.adapter.trains:
         found.append(f"{said}: adapter={choice(config, 'adapter')} freezes the layers that it speeds up; {fix}")
     if config.parallelism.tensor_ranks > 1:

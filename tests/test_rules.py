@@ -520,6 +520,15 @@ def test_float8_wants_kernels_and_plain_whole_layers(overrides: list[str], said:
     assert all(said in line and line.startswith("precision=fp8-mixed") for line in told)
 
 
+def test_without_torchao_the_extra_is_named_where_it_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    asked = ["device=cpu", "precision=fp8-mixed"]
+    (line,) = rules.problems(config(*asked, "precision.emulate=true"))
+    assert line == "precision=fp8-mixed needs torchao: pip install 'leanfit[fp8]'; or use precision=bf16-mixed"
+    (line,) = rules.problems(config(*asked))
+    assert "has no float8 kernels" in line
+
+
 def test_a_gpu_is_asked_whether_it_multiplies_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = with_device(config("device=cpu", "precision=fp8-mixed"), "cuda")
     monkeypatch.setattr(rules, "capability", lambda: (8, 0))

@@ -259,6 +259,7 @@ def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
     Raises ArtifactError as `load` does. `quantized`: with the quantized layers that it has.
     """
     manifest = read_manifest(directory)
+    manifests.check_files(Path(directory), manifest, contents=False)
     with torch.device("meta"):
         try:
             model = _empty_model(Path(directory), manifest)

@@ -52,13 +52,6 @@ class Float8(Precision):
 
         return torch.float32
 
-    def problems(self) -> list[str]:
-        from importlib.util import find_spec
-
-        if find_spec("torchao") is not None:
-            return []
-        return ["precision=fp8-mixed needs torchao: pip install 'leanfit[fp8]'; or use precision=bf16-mixed"]
-
     def shape_problems(self, model: nn.Module, architecture: Architecture) -> list[str]:
         if chosen_layers(model, architecture):
             return []

@@ -378,6 +378,16 @@ def test_the_blueprint_ties_what_the_artifact_ties(tmp_path, build, tied):
     assert sum(p.numel() for p in shapes.parameters()) == sum(p.numel() for p in model.parameters())
 
 
+def test_the_blueprint_of_what_is_not_whole_is_refused_as_the_artifact_is(tmp_path):
+    store.save(opt(), tmp_path / "a", chain=[], probe=IDS)
+    os.truncate(tmp_path / "a" / "model.safetensors", 100)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: truncated, 100 bytes"):
+        store.blueprint(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: missing"):
+        store.blueprint(tmp_path / "a")
+
+
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_a_model_is_opened_in_no_more_memory_than_its_own(tmp_path, scheme):
     model = opt(width=128)

@@ -128,20 +128,6 @@ def test_what_runs_is_said():
     assert precision().weight_dtype == torch.float32
 
 
-def test_without_torchao_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (line,) = precision_of_a_machine_without().problems()
-    assert line == "precision=fp8-mixed needs torchao: pip install 'leanfit[fp8]'; or use precision=bf16-mixed"
-
-
-def precision_of_a_machine_without():
-    from pipeline.precision.fp8 import Float8
-
-    return Float8(
-        name="fp8", dtype="bfloat16", recipe="tensorwise", emulate=True, cache_weights=True, gradient_dtype=None
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs float8 kernels"
