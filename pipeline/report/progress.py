@@ -119,6 +119,8 @@ class Progress(Callback):
         if not trainer.is_global_zero:
             self._mode = "silent"
             self.stop()
+        elif 0 < step < steps:
+            self.say(f"{stage}  goes on from step {step} of {steps}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

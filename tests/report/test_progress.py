@@ -88,6 +88,18 @@ def test_the_values_shown_are_those_of_metrics_csv(tmp_path: Path, tiny_fit: Fit
         assert loss == f"loss {significant(expected, 4)}"
 
 
+def test_a_resumed_fit_says_from_where(tmp_path: Path, tiny_fit: Fit) -> None:
+    saved = str(tmp_path / "last.ckpt")
+    tiny_fit([], steps=20, save=saved)
+    target = plain()
+    with Progress({"train": 60}, "lines", target=target) as progress:
+        tiny_fit([MetricsCsv(tmp_path / "m.csv", stage="train", count=count), progress], steps=60, ckpt_path=saved)
+    first, *rest = written(target).splitlines()
+    assert first == "train  goes on from step 20 of 60"
+    assert rest
+    assert not any("goes on" in line for line in rest)
+
+
 def test_a_sweep_is_silent(tmp_path: Path, tiny_fit: Fit) -> None:
     target = plain()
     run_two_stages(Progress(STEPS, "silent", target=target), tmp_path / "metrics.csv", tiny_fit)
