@@ -93,7 +93,8 @@ def test_a_resumed_fit_says_from_where(tmp_path: Path, tiny_fit: Fit) -> None:
     tiny_fit([], steps=20, save=saved)
     target = plain()
     with Progress({"train": 60}, "lines", target=target) as progress:
-        tiny_fit([MetricsCsv(tmp_path / "m.csv", stage="train", count=count), progress], steps=60, ckpt_path=saved)
+        metrics = MetricsCsv(tmp_path / "metrics.csv", stage="train", count=count, log_every=5)
+        tiny_fit([metrics, progress], steps=60, ckpt_path=saved)
     first, *rest = written(target).splitlines()
     assert first == "train  goes on from step 20 of 60"
     assert rest
