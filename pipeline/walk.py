@@ -28,6 +28,7 @@ from pipeline.errors import ConfigError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
+from pipeline.layers.offload import release
 from pipeline.memory.measure import Peak, measure_peak
 from pipeline.models.architecture import describe, positions
 from pipeline.nodes import Leader
@@ -293,11 +294,13 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
         # The next link gets what was trained. `before` is the dense model that it stands for; it is written last.
         dense = fill_dense(base_model(run.config, run.data), model.cpu())
         places = {run.directory / ADAPTED: model, run.snapshot(stage): dense}
+    release()  # what making the model took
     with run.progress.phase("saving"):
         for place, saved in places.items():
             with measure_peak(run.device, [*saved.parameters(), *saved.buffers()]) as writing:
                 write_snapshot(run, stage, saved, place, record)
             enter_peak(run.result, "save", writing)
+    release()  # what writing it took: the process that reads it back needs room beside this one
     return record
 
 
