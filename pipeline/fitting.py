@@ -136,6 +136,16 @@ class StopWhereItDiverged(lightning.Callback):
             )
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device`, as `torch.manual_seed` does.
+
+    That one notes a stack trace for each kind of device that is not in use, which took 5% of a small model's step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 class TaskModule(lightning.LightningModule):
     """The LightningModule around a model: the task's loss (or the stage's), the optimizer and its schedule."""
 
@@ -180,7 +190,7 @@ class TaskModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A large odd stride keeps apart the streams of ranks that see different samples.
         rank = self.global_rank // self.config.parallelism.tensor_ranks
-        torch.manual_seed(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * rank)
+        seed_generators(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * rank, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         with nullcontext() if self.offload is None else self.offload.saving(batch):

@@ -6,10 +6,11 @@ from io import StringIO
 
 import lightning.pytorch as lightning
 import pytest
+import torch
 from rich.console import Console
 
 from pipeline.app import compose
-from pipeline.fitting import fit
+from pipeline.fitting import fit, seed_generators
 from pipeline.report.progress import Progress
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
@@ -42,3 +43,15 @@ def test_no_gradient_outlives_a_fit(precision, tmp_path):
     model, train = ready(tmp_path, f"precision={precision}")
     train()
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_generators_are_seeded_as_torch_seeds_them(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(1_000_003)
+    expected = torch.rand(3), torch.rand(3, device=device)
+    torch.manual_seed(0)
+    seed_generators(1_000_003, torch.device(device))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.equal(torch.rand(3, device=device), expected[1])
