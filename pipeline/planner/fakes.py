@@ -110,7 +110,12 @@ CONVERTING = frozenset(
 
 
 def converted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where a reduction on a CPU gives another dtype than it is given, a copy of its input in that dtype."""
+    """Where a reduction on a CPU gives another dtype than it is given, a copy of its input in that dtype. A 16-bit mean
+    is that of a float32 copy, in float32, before it is rounded."""
+    if name == "aten::mean" and (out := func(*args, **kwargs)).dtype in cpu_kernels.NARROW:
+        wide = [torch.empty(t.shape, dtype=torch.float32) for t in (args[0], out) if t.dtype != torch.float32]
+        del wide
+        return out
     if name not in CONVERTING:
         return NotImplemented
     out = func(*args, **kwargs)
