@@ -77,12 +77,15 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"input_ids": int64 [T], "labels": the same tensor}."""
-        ids = torch.from_numpy(self.windows[self.chosen[index]].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        return self._wide(self.windows[self.chosen[index]])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A whole batch at once, {"input_ids": int64 [B, T], "labels": the same tensor}: one copy instead of B."""
-        ids = torch.from_numpy(self.windows[self.chosen[list(indices)]].astype(np.int64))
+        return self._wide(self.windows[self.chosen[list(indices)]])
+
+    def _wide(self, tokens: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        # torch widens them, not numpy, whose memory is not counted with torch's.
+        ids = torch.from_numpy(np.array(tokens)).to(torch.int64)
         return {"input_ids": ids, "labels": ids}
 
 

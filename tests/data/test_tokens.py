@@ -28,6 +28,7 @@ from pipeline.data.tokens import (
     tokenizer_fingerprint,
 )
 from pipeline.errors import ConfigError
+from pipeline.memory.measure import measure_peak
 from pipeline.models.byte_tokenizer import byte_tokenizer
 
 
@@ -84,6 +85,13 @@ def test_windows_are_consecutive_and_complete() -> None:
     assert windows[0]["labels"].dtype == torch.int64
     with pytest.raises(IndexError):
         windows[4]
+
+
+def test_a_batch_is_memory_that_is_measured_with_the_rest() -> None:
+    windows = TokenWindows(np.zeros(800, np.uint8), 8)
+    with measure_peak("cpu") as peak:
+        batch = windows.__getitems__(list(range(16)))
+    assert peak.bytes == batch["input_ids"].nbytes == 16 * 8 * 8
 
 
 def test_a_batch_equals_its_stacked_samples() -> None:

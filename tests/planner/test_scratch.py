@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.memory.measure import measure_peak
-from pipeline.planner.fakes import inside, tracing
+from pipeline.planner.fakes import fake_batch, inside, tracing
 from pipeline.planner.live import Live
 from pipeline.planner.supposed import Supposing
 from pipeline.precision import cpu_kernels
@@ -111,3 +111,11 @@ def test_a_checkpointed_block_keeps_the_state_of_the_generator():
     expected = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(3), expected)  # the real generator is as it was
+
+
+def test_labels_that_are_the_inputs_are_one_tensor_in_plans_too():
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with tracing():
+        made = fake_batch({"input_ids": ids, "labels": ids, "attention_mask": ids.clone()})
+    assert made["labels"] is made["input_ids"]
+    assert made["attention_mask"] is not made["input_ids"]
