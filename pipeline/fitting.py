@@ -136,6 +136,21 @@ class StopWhereItDiverged(lightning.Callback):
             )
 
 
+ACCUMULATION = "accumulation"
+"""Where a checkpoint says how many micro batches made a step."""
+
+
+def recount(checkpoint: dict[str, Any], accumulation: int) -> None:
+    """Count the micro batches of `checkpoint`, saved between two steps, as if each step had had `accumulation`.
+
+    Lightning tells by their number where a step ends and when to evaluate.
+    """
+    more = checkpoint["global_step"] * (accumulation - checkpoint.get(ACCUMULATION, accumulation))
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update({key: count + more for key, count in counts.items()})
+
+
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed torch's generators of the CPU and of `device`, as `torch.manual_seed` does.
 
@@ -205,8 +220,10 @@ class TaskModule(lightning.LightningModule):
         # A checkpoint holds what is trained and other float tensors; quantized ones come from the base model again.
         for name in held_tensors(self):
             checkpoint["state_dict"].pop(name, None)  # of several ranks one holds all
+        checkpoint[ACCUMULATION] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        recount(checkpoint, self.trainer.accumulate_grad_batches)
         if "state_dict" in checkpoint:  # a strategy on a mesh has loaded its weights by now
             checkpoint["state_dict"].update(held_tensors(self))
 

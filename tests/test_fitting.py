@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.app import compose
 from pipeline.fitting import fit, seed_generators
+from pipeline.report.metrics_file import read_metrics
 from pipeline.report.progress import Progress
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
@@ -43,6 +44,36 @@ def test_no_gradient_outlives_a_fit(precision, tmp_path):
     model, train = ready(tmp_path, f"precision={precision}")
     train()
     assert all(weight.grad is None for weight in model.parameters())
+
+
+class Ends(lightning.Callback):
+    """Ends a fit by `error` in the step after `step`, within its second micro batch where it has more than one."""
+
+    def __init__(self, step, error, hook="on_before_backward"):
+        self.step, self.error = step, error
+        setattr(self, hook, self.end)
+
+    def end(self, trainer, *_):
+        parts = trainer.accumulate_grad_batches
+        if trainer.global_step == self.step and trainer.fit_loop.batch_idx % parts == parts - 1:
+            raise self.error
+
+
+@pytest.mark.parametrize(("first", "second"), [(8, 4), (4, 8), (2, 8), (8, 2)])
+def test_a_fit_goes_on_from_the_same_step_with_another_micro_batch(first, second, tmp_path):
+    words = ["precision=64-true", "trainer.batch_size=8", "trainer.max_steps=8", "trainer.log_every=4"]
+    words += ["trainer.evaluate_every=2", "trainer.checkpoint_every=3"]
+    whole, train = ready(tmp_path / "whole", *words)
+    train()
+    _, train = ready(tmp_path / "cut", *words, f"trainer.micro_batch_size={first}")
+    with pytest.raises(RuntimeError, match="cut off"):
+        train(callbacks=[Ends(4, RuntimeError("cut off"))])
+    model, train = ready(tmp_path / "cut", *words, f"trainer.micro_batch_size={second}")
+    train(resume=True)
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=1e-9, atol=1e-12)
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "cut")]
+    assert [[row.step for row in found] for found in rows] == [[4, 8], [4, 8]]
+    assert rows[1][1].loss == pytest.approx(rows[0][1].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -90,8 +90,8 @@ class MetricsCsv(Callback):
         self._count, self._log_every, self._skip = count, log_every, skip
         self._data_ranks = data_ranks
         self._file: TextIO | None = None
-        self._loss_sum: torch.Tensor | float = 0.0
-        self._micro_batches = 0
+        self._loss_sum: torch.Tensor | float = 0.0  # of the steps since the last row, each the mean of its micro batches
+        self._steps = 0  # so many
         self._lr: float | torch.Tensor | None = None
         self._step = 0
         self._clock: float | None = None
@@ -111,7 +111,7 @@ class MetricsCsv(Callback):
         """What makes the rows after a resume equal to those of an uninterrupted run."""
         return {
             "loss_sum": float(self._loss_sum),
-            "micro_batches": self._micro_batches,
+            "steps": self._steps,
             "window": list(self._window),
             "total": list(self._total),
             "seen": list(self._seen),
@@ -120,7 +120,7 @@ class MetricsCsv(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loss_sum, self._micro_batches = state_dict["loss_sum"], state_dict["micro_batches"]
+        self._loss_sum, self._steps = state_dict["loss_sum"], state_dict["steps"]
         self._window, self._total = list(state_dict["window"]), list(state_dict["total"])
         self._seen = list(state_dict["seen"])
         self._loss_first, self._loss_last = state_dict["loss_first"], state_dict["loss_last"]
@@ -169,15 +169,14 @@ class MetricsCsv(Callback):
     ) -> None:
         if outputs is not None:
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            # Lightning has divided it by the number of micro batches in a step.
-            self._loss_sum = self._loss_sum + loss.detach() * trainer.accumulate_grad_batches
-            self._micro_batches += 1
+            self._loss_sum = self._loss_sum + loss.detach()  # Lightning has divided it by the micro batches of a step
         self._pending[0] += self._count(batch) * self._data_ranks
         self._pending[1] += _samples(batch) * self._data_ranks
         step = trainer.global_step
         if step == self._step:
             return
         self._step = step
+        self._steps += 1
         if self._loss_first is None:
             self._loss_first = self._mean_loss(trainer)
         if step % self._log_every and step != trainer.max_steps:
@@ -194,7 +193,7 @@ class MetricsCsv(Callback):
             self._clock = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._micro_batches:
+        if self._steps:
             self._write(trainer, self._mean_loss(trainer))
         self._close()
 
@@ -203,10 +202,10 @@ class MetricsCsv(Callback):
         self._close()
 
     def _mean_loss(self, trainer: Trainer) -> float | None:
-        """Over the micro batches since the last row and over the ranks; waits for the device."""
-        if not self._micro_batches:
+        """Over the steps since the last row and over the ranks; waits for the device."""
+        if not self._steps:
             return None
-        mean = self._loss_sum / self._micro_batches
+        mean = self._loss_sum / self._steps
         if trainer.world_size > 1:
             mean = trainer.strategy.reduce(mean, reduce_op="mean")
         return float(mean)
@@ -232,7 +231,7 @@ class MetricsCsv(Callback):
         memory, _ = memory_in_use(str(trainer.strategy.root_device))
         lr = None if self._lr is None else float(self._lr)
         self.last = Row(self._step, self.stage, loss, lr, rate, memory)
-        self._loss_sum, self._micro_batches, self._window, self._loss_last = 0.0, 0, [0.0, 0.0], loss
+        self._loss_sum, self._steps, self._window, self._loss_last = 0.0, 0, [0.0, 0.0], loss
         if self._file is not None:
             self._file.write(format_rows([self.last], header=False))
             self._file.flush()

@@ -196,7 +196,7 @@ def test_a_checkpoint_between_rows_carries_the_sum(tmp_path: Path, tiny_fit: Fit
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]["MetricsCsv[train]"]
     second = tiny_fit([metrics(path, log_every=10)], steps=10, ckpt_path=str(checkpoint))
     (row,) = read_metrics(path)
-    assert saved["micro_batches"] == 6
+    assert saved["steps"] == 6
     assert row.loss == pytest.approx((saved["loss_sum"] + sum(second.losses)) / 10, rel=1e-5)
 
 
