@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -44,3 +45,16 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'int8'?"` for the nearest allowed word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+SAID = re.compile(
+    r"OutOfMemoryError|out of memory|not enough memory|can(.t|not) allocate memory"
+    r"|could not create a primitive",  # what oneDNN makes of it
+    re.I,
+)
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether memory ran out: here, or in a rank whose error is handed on as text."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return not kinds.isdisjoint({"OutOfMemoryError", "MemoryError"}) or SAID.search(str(error)) is not None

@@ -30,6 +30,7 @@ from pipeline.compression.base import StageLoss
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader, train_loader
 from pipeline.errors import LeanfitError
+from pipeline.last_step import SaveWhereMemoryEnds
 from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
@@ -383,6 +384,9 @@ def fit(
     parts.append(meter)
     saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside)
     parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
+    # Ranks run out of memory one by one, and steps in backward change weights before a step is whole.
+    if config.fit.on_oom == "adapt" and not (config.parallelism.distributed or config.memory.step_in_backward):
+        parts.append(SaveWhereMemoryEnds(saver.save))
     every = config.trainer.evaluate_every
     if every:
         parts.append(

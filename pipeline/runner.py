@@ -17,12 +17,12 @@ from pipeline import checkpoints
 from pipeline.artifact import receipt, store
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
-from pipeline.errors import ArtifactError, ConfigError, LeanfitError, ReceiptError
+from pipeline.errors import ArtifactError, ConfigError, LeanfitError, ReceiptError, exhausted
 from pipeline.fitting import checkpoint_directory
 from pipeline.layers.pulse import pulse
 from pipeline.memory.measure import measure_peak
 from pipeline.nodes import Leader, leading
-from pipeline.planner.exhaustion import exhausted, explained, lighter, release
+from pipeline.planner.exhaustion import explained, lighter, release
 from pipeline.planner.fit_job import fit
 from pipeline.planner.links import trace_artifact
 from pipeline.planner.plan import TRACED, Plan, plan, remember

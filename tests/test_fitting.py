@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pipeline import checkpoints
 from pipeline.app import compose
 from pipeline.fitting import fit, seed_generators
 from pipeline.report.metrics_file import read_metrics
@@ -25,7 +26,7 @@ def ready(directory, *words):
     data = config.data.open(tokenizer)
     line = stages_of(config)
     model, context = prepared(config, directory, data, tokenizer, line, line[0])
-    task = lookup.get("causal_lm")
+    task = lookup.get(config.data.task)
     return model, partial(fit, config, line[0], model, task, data, context.architecture, directory)
 
 
@@ -50,8 +51,12 @@ class Ends(lightning.Callback):
     """Ends a fit by `error` in the step after `step`, within its second micro batch where it has more than one."""
 
     def __init__(self, step, error, hook="on_before_backward"):
-        self.step, self.error = step, error
+        self.step, self.error, self.hook = step, error, hook
         setattr(self, hook, self.end)
+
+    def on_train_start(self, trainer, module):
+        if self.hook == "after the optimizer's step":
+            trainer.optimizers[0].register_step_post_hook(lambda *_: self.end(trainer))
 
     def end(self, trainer, *_):
         parts = trainer.accumulate_grad_batches
@@ -74,6 +79,50 @@ def test_a_fit_goes_on_from_the_same_step_with_another_micro_batch(first, second
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "cut")]
     assert [[row.step for row in found] for found in rows] == [[4, 8], [4, 8]]
     assert rows[1][1].loss == pytest.approx(rows[0][1].loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.micro_batch_size=4"],
+        ["precision=16-mixed", "model.dropout=0.1", "trainer.micro_batch_size=2"],
+        ["model=efficientnet", "data=digits", "trainer.micro_batch_size=4"],  # running statistics
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward"])
+def test_memory_that_runs_out_within_a_step_costs_that_step_alone(words, hook, tmp_path):
+    words = [*words, "trainer.batch_size=8", "trainer.max_steps=7", "trainer.checkpoint_every=3", "trainer.log_every=4"]
+    words += ["trainer.evaluate_every=0", "fit.on_oom=adapt"]
+    whole, train = ready(tmp_path / "whole", *words)
+    train()
+    _, train = ready(tmp_path / "cut", *words)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(callbacks=[Ends(5, torch.OutOfMemoryError("no room"), hook)])
+    assert checkpoints.step(tmp_path / "cut" / "checkpoints" / "last.ckpt") == 5
+    model, train = ready(tmp_path / "cut", *words)
+    train(resume=True)
+    assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in model.state_dict().items())
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "cut")]
+    assert [row[:4] for row in rows[0]] == [row[:4] for row in rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("words", "hook", "error"),
+    [
+        (["memory.step_in_backward=true", "trainer.grad_clip=null"], "on_after_backward", torch.OutOfMemoryError()),
+        ([], "on_before_zero_grad", RuntimeError("cut off")),
+        ([], "after the optimizer's step", torch.OutOfMemoryError()),
+        (["fit.on_oom=stop"], "on_before_backward", torch.OutOfMemoryError()),
+    ],
+    ids=["weights change in backward", "another error", "within the optimizer's step", "not asked for"],
+)
+def test_what_is_no_whole_step_is_not_saved(words, hook, error, tmp_path):
+    words = ["trainer.max_steps=7", "trainer.checkpoint_every=3", "fit.on_oom=adapt", *words]
+    _, train = ready(tmp_path, *words)
+    with pytest.raises(type(error)):
+        train(callbacks=[Ends(5, error, hook)])
+    assert checkpoints.step(tmp_path / "checkpoints" / "last.ckpt") == 3
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

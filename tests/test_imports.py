@@ -15,7 +15,7 @@ GROUPS = {
     "trainer", "adapters",
 }  # fmt: skip
 RANK = {
-    "errors": 0, "sizes": 0, "environment": 0, "interrupts": 0, "heartbeat": 1, "preemption": 4,
+    "errors": 0, "sizes": 0, "environment": 0, "interrupts": 0, "heartbeat": 1, "preemption": 4, "last_step": 4,
     "versions": 0, "registry": 1, "checkpoints": 1,
     "groups": 2, "tasks": 2, "layers": 2,
     "artifact": 2, "report": 2, "recipes": 3, "explain": 4, "arguments": 4, "provenance": 5, "schema": 6, "chain": 3,

@@ -1,9 +1,8 @@
-"""Out of memory while running: which errors say so, and the next config that needs less and computes the same."""
+"""Out of memory while running: what is said of it, and the next config that needs less and computes the same."""
 
 from __future__ import annotations
 
 import gc
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +17,8 @@ from pipeline.report.result import new_result
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 
-SAID = re.compile(
-    r"OutOfMemoryError|out of memory|not enough memory|can(.t|not) allocate memory"
-    r"|could not create a primitive",  # what oneDNN makes of it
-    re.I,
-)
 LESS = 0.75
 """Of what was predicted, what the next config may need: how much there was is not known."""
-
-
-def exhausted(error: BaseException) -> bool:
-    """Whether memory ran out: here, or in a rank whose error is handed on as text."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or SAID.search(str(error)) is not None
 
 
 def explained(error: str, phase: str, found: Plan, next_one: Candidate | None) -> str:

@@ -90,7 +90,9 @@ class MetricsCsv(Callback):
         self._count, self._log_every, self._skip = count, log_every, skip
         self._data_ranks = data_ranks
         self._file: TextIO | None = None
-        self._loss_sum: torch.Tensor | float = 0.0  # of the steps since the last row, each the mean of its micro batches
+        self._loss_sum: torch.Tensor | float = (
+            0.0  # of the steps since the last row, each the mean of its micro batches
+        )
         self._steps = 0  # so many
         self._lr: float | torch.Tensor | None = None
         self._step = 0

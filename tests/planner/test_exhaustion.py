@@ -11,7 +11,8 @@ import torch
 
 from pipeline import environment
 from pipeline.app import compose, main
-from pipeline.planner.exhaustion import exhausted, explained, lighter
+from pipeline.errors import exhausted
+from pipeline.planner.exhaustion import explained, lighter
 from pipeline.planner.plan import plan
 
 LARGE = [

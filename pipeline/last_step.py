@@ -1,0 +1,77 @@
+"""Where memory runs out within a step, the last whole one is saved first, so that nothing is computed twice.
+
+Until the optimizer begins, weights and its state are those of the last whole step. What else moves on within a step,
+counts of micro batches, the place in the data, sums of callbacks and running statistics, is noted after each.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+
+from pipeline.errors import exhausted
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a checkpoint after a step holds beside weights, optimizer and schedule; and the model's buffers then."""
+
+    loop: dict[str, Any]
+    callbacks: dict[str, Any]
+    buffers: dict[str, torch.Tensor]
+
+
+class SaveWhereMemoryEnds(lightning.Callback):
+    """Calls `save`, which writes a checkpoint, with the last whole step. On one device; to be the last callback."""
+
+    def __init__(self, save: Callable[[lightning.Trainer], None]) -> None:
+        self.save = save
+        self.noted: Noted | None = None
+        self.stepping = False
+        self.saving = False
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.stepping = False
+            callbacks = {part.state_key: part.state_dict() for part in trainer.callbacks}  # type: ignore[attr-defined]
+            self.noted = Noted(
+                copy.deepcopy(trainer.fit_loop.state_dict()),
+                copy.deepcopy({key: state for key, state in callbacks.items() if state}),
+                {name: buffer.clone() for name, buffer in pl_module.named_buffers()},
+            )
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.stepping = True
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        if self.noted is None or self.stepping or not exhausted(exception):
+            return
+        self.saving = True
+        try:
+            with torch.no_grad():
+                for name, buffer in pl_module.named_buffers():
+                    buffer.copy_(self.noted.buffers[name])
+            self.save(trainer)
+        except Exception as error:  # the checkpoint before it is whole
+            log.warning("the last step could not be saved: %s: %s", type(error).__name__, error)
+        finally:
+            self.saving = False
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.saving and self.noted is not None:
+            checkpoint["loops"]["fit_loop"] = self.noted.loop
+            checkpoint["callbacks"] = self.noted.callbacks
