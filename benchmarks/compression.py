@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--choice", default="gpt", help="the model choice that is trained: gpt or llama")
     parser.add_argument("--steps", type=int, default=1600, help="how long it is trained")
     parser.add_argument("--peers", type=Path, help="where peers/setup.py put their environments")
-    parser.add_argument("--engines", nargs="*", choices=PEERS, help="peers to compare with; default: all whose environment is there")
+    parser.add_argument("--engines", nargs="*", choices=PEERS, help="default: all whose environment is there")
     parser.add_argument("--only", nargs="*", help="labels of rows, or beginnings of them")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows, or images")
     parser.add_argument("--tokens", type=int, default=65536, help="held-out tokens")

@@ -163,6 +163,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = "other"
         """What storages that appear now are for, unless somebody says."""
         self._inner = inner
+        self._within = ""  # the operator that `inner` is asked about
         self._workspace = workspace
         self._taken: set[tuple[bool, bool]] = set()
         self._blocks: dict[int, Block] = {}
@@ -238,14 +239,19 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in PRODUCTS:
             self.multiply(name)
         out = NotImplemented
+        outer = self._within
         if self._inner is not None:
-            with self:  # what it calls is counted too
-                out = self._inner(name, func, args, kwargs)
+            self._within = outer or name
+            try:
+                with self:  # what it calls is counted too
+                    out = self._inner(name, func, args, kwargs)
+            finally:
+                self._within = outer
         if out is NotImplemented:
             out = func(*args, **kwargs)
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
-                self._note(leaf, name, self.phase)
+                self._note(leaf, outer or name, self.phase)
         if name == "aten::rand" and out.ndim == 0:
             self._drawn.add(out.untyped_storage()._cdata)
         elif name == "aten::lt" and args[0].untyped_storage()._cdata in self._drawn:

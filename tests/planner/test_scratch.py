@@ -113,6 +113,14 @@ def test_a_checkpointed_block_keeps_the_state_of_the_generator():
     assert torch.equal(torch.rand(3), expected)  # the real generator is as it was
 
 
+def test_what_an_operator_holds_inside_goes_by_its_name():
+    with tracing(), Live(inside) as live:
+        x = torch.ones(64, 256, dtype=torch.float16)
+        kept = x.mean(-1)
+    assert live.timeline.peak().operator == "aten::mean"
+    del kept
+
+
 def test_labels_that_are_the_inputs_are_one_tensor_in_plans_too():
     ids = torch.ones(2, 3, dtype=torch.int64)
     with tracing():
