@@ -148,10 +148,10 @@ class Method:
         `model` and the batches of `context.calibration` are on the meta device; nothing is run. For plans that do not
         run `finalize` on tensors without values. Here: the model, and the largest layer to be rounded.
         """
-        from pipeline.layers.holding import checked, layer_work
+        from pipeline.layers.holding import layer_work, rounded
         from pipeline.layers.select import select
 
-        return layer_work(model, select(model, context.architecture).layers, checked)
+        return layer_work(model, select(model, context.architecture).layers, rounded)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         """JSON facts for `stages[].detail` of result.json: layers touched, kernel, measured sparsity, ..."""

@@ -290,18 +290,17 @@ class Distill(Method):
         )
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
-        """The model before it loses layers, or what is left of it, whose parameters are looked through."""
-        from pipeline.layers.holding import checked, held, largest
+        """The model before it loses layers, or what is left of it."""
+        from pipeline.layers.holding import held
 
-        student = self.reshaped(model, context)
-        most = max(int(weight.numel() * checked(weight.itemsize)) for weight in student.parameters())
-        return largest([{"weights": held(model)}, {"weights": held(student), "working set": most}])
+        return {"weights": max(held(model), held(self.reshaped(model, context)))}
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         from pipeline.errors import LeanfitError
+        from pipeline.layers.quantize import is_finite
 
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not parameter.isfinite().all():
+            if parameter.is_floating_point() and not is_finite(parameter):
                 raise LeanfitError(
                     f"{context.stage}: NaN or infinity in {name} after training; lower its learning rate"
                 )

@@ -46,9 +46,9 @@ class Quantizer(Method):
         )
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
-        from pipeline.layers.holding import checked, layer_work
+        from pipeline.layers.holding import layer_work, rounded
 
-        return layer_work(model, self.layers(model, context), checked)
+        return layer_work(model, self.layers(model, context), rounded)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.schemes import quantization_detail

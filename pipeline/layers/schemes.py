@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from pipeline.errors import LeanfitError
 from pipeline.layers import conv, embedding, float8, linear, lora, nf4, static
 from pipeline.layers.offload import offload_module, place_of_model
-from pipeline.layers.quantize import Quantized
+from pipeline.layers.quantize import Quantized, is_finite
 from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import is_two_of_four
@@ -38,9 +39,10 @@ def quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, **sett
         LeanfitError: no layers, or a weight that holds NaN or infinity (the layer is named); nothing is changed then.
     """
     require_finite(model, layers, scheme)
+    place = place_of_model(model)
     for name in layers:
         layer = cast(FloatLayer, model.get_submodule(name))
-        replace(model, name, KINDS[scheme, float_class(layer)].from_float(layer, **settings))
+        replace(model, name, KINDS[scheme, float_class(layer)].from_float(layer, **settings), place)
     join_siblings(model)
     return model
 
@@ -54,8 +56,7 @@ def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> None
     if not layers:
         raise LeanfitError(f"{method}: no layer to work on")
     for name in layers:
-        weight = cast(torch.Tensor, model.get_submodule(name).weight)
-        if not torch.isfinite(weight).all():
+        if not is_finite(cast(torch.Tensor, model.get_submodule(name).weight)):
             raise LeanfitError(f"{method}: the weight of {name} holds NaN or infinity: its training diverged")
 
 
@@ -65,7 +66,7 @@ def put(model: nn.Module, name: str, quantized: Quantized, scheme: str, **settin
     made = cast(IntegerLayer, empty_layer(scheme, layer, **settings))
     made.fill(quantized)
     made.like(layer)
-    replace(model, name, made)
+    replace(model, name, made, place_of_model(model))
     return made
 
 
@@ -98,10 +99,10 @@ def empty_layer(scheme: str, layer: FloatLayer, **settings: Any) -> QuantizedLay
     return kind(layer, **settings)
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` where `name` is in `model`, its tensors into files where the model's are. The layer before may be in
-    memory all the same: a method changed it."""
-    if (place := place_of_model(model)) is not None:
+def replace(model: nn.Module, name: str, layer: nn.Module, place: Path | None = None) -> None:
+    """Put `layer` where `name` is in `model`, its tensors into files in `place` where the model's are. The layer before
+    may be in memory all the same: a method changed it."""
+    if place is not None:
         offload_module(layer, place)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

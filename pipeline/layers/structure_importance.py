@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import hidden_of, model_inputs
 from pipeline.layers.chunked_loss import IGNORED
+from pipeline.layers.quantize import is_finite
 from pipeline.layers.structure import Axis, Cuts, Kept, head_units
 from pipeline.models.base import Architecture, Block
 
@@ -302,7 +303,7 @@ def taylor_importance(
         LeanfitError: no batches; NaN or infinity in a weight or in a block's scores (it is named); no gradients at all.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise LeanfitError(f"structured: NaN or infinity in {name}: the training diverged")
     sums: dict[Key, Tensor] = {}
     owners = {
