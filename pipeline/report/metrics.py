@@ -90,10 +90,9 @@ class MetricsCsv(Callback):
         self._count, self._log_every, self._skip = count, log_every, skip
         self._data_ranks = data_ranks
         self._file: TextIO | None = None
-        self._loss_sum: torch.Tensor | float = (
-            0.0  # of the steps since the last row, each the mean of its micro batches
-        )
-        self._steps = 0  # so many
+        # Of the steps since the last row, so many: the sum of their losses, each the mean of its micro batches.
+        self._steps = 0
+        self._loss_sum: torch.Tensor | float = 0.0
         self._lr: float | torch.Tensor | None = None
         self._step = 0
         self._clock: float | None = None
@@ -110,9 +109,9 @@ class MetricsCsv(Callback):
         return f"MetricsCsv[{self.stage}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """What makes the rows after a resume equal to those of an uninterrupted run."""
+        """What makes the rows after a resume equal to those of an uninterrupted run; without waiting for a device."""
         return {
-            "loss_sum": float(self._loss_sum),
+            "loss_sum": self._loss_sum,
             "steps": self._steps,
             "window": list(self._window),
             "total": list(self._total),
@@ -122,7 +121,7 @@ class MetricsCsv(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loss_sum, self._steps = state_dict["loss_sum"], state_dict["steps"]
+        self._loss_sum, self._steps = float(state_dict["loss_sum"]), state_dict["steps"]
         self._window, self._total = list(state_dict["window"]), list(state_dict["total"])
         self._seen = list(state_dict["seen"])
         self._loss_first, self._loss_last = state_dict["loss_first"], state_dict["loss_last"]

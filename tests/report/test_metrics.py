@@ -197,7 +197,7 @@ def test_a_checkpoint_between_rows_carries_the_sum(tmp_path: Path, tiny_fit: Fit
     second = tiny_fit([metrics(path, log_every=10)], steps=10, ckpt_path=str(checkpoint))
     (row,) = read_metrics(path)
     assert saved["steps"] == 6
-    assert row.loss == pytest.approx((saved["loss_sum"] + sum(second.losses)) / 10, rel=1e-5)
+    assert row.loss == pytest.approx((float(saved["loss_sum"]) + sum(second.losses)) / 10, rel=1e-5)
 
 
 def test_stages_share_a_file(tmp_path: Path, tiny_fit: Fit) -> None:
