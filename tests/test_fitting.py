@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline import checkpoints
 from pipeline.app import compose
 from pipeline.fitting import fit, seed_generators
+from pipeline.last_step import SaveWhereMemoryEnds
 from pipeline.report.metrics_file import read_metrics
 from pipeline.report.progress import Progress
 from pipeline.stage_input import prepared
@@ -105,6 +106,23 @@ def test_memory_that_runs_out_within_a_step_costs_that_step_alone(words, hook, t
     assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in model.state_dict().items())
     rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "cut")]
     assert [row[:4] for row in rows[0]] == [row[:4] for row in rows[1]]
+
+
+def test_only_buffers_that_steps_change_are_copied(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "pipeline.fitting.SaveWhereMemoryEnds", lambda save: made.append(SaveWhereMemoryEnds(save)) or made[-1]
+    )
+    _, train = ready(tmp_path, "model=efficientnet", "data=digits", "trainer.max_steps=2", "fit.on_oom=adapt")
+    train()
+    assert {name.rpartition(".")[2] for name in made[0].noted.buffers} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    _, train = ready(tmp_path, "adapter=lora", "compression=nf4", "trainer.max_steps=2", "fit.on_oom=adapt")
+    train()
+    assert made[1].noted.buffers == {}
 
 
 @pytest.mark.parametrize(
