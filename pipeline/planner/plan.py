@@ -25,7 +25,7 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError, first_line
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe, positions
-from pipeline.planner import calibration, formula
+from pipeline.planner import calibration, formula, scratch
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.generation import generates, longest, trace_generation
@@ -48,7 +48,7 @@ MARGINS = {"traced": 0.01, "computed": 0.1}
 CONVOLUTIONS = 0.05
 """And where there are convolutions, whose kernels take scratch space that is not traced."""
 NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
-"""And where a CPU computes in 16 bits, by kernels whose scratch space depends on the processor."""
+"""And where a CPU computes in 16 bits, in so large a phase that operators may be too large to be tried (`scratch`)."""
 SHARDED = 0.3
 """And of ranks that gather what they share (fsdp, ZeRO 3): what was measured varied from run to run by as much."""
 ON_GPU, COMPRESSED_ON_GPU = 0.08, 0.4
@@ -325,7 +325,8 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     """The peak of a phase with its margin, corrected by what earlier runs of its kind measured on this machine."""
     gathers = config.parallelism.sharded and source == "computed" and phase == "train"
     margin = max(MARGINS[source], CONVOLUTIONS if convolutions else 0.0, SHARDED if gathers else 0.0)
-    if config.device.kind() == "cpu" and config.precision.dtype in ("float16", "bfloat16"):
+    narrow = config.device.kind() == "cpu" and config.precision.dtype in ("float16", "bfloat16")
+    if narrow and peak.bytes > scratch.LARGEST:
         margin = max(margin, NARROW_CONVOLUTIONS if convolutions else NARROW)
     if config.device.kind() == "cuda":
         margin = max(margin, COMPRESSED_ON_GPU if config.chain and phase != "train" else ON_GPU)

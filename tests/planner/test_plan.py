@@ -199,6 +199,24 @@ def test_what_is_not_traced_is_computed_and_says_why(override, said):
     assert found.phases["train"].margin == 0.1
 
 
+@pytest.mark.parametrize(
+    ("words", "small", "large"),
+    [
+        (["precision=bf16-mixed"], 0.01, 0.08),
+        (["precision=16-true", "optimizer.eps=1e-4"], 0.01, 0.08),
+        (["model=efficientnet", "data=digits", "precision=bf16-mixed"], 0.05, 0.35),
+        ([], 0.01, 0.01),
+    ],
+    ids=["bf16-mixed", "16-true", "convolutions", "32 bits"],
+)
+def test_16_bits_widen_the_margin_only_where_operators_may_be_too_large_to_be_tried(words, small, large, monkeypatch):
+    config = compose([*GPT, "job=plan", "plan.calibrate=false", *words])
+    data = opened(config)[1]
+    assert plan(config, data).phases["train"].margin == small
+    monkeypatch.setattr("pipeline.planner.scratch.LARGEST", 1000)
+    assert plan(config, data).phases["train"].margin == large
+
+
 def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk():
     config = compose([*GPT, "trainer.evaluate_every=2", "compression=[magnitude,int8]"])
     found = plan(config, opened(config)[1])
