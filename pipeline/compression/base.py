@@ -151,7 +151,7 @@ class Method:
         from pipeline.layers.holding import layer_work, rounded
         from pipeline.layers.select import select
 
-        return layer_work(model, select(model, context.architecture).layers, rounded)
+        return layer_work(model, select(model, context.architecture).layers, rounded, left=1)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         """JSON facts for `stages[].detail` of result.json: layers touched, kernel, measured sparsity, ..."""

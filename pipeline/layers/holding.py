@@ -26,13 +26,20 @@ def held(model: nn.Module) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
 
 
-def layer_work(model: nn.Module, layers: Sequence[str], octets: Callable[[int], float]) -> Terms:
-    """The model, and what the largest of `layers` takes to be worked on: `octets` of its item size, for each weight."""
+def layer_work(
+    model: nn.Module, layers: Sequence[str], octets: Callable[[int], float], left: float | None = None
+) -> Terms:
+    """The model, and what one of `layers`, the most demanding, takes: `octets` of its item size, for each weight.
+
+    `left`: octets of a weight that was worked on; by then those of the layers before are left. None: as many as before.
+    """
     weights = [model.get_submodule(name).get_parameter("weight") for name in layers]
-    return {
-        "weights": held(model),
-        "working set": max((int(w.numel() * octets(w.itemsize)) for w in weights), default=0),
-    }
+    there = held(model)
+    moments = [{"weights": there}]
+    for weight in weights:
+        moments.append({"weights": there, "working set": int(weight.numel() * octets(weight.itemsize))})
+        there -= 0 if left is None else int(weight.numel() * (weight.itemsize - left))
+    return largest(moments)
 
 
 def rounded(itemsize: int) -> float:
