@@ -47,7 +47,7 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-SAID = re.compile(
+OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|not enough memory|can(.t|not) allocate memory"
     r"|could not create a primitive",  # what oneDNN makes of it
     re.I,
@@ -57,4 +57,4 @@ SAID = re.compile(
 def exhausted(error: BaseException) -> bool:
     """Whether memory ran out: here, or in a rank whose error is handed on as text."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return not kinds.isdisjoint({"OutOfMemoryError", "MemoryError"}) or SAID.search(str(error)) is not None
+    return not kinds.isdisjoint({"OutOfMemoryError", "MemoryError"}) or OUT_OF_MEMORY.search(str(error)) is not None

@@ -59,8 +59,9 @@ class SaveWhereMemoryEnds(lightning.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.stepping = False
-            self.moving |= self.changed(pl_module)
-            self.versions = versions(pl_module)
+            now = versions(pl_module)
+            self.moving |= self.changed(now)
+            self.versions = now
             callbacks = {part.state_key: part.state_dict() for part in trainer.callbacks}  # type: ignore[attr-defined]
             self.noted = Noted(
                 copy.deepcopy(trainer.fit_loop.state_dict()),
@@ -68,9 +69,9 @@ class SaveWhereMemoryEnds(lightning.Callback):
                 {name: buffer.clone() for name, buffer in pl_module.named_buffers() if name in self.moving},
             )
 
-    def changed(self, module: nn.Module) -> set[str]:
+    def changed(self, now: dict[str, tuple[int, int]]) -> set[str]:
         """Buffers written since the last step, as running statistics are. A quantized base, large, is not."""
-        return {name for name, version in versions(module).items() if self.versions.get(name) != version}
+        return {name for name, version in now.items() if self.versions.get(name) != version}
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.stepping = True
@@ -80,7 +81,7 @@ class SaveWhereMemoryEnds(lightning.Callback):
     ) -> None:
         if self.noted is None or self.stepping or not exhausted(exception):
             return
-        if not self.changed(pl_module) <= self.noted.buffers.keys():
+        if not self.changed(versions(pl_module)) <= self.noted.buffers.keys():
             return  # what never changed before was not copied
         self.saving = True
         try:

@@ -146,7 +146,7 @@ class Method:
         """Bytes by kind at the peak of `prepare` and `finalize`, by formula; None where none is known for this model.
 
         `model` and the batches of `context.calibration` are on the meta device; nothing is run. For plans that do not
-        run `finalize` on tensors without values. Here: the model, and the largest layer to be rounded.
+        run `finalize` on tensors without values. Here: the model while its layers are rounded, one by one.
         """
         from pipeline.layers.holding import layer_work, rounded
         from pipeline.layers.select import select

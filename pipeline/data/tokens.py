@@ -77,16 +77,17 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"input_ids": int64 [T], "labels": the same tensor}."""
-        return self._wide(self.windows[self.chosen[index]])
+        return _batch(self.windows[self.chosen[index]])
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A whole batch at once, {"input_ids": int64 [B, T], "labels": the same tensor}: one copy instead of B."""
-        return self._wide(self.windows[self.chosen[list(indices)]])
+        return _batch(self.windows[self.chosen[list(indices)]])
 
-    def _wide(self, tokens: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
-        # torch widens them, not numpy, whose memory is not counted with torch's.
-        ids = torch.from_numpy(np.array(tokens)).to(torch.int64)
-        return {"input_ids": ids, "labels": ids}
+
+def _batch(tokens: Tokens) -> dict[str, torch.Tensor]:
+    # torch widens them, not numpy, whose memory is not counted with torch's; it warns of what cannot be written to.
+    ids = torch.from_numpy(np.require(tokens, requirements="W")).to(torch.int64, copy=True)
+    return {"input_ids": ids, "labels": ids}
 
 
 def read_files(root: Path, paths: Sequence[Path]) -> list[File]:

@@ -38,7 +38,8 @@ def layer_work(
     moments = [{"weights": there}]
     for weight in weights:
         moments.append({"weights": there, "working set": int(weight.numel() * octets(weight.itemsize))})
-        there -= 0 if left is None else int(weight.numel() * (weight.itemsize - left))
+        if left is not None:
+            there -= int(weight.numel() * (weight.itemsize - left))
     return largest(moments)
 
 

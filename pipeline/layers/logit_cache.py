@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.quantize import is_finite
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Inputs = Mapping[str, Tensor]
@@ -84,7 +85,7 @@ def compact(logits: Tensor, top_k: int | None) -> Array:
     Raises:
         LeanfitError: NaN or infinity among them.
     """
-    if not logits.isfinite().all():
+    if not is_finite(logits):
         raise LeanfitError("NaN or infinity among the teacher's logits; it cannot be learned from")
     values, ids = logits.to(torch.promote_types(logits.dtype, torch.float32)), None
     if top_k is not None and top_k < logits.shape[-1]:

@@ -113,11 +113,11 @@ def dequantize_rows(integers: Tensor, scale: Tensor, zero_point: Tensor | None =
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether `weight`, not empty, holds neither NaN nor infinity.
+    """Whether `weight` holds neither NaN nor infinity.
 
     Either would be its largest or its smallest value: these are found ten times as fast as each is asked.
     """
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
+    return not weight.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
 
 
 def wide(weight: Tensor) -> Tensor:

@@ -69,8 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 def chain_text(result: Mapping[str, Any]) -> str:
     """'wanda, then int8', or an empty text for no compression."""
-    stages = pick(result, "stages")
-    names = [word(stage, "name") for stage in stages] if isinstance(stages, list) else []
+    names = [word(stage, "name") for stage in _stages(result)]
     return ", then ".join(name for name in names if name)
 
 
@@ -145,11 +144,16 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _stages(result: Mapping[str, Any]) -> list[Any]:
+    """The links of a result, which may be incomplete or damaged."""
+    stages = pick(result, "stages")
+    return stages if isinstance(stages, list) else []
+
+
 def _run_densely(result: Mapping[str, Any]) -> list[str]:
     """Layers pruned to a pattern of which the kernel that runs them makes no use."""
     lines: list[str] = []
-    stages = pick(result, "stages")
-    for stage in stages if isinstance(stages, list) else []:
+    for stage in _stages(result):
         kernels = pick(stage, "detail", "kernel")
         for kernel, count in kernels.items() if isinstance(kernels, dict) else ():
             pattern = word(stage, "detail", "pattern") or "2:4"
@@ -163,7 +167,6 @@ def _run_densely(result: Mapping[str, Any]) -> list[str]:
 
 def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
     metric = word(result, "quality", "metric")
-    stages = pick(result, "stages")
     rows = [
         [
             "train",
@@ -174,7 +177,7 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
             _fit_detail(pick(result, "train")),
         ]
     ]
-    for stage in stages if isinstance(stages, list) else []:
+    for stage in _stages(result):
         rows.append(
             [
                 word(stage, "name"),
@@ -191,8 +194,7 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
 def _facts_by_stage(result: Mapping[str, Any]) -> list[str]:
     """What each stage says of itself, a line a fact."""
     lines: list[str] = []
-    stages = pick(result, "stages")
-    for stage in stages if isinstance(stages, list) else []:
+    for stage in _stages(result):
         detail = pick(stage, "detail")
         if isinstance(detail, dict) and detail:
             facts = [f"- {cell(key.replace('_', ' '))}: {cell(_in_words(value))}" for key, value in detail.items()]
@@ -203,8 +205,7 @@ def _facts_by_stage(result: Mapping[str, Any]) -> list[str]:
 def _bits_by_layer(result: Mapping[str, Any]) -> list[str]:
     """For each stage that chose bits by layer: what each layer got, and what each number of bits would cost it."""
     lines: list[str] = []
-    stages = pick(result, "stages")
-    for stage in stages if isinstance(stages, list) else []:
+    for stage in _stages(result):
         chosen, measured = pick(stage, "detail", "bits"), pick(stage, "detail", "sensitivity")
         if not isinstance(chosen, dict) or not isinstance(measured, dict):
             continue
@@ -262,9 +263,7 @@ def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _memory_row(name: str, predicted: float | None, measured: float | None) -> list[str]:
-    ratio = quotient(predicted, measured)
-    error = format_error(ratio)
-    return [name, format_bytes(predicted), format_bytes(measured), error]
+    return [name, format_bytes(predicted), format_bytes(measured), format_error(quotient(predicted, measured))]
 
 
 def _section(title: str, body: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pipeline.layers.quantize import is_finite
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
     weight = torch.nn.Parameter(torch.randn(37, 11).to(dtype))
     assert is_finite(weight)
+    assert is_finite(weight[:0])
     for place in (0, 203, 406):
         hit = weight.detach().clone()
         hit.view(-1)[place] = bad
