@@ -24,6 +24,7 @@ from pipeline.layers.distillation import observing
 from pipeline.layers.logit_cache import LogitCache
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
+from pipeline.models.unfilled import on_meta
 
 
 class FrozenTeacher:
@@ -123,8 +124,7 @@ def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
         for file in directory.glob("*.safetensors"):  # a file that was cut short shows so in its header
             with safe_open(file, "pt"):
                 pass
-        with torch.device("meta"):
-            return cast(nn.Module, cls(cls.config_class.from_pretrained(directory)))
+        return on_meta(cls, cls.config_class.from_pretrained(directory))
     model, loading = cls.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )

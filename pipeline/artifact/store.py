@@ -15,7 +15,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -36,6 +35,7 @@ from pipeline.layers.blockwise import in_dtype_of
 from pipeline.layers.offload import OffloadError, beside, maps_file, offload
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
+from pipeline.models.unfilled import to_be_filled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -287,8 +287,6 @@ def _take_dtypes(model: nn.Module, directory: Path, manifest: dict[str, Any]) ->
 
 def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     """The model of the manifest's class and config.json, its weights not initialised."""
-    from transformers.initialization import no_init_weights
-
     cls = model_class(manifest["model"].get("class"))
     data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     # Attention may name code on a hub; only torch's own kinds are taken, and only from the manifest.
@@ -305,26 +303,7 @@ def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
     config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
     config._attn_implementation = attention
-    with no_init_weights(), _without_parameters():
-        return cast("PreTrainedModel", cls(config))
-
-
-@contextmanager
-def _without_parameters() -> Iterator[None]:
-    """Parameters that modules register go to the meta device, one by one: no second model beside the stored one.
-    Buffers are made as they are, since those that are not stored count."""
-    register = nn.Module.register_parameter
-
-    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return cast("PreTrainedModel", to_be_filled(cls, config))
 
 
 def model_class(name: object) -> Any:
@@ -529,10 +508,7 @@ def _renew_transient_buffers(model: PreTrainedModel) -> None:
     ]
     if not transient:
         return
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), _without_parameters():
-        fresh = type(model)(model.config)
+    fresh = to_be_filled(type(model), model.config)
     for name, module, leaf in transient:
         setattr(module, leaf, getattr(fresh.get_submodule(name), leaf).to(getattr(module, leaf).device))
 

@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.errors import LeanfitError
 from pipeline.layers.sparsity import MASK
 from pipeline.models.base import Architecture
+from pipeline.models.unfilled import on_meta
 
 COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """Names by which configs count their blocks."""
@@ -98,8 +99,7 @@ def described(model: nn.Module, total: int, kept: Sequence[int], config: Any = N
     config = copy.deepcopy(getattr(model, "config", None) if config is None else config)
     if len(kept) < total:
         _count(config, total, kept)
-    with torch.device("meta"):
-        twin = type(model)(config)
+    twin = on_meta(type(model), config)
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return twin.to(next(dtypes, torch.float32)).train(model.training)
 

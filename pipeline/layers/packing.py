@@ -20,29 +20,28 @@ def pack_int32(values: Tensor, bits: int) -> Tensor:
     """int8 [rows, columns] in [-2^(bits-1), 2^(bits-1) - 1] -> int32 [rows, ceil(columns * bits / 32)]."""
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}; values of 1 to 8 bits can be packed")
-    return pack_unsigned((values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), bits)
+    return pack_unsigned(values.contiguous().view(torch.uint8) + (1 << (bits - 1)), bits)  # bytes wrap around
 
 
 def pack_unsigned(values: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, columns] below 2^bits -> int32 [rows, ceil(columns * bits / 32)]."""
+    """uint8 [rows, columns] below 2^bits, contiguous -> int32 [rows, ceil(columns * bits / 32)].
+
+    At 8 bits and whole words it is the memory of `values`.
+    """
     rows, columns = values.shape
     words = packed_columns(columns, bits)
-    # Eight values are `bits` whole bytes, whatever the number of bits.
-    eights = F.pad(values, (0, -columns % 8)).view(rows, -1, 8)
-    if bits == 8:
-        data = eights
-    elif bits == 4:
-        data = eights[..., 0::2] | (eights[..., 1::2] << 4)
+    data = _padded(values, -(-columns // 8) * 8)  # eight values are `bits` whole bytes, whatever the number of bits
+    if 8 % bits:
+        eights = data.view(torch.int64)
+        for lane in LANES:
+            eights = (eights & _low(lane)).bitwise_or_((eights & ~_low(lane)) >> (lane - lane * bits // 8))
+        data = eights.view(torch.uint8).view(rows, -1, 8)[..., :bits].flatten(1)
     else:
-        data = torch.zeros(*eights.shape[:2], bits, dtype=torch.uint8, device=values.device)
-        for place in range(8):
-            byte, shift = divmod(place * bits, 8)
-            data[..., byte] |= eights[..., place] << shift
-            if shift + bits > 8:
-                data[..., byte + 1] |= eights[..., place] >> (8 - shift)
-    data = data.flatten(1)
-    data = F.pad(data, (0, max(0, 4 * words - data.shape[1])))[:, : 4 * words]
-    return data.reshape(-1).view(torch.int32).view(rows, words)
+        for held in _powers(bits):
+            pairs = data.view(torch.int16)
+            data = (pairs >> (8 - held)).bitwise_or_(pairs).to(torch.uint8)
+    # `view` asks for strides of whole words, even of a dimension of one element.
+    return _padded(data, 4 * words).reshape(-1).view(torch.int32).view(rows, words)
 
 
 def unpack_unsigned(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -50,21 +49,49 @@ def unpack_unsigned(packed: Tensor, bits: int, columns: int) -> Tensor:
     if packed.stride() != (packed.shape[1], 1):  # `contiguous` leaves a dimension of one element as it is
         packed = packed.clone(memory_format=torch.contiguous_format)
     data = packed.view(torch.uint8)
-    if bits == 4:
-        data = torch.stack((data & 0xF, data >> 4), dim=-1).flatten(1)
-    elif bits != 8:
-        groups = F.pad(data, (0, -data.shape[1] % bits)).view(data.shape[0], -1, bits)
-        values = torch.empty(*groups.shape[:2], 8, dtype=torch.uint8, device=packed.device)
-        for place in range(8):
-            byte, shift = divmod(place * bits, 8)
-            value = groups[..., byte] >> shift
-            if shift + bits > 8:
-                value = value | (groups[..., byte + 1] << (8 - shift))
-            values[..., place] = value & ((1 << bits) - 1)
-        data = values.flatten(1)
+    if 8 % bits:
+        data = _padded(data, -(-data.shape[1] // bits) * bits).view(data.shape[0], -1, bits)
+        eights = F.pad(data, (0, 8 - bits)).view(torch.int64)
+        for lane in reversed(LANES):
+            held = lane * bits // 8
+            eights = ((eights << (lane - held)) & ~_low(lane)).bitwise_or_(
+                eights & _repeated((1 << held) - 1, 2 * lane)
+            )
+        data = eights.view(torch.uint8).flatten(1)
+    else:
+        for held in reversed(_powers(bits)):
+            pairs = data.to(torch.int16)
+            data = (pairs << (8 - held)).bitwise_or_(pairs).bitwise_and_(((1 << held) - 1) * 0x0101).view(torch.uint8)
     return data[:, :columns]
 
 
 def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_int32`: int32 [rows, words] -> int8 [rows, columns]."""
-    return (unpack_unsigned(packed, bits, columns).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (unpack_unsigned(packed, bits, columns) - (1 << (bits - 1))).view(torch.int8)  # bytes wrap around
+
+
+LANES = (8, 16, 32)
+"""Eight values lie in one int64, a byte each. Neighbours are moved together: bytes in pairs, these in fours, these in
+eights; each time what the higher of two lanes holds goes to the end of what the lower one holds."""
+
+
+def _repeated(pattern: int, every: int) -> int:
+    """`pattern` in an int64 again each `every` bits."""
+    unsigned = sum(pattern << at for at in range(0, 64, every))
+    return unsigned - (1 << 64 if unsigned >> 63 else 0)
+
+
+def _low(lane: int) -> int:
+    """A mask of the lower of each two lanes."""
+    return _repeated((1 << lane) - 1, 2 * lane)
+
+
+def _powers(bits: int) -> list[int]:
+    """bits, 2 * bits, ... below 8: how much a byte holds before each step that joins two of them."""
+    return [held for held in (1, 2, 4) if held >= bits]
+
+
+def _padded(data: Tensor, columns: int) -> Tensor:
+    """`data` with zeros behind it, or without its last columns; `data` itself where it has so many."""
+    more = columns - data.shape[1]
+    return F.pad(data, (0, more)) if more else data

@@ -75,6 +75,8 @@ def join_siblings(model: nn.Module) -> None:
 
     Nothing but speed changes (see `linear.Siblings`). For a model whose layers are all in place.
     """
+    if not any(isinstance(module, linear.Int8Linear) for module in model.modules()):
+        return
     for block in describe(model).blocks:
         attention, feed_forward = block.attention, block.feed_forward
         names = (attention.query, attention.key, attention.value) if attention else ()

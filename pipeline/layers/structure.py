@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.errors import LeanfitError
 from pipeline.layers.sparsity import MASK
 from pipeline.models.base import Architecture, Attention
+from pipeline.models.unfilled import on_meta, to_be_filled
 
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 FFN = ("intermediate_size", "ffn_dim", "n_inner")
@@ -94,8 +95,7 @@ def described_shapes(model: nn.Module, config: Any) -> dict[str, torch.Size]:
         ValueError: the class cannot be built with it.
     """
     try:
-        with torch.device("meta"):
-            return shapes_of(type(model)(config))
+        return shapes_of(on_meta(type(model), config))
     except Exception as error:  # whatever a class makes of a config it was not meant for
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -185,11 +185,8 @@ def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kep
         ValueError: `config` cannot be had by cutting `model`.
         LeanfitError: `kept` does not fit `config`.
     """
-    from transformers.initialization import no_init_weights
-
     cuts = find_cuts(model, architecture, described_shapes(model, config))
-    with no_init_weights():
-        made: Any = type(model)(config)
+    made: Any = to_be_filled(type(model), config)
     tensors = {}
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import hidden_of, model_inputs
 from pipeline.layers.chunked_loss import IGNORED
-from pipeline.layers.quantize import is_finite
+from pipeline.layers.quantize import is_finite, wide
 from pipeline.layers.structure import Axis, Cuts, Kept, head_units
 from pipeline.models.base import Architecture, Block
 
@@ -259,18 +259,19 @@ def weight_importance(model: nn.Module, architecture: Architecture, cuts: Cuts) 
     squares: dict[Key, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in cuts:
-            _add_along(squares, architecture, cuts[name], parameter.detach().double().square())
+            _add_along(squares, architecture, cuts[name], wide(parameter).square())
 
     def per_block(kind: str) -> list[Tensor]:
         return [squares.get((kind, index), torch.empty(0)).sqrt() for index in range(len(architecture.blocks))]
 
     blocks = [
-        torch.stack([p.detach().double().square().sum() for p in model.get_submodule(block.name).parameters()]).sum()
+        torch.stack([torch.linalg.vector_norm(wide(p)) for p in model.get_submodule(block.name).parameters()]).double()
         for block in architecture.blocks
     ]
     hidden = squares.get(("hidden", None))
     return _checked(
-        architecture, torch.stack(blocks).sqrt(), per_block("heads"), per_block("ffn"), per_block("channels"),
+        architecture, torch.stack([torch.linalg.vector_norm(norms) for norms in blocks]),
+        per_block("heads"), per_block("ffn"), per_block("channels"),
         None if hidden is None else hidden.sqrt(),
     )  # fmt: skip
 
@@ -279,7 +280,7 @@ def _add_along(sums: dict[Key, Tensor], architecture: Architecture, axes: Mappin
     """To each unit's sum what of `values`, shaped as the tensor whose cut dimensions are `axes`, belongs to it."""
     for dim, axis in axes.items():
         others = [d for d in range(values.ndim) if d != dim]
-        found = values.sum(others) if others else values
+        found = (values.sum(others) if others else values).double()
         kind = axis.kind
         if kind in ("query", "key_value"):
             assert axis.block is not None
@@ -322,12 +323,13 @@ def taylor_importance(
         @torch.no_grad()
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            change = (parameter.double() * parameter.grad.double()).abs()
+            change = (wide(parameter) * wide(parameter.grad)).abs_()
             parameter.grad = None
             _add_along(sums, architecture, cuts.get(name, {}), change)
             if name in owners:
                 key = ("blocks", owners[name])
-                sums[key] = sums[key] + change.sum() if key in sums else change.sum()
+                whole = change.sum().double()
+                sums[key] = sums[key] + whole if key in sums else whole
 
         return hook
 

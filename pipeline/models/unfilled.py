@@ -1,0 +1,49 @@
+"""Models without weights: what a class makes of a config, at a fraction of what it costs to initialise them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+def on_meta(cls: Any, config: Any) -> nn.Module:
+    """The transformers model `cls(config)` on the meta device, tied as it ties itself: shapes alone, in float32."""
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        model = cls(config)
+    if tie := getattr(model, "tie_weights", None):  # which `no_init_weights` leaves out
+        tie()
+    return cast(nn.Module, model)
+
+
+def to_be_filled(cls: Any, config: Any) -> nn.Module:
+    """The transformers model `cls(config)`, parameters on the meta device and not tied, for a loader to put there.
+
+    Buffers are made as they are, since those that are not stored count.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), _without_parameters():
+        return cast(nn.Module, cls(config))
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Parameters that modules register go to the meta device, one by one: no second model beside the stored one."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
