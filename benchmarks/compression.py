@@ -39,11 +39,9 @@ def quantized(method: str, bits: int, **more: Any) -> Row:
 
 
 def structured(label: str, **shares: Any) -> list[Row]:
-    """By both kinds of importance that ours has; torch-pruning's second kind, which needs gradients, is its own."""
+    """By the norms of weights, and by how much the loss would change, to first order: both sides have both."""
     usual = {"ffn": None, "heads": None, "channels": None, "round_to": 1, **shares}
-    return [
-        (f"structured {label} {by}", "structured", {**usual, "importance": by}) for by in ("magnitude", "activation")
-    ]
+    return [(f"structured {label} {by}", "structured", {**usual, "importance": by}) for by in ("magnitude", "taylor")]
 
 
 ROWS: list[Row] = [

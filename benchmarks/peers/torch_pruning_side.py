@@ -18,7 +18,7 @@ BATCH = 16
 
 
 def importance_of(settings: dict[str, Any]) -> tp.importance.Importance:
-    """By the norms of all weights of a group, as ours; or by data, where ours takes activations and it gradients."""
+    """By the norms of all weights of a group, or by gradients on data."""
     if settings["importance"] == "magnitude":
         return tp.importance.GroupMagnitudeImportance(p=2)
     return tp.importance.GroupTaylorImportance()

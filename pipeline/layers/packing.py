@@ -24,44 +24,46 @@ def pack_int32(values: Tensor, bits: int) -> Tensor:
 
 
 def pack_unsigned(values: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, columns] below 2^bits, contiguous -> int32 [rows, ceil(columns * bits / 32)].
+    """uint8 [rows, columns] below 2^bits -> int32 [rows, ceil(columns * bits / 32)].
 
     At 8 bits and whole words it is the memory of `values`.
     """
     rows, columns = values.shape
-    words = packed_columns(columns, bits)
-    data = _padded(values, -(-columns // 8) * 8)  # eight values are `bits` whole bytes, whatever the number of bits
+    eighths = -(-columns // 8)
+    # Eight values are `bits` whole bytes, whatever the number of bits. Flat: a view as larger elements asks for strides
+    # of whole ones, even of a dimension of one element.
+    data = _padded(values, 8 * eighths).reshape(-1)
     if 8 % bits:
         eights = data.view(torch.int64)
         for lane in LANES:
             eights = (eights & _low(lane)).bitwise_or_((eights & ~_low(lane)) >> (lane - lane * bits // 8))
-        data = eights.view(torch.uint8).view(rows, -1, 8)[..., :bits].flatten(1)
+        data = eights.view(torch.uint8).view(-1, 8)[:, :bits]
     else:
         for held in _powers(bits):
             pairs = data.view(torch.int16)
             data = (pairs >> (8 - held)).bitwise_or_(pairs).to(torch.uint8)
-    # `view` asks for strides of whole words, even of a dimension of one element.
-    return _padded(data, 4 * words).reshape(-1).view(torch.int32).view(rows, words)
+    words = packed_columns(columns, bits)
+    return _padded(data.reshape(rows, bits * eighths), 4 * words).reshape(-1).view(torch.int32).view(rows, words)
 
 
 def unpack_unsigned(packed: Tensor, bits: int, columns: int) -> Tensor:
     """int32 [rows, words] -> uint8 [rows, columns], still offset by 2^(bits-1): for callers that subtract in float."""
-    if packed.stride() != (packed.shape[1], 1):  # `contiguous` leaves a dimension of one element as it is
-        packed = packed.clone(memory_format=torch.contiguous_format)
-    data = packed.view(torch.uint8)
+    rows, words = packed.shape
+    data = packed.reshape(-1).view(torch.uint8)
     if 8 % bits:
-        data = _padded(data, -(-data.shape[1] // bits) * bits).view(data.shape[0], -1, bits)
-        eights = F.pad(data, (0, 8 - bits)).view(torch.int64)
+        eighths = -(-4 * words // bits)
+        data = _padded(data.view(rows, 4 * words), bits * eighths).reshape(-1, bits)
+        eights = _padded(data, 8).reshape(-1).view(torch.int64)
         for lane in reversed(LANES):
             held = lane * bits // 8
-            eights = ((eights << (lane - held)) & ~_low(lane)).bitwise_or_(
-                eights & _repeated((1 << held) - 1, 2 * lane)
-            )
-        data = eights.view(torch.uint8).flatten(1)
+            lower = eights & _repeated((1 << held) - 1, 2 * lane)
+            eights = ((eights << (lane - held)) & ~_low(lane)).bitwise_or_(lower)
+        data = eights.view(torch.uint8).view(rows, 8 * eighths)
     else:
         for held in reversed(_powers(bits)):
             pairs = data.to(torch.int16)
             data = (pairs << (8 - held)).bitwise_or_(pairs).bitwise_and_(((1 << held) - 1) * 0x0101).view(torch.uint8)
+        data = data.view(rows, 4 * words * (8 // bits))
     return data[:, :columns]
 
 
