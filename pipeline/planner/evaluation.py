@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 from pipeline.data.base import DataBundle
 from pipeline.planner.fakes import faked, kernels_of, put_into_files, tracing
 from pipeline.planner.live import Live, Peak
+from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
 from pipeline.stage_input import trains
@@ -39,6 +40,6 @@ def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Dat
     few = replace(data, evaluation=Subset(data.evaluation, range(held_out)))
     live.hold_model(model)
     live.phase = "activations"
-    with live, config.precision.evaluation_context("cpu"):
+    with live, replaying(live), config.precision.evaluation_context("cpu"):
         task.evaluate(model, few, size, "cpu")
     return live.timeline.peak()

@@ -15,6 +15,7 @@ from pipeline.models.architecture import describe, positions
 from pipeline.planner.fakes import faked, kernels_of, tracing
 from pipeline.planner.formula import KEY_VALUE_CACHE, cached
 from pipeline.planner.live import Live, Peak
+from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Task
@@ -78,7 +79,7 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
     live.hold_model(model)
     live.phase = "activations"
     try:
-        with live, config.precision.evaluation_context("cpu"):
+        with live, replaying(live), config.precision.evaluation_context("cpu"):
             task.generate(model, _Prompt(prompt), "", tokens, config.generate.temperature, 0)
     finally:
         for hook in hooks:

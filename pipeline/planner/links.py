@@ -201,14 +201,14 @@ class _Chain:
         """What stage 0 leaves."""
         config = self.config
         model = stage_input.shapes(config, self.data)
+        if stage_input.beside_compressed(config, first):
+            with unset_fake_temporarily():
+                model = adapted(config, first, model)
         if self.stored:
             give_masks(model, masked_in(Path(str(config.artifact))))
         faked(model, None if self.stored else self.dtype)
         if self.in_files:
             put_into_files(model)
-        if stage_input.beside_compressed(config, first):
-            with self.counting():
-                model = stage_input.adapted(config, first, model, stage_input.context_of(config, first, model))
         return model
 
     def linked(self, found: Links, stage: Stage, model: nn.Module, untraced: str | None) -> nn.Module:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
 from torch import nn
 
 from pipeline import stage_input
 from pipeline.chain import Stage
-from pipeline.planner.fakes import faked, tracing
+from pipeline.layers.nf4 import NF4Layer
+from pipeline.layers.quantized import FloatLayer
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
 
@@ -16,9 +20,10 @@ def adapted(config: RunConfig, stage: Stage, model: nn.Module) -> nn.Module:
     """What stage 0 trains of `model`, both on the meta device, in the dtypes that it has in the fit. In place."""
     context = stage_input.context_of(config, stage, model)
     model = config.precision.convert(model)
-    if not stage_input.beside_compressed(config, stage):
-        with torch.device("meta"):
-            return stage_input.adapted(config, stage, model, context)
-    with tracing(config), Supposing():
-        model = stage_input.adapted(config, stage, faked(model), context)
-    return faked(model, device="meta")
+    with torch.device("meta"), Supposing(), mock.patch.object(NF4Layer, "from_float", classmethod(_with_room)):
+        return stage_input.adapted(config, stage, model, context)
+
+
+def _with_room(cls: type[NF4Layer], layer: FloatLayer, /, **settings: Any) -> NF4Layer:
+    """The shapes of what `layer` becomes are those of the room for it: to find codes takes seconds for 8B weights."""
+    return cls(layer, **settings).like(layer)

@@ -1,7 +1,7 @@
 """The training of a run on fake tensors: the composed model, loss, optimizer and Lightning's own loop, without memory.
 
-What is traced is what runs: the same LightningModule, precision plugin, checkpointing and gradient clipping. Three
-optimizer steps are taken, since only the second finds all of the optimizer's state there.
+What is traced is what runs: the same LightningModule, precision plugin, checkpointing and gradient clipping. Two
+optimizer steps are taken: the second finds all of the optimizer's state there, and each later one is like it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
 from pipeline.planner.live import STEP_DONE, Live, Peak
 from pipeline.planner.pool import reserved
+from pipeline.planner.replaying import replaying
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
-STEPS = 3
+STEPS = 2
 
 
 class TracedModule(TaskModule):
@@ -143,7 +144,7 @@ def traced_fit(
         module.live = live
         live.hold_model(model)
         model.train()
-        with live:
+        with live, replaying(live):
             trainer.fit(module, Batches(batch, steps * accumulation), weights_only=False)
         peak = live.timeline.peak(live.timeline.since(f"step {since}"))
         # The pool keeps what steps before took.
