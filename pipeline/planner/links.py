@@ -36,6 +36,7 @@ from pipeline.layers.distillation import head_size
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
+from pipeline.planner import formula
 from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files, tracing
 from pipeline.planner.generation import generates, traced_generation
@@ -74,6 +75,8 @@ class Links:
     """Bytes of the artifact's weights; masked ones may take less."""
     open: dict[str, str] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
+    untraced: dict[str, str] = field(default_factory=dict)
+    """{phase: why it is computed and not traced}."""
 
     def phases(self) -> dict[str, Peak]:
         """As a plan names them: `compress` is the link that holds most."""
@@ -227,8 +230,11 @@ class _Chain:
                 found.train[stage.name] = self.trained(stage, model, context)
                 self.live.forget()
                 gc.collect()  # as a run does then
+            elif method.loss(context) is None:
+                found.train[stage.name] = self.computed(stage, model)
+                found.untraced[f"train: {stage.name}"] = untraced
             else:
-                found.open[f"train: {stage.name}"] = untraced
+                found.open[f"train: {stage.name}"] = f"{untraced}, and no formula is known for a loss of its own"
         finalizing = self.counting()
         finalizing.hold_model(model)
         finalizing.phase = "working set"
@@ -261,6 +267,13 @@ class _Chain:
             self.config, stage, model, lookup.get(self.config.data.task), context.architecture, batch, live,
             steps, max(0, steps - 2), stage.method.callbacks(context), stage.method.loss(context),
         )  # fmt: skip
+
+    def computed(self, stage: Stage, model: nn.Module) -> Peak:
+        """The fit of a link that has the task's loss, by the formula: the method's callbacks are not in it."""
+        twin = faked(copy.deepcopy(model), device="meta")
+        with unset_fake_temporarily():
+            batch = next(iter(evaluation_loader(self.data.train, micro_batch_size(self.config)[0])))
+            return formula.training(self.config, stage, twin, lookup.get(self.config.data.task), describe(twin), batch)
 
     def context(self, stage: Stage, model: nn.Module) -> Context:
         """What the method is given: a calibration set and models of fake tensors."""

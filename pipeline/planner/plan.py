@@ -288,9 +288,11 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
     convolutions = convolutional(stage_input.shapes(config, data))
     enter(config, found, "load", "computed", [links.load], convolutions)
     for phase, peak in links.phases().items():
-        source = "computed" if level == "formula" or (phase == "compress" and links.computed) else "traced"
+        computed = phase in links.untraced or (phase == "compress" and links.computed)
+        source = "computed" if level == "formula" or computed else "traced"
         found.phases[phase] = known(config, phase, peak, source, convolutions)
     found.open |= links.open
+    found.untraced |= links.untraced
     if links.stored is not None:
         found.disk["artifact"] = links.stored
 
