@@ -10,7 +10,7 @@ is cut. Dropping blocks is in depth.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -94,8 +94,12 @@ def described_shapes(model: nn.Module, config: Any) -> dict[str, torch.Size]:
     Raises:
         ValueError: the class cannot be built with it.
     """
+    return shapes_of(_built(on_meta, model, config))
+
+
+def _built(build: Callable[[Any, Any], nn.Module], model: nn.Module, config: Any) -> nn.Module:
     try:
-        return shapes_of(on_meta(type(model), config))
+        return build(type(model), config)
     except Exception as error:  # whatever a class makes of a config it was not meant for
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -185,8 +189,9 @@ def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kep
         ValueError: `config` cannot be had by cutting `model`.
         LeanfitError: `kept` does not fit `config`.
     """
-    cuts = find_cuts(model, architecture, described_shapes(model, config))
-    made: Any = to_be_filled(type(model), config)
+    made: Any = _built(to_be_filled, model, config)
+    wanted = shapes_of(made)
+    cuts = find_cuts(model, architecture, wanted)
     tensors = {}
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
@@ -197,7 +202,6 @@ def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kep
         if leaf == MASK:
             made.get_submodule(layer).register_buffer(MASK, tensor)
         tensors[name] = tensor.clone() if not axes else tensor
-    wanted = shapes_of(made)
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise LeanfitError(f"{name}: {list(tensors[name].shape)} was kept, the config says {list(shape)}")

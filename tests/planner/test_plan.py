@@ -134,7 +134,7 @@ def test_the_course_of_a_phase_reaches_its_peak_and_ends_with_what_is_kept():
     assert max(totals) == peak.bytes
     assert len(totals) <= 200
     assert totals[-1] >= sum(peak.kinds[kind] for kind in ("weights", "optimizer state"))
-    moments = ["step 2", "forward", "backward", "optimizer step", "step is done"]
+    moments = ["step 1", "forward", "backward", "optimizer step", "step is done"]
     assert [name for _, name in peak.course.moments] == moments
 
 
