@@ -117,8 +117,8 @@ def test_what_lies_in_files_takes_no_memory_to_open(tmp_path):
     assert peak.bytes <= largest  # which is made before its values are there
 
 
-def test_where_a_links_own_fit_is_not_traced_what_is_saved_is_not_planned():
-    config, data = opened([*GPT, "memory.optimizer_offload=disk", "compression=int8_qat"])
+def test_where_a_links_own_fit_is_not_planned_what_is_saved_is_not_either():
+    config, data = opened([*GPT, "memory.optimizer_offload=disk", "compression=distill"])
     found = plan(config, data)
     assert "save" not in found.phases
     assert "by tracing alone" in found.open["save"]
