@@ -282,19 +282,22 @@ def write(rows: list[dict[str, Any]], out: Path) -> None:
     if dense is None or not labels:
         return
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(labels) + 1.2), layout="constrained")
-    engines = list(dict.fromkeys(row["engine"] for row in good))
-    for row in good:
-        if row["row"] in labels:
-            here = [other["engine"] for other in good if other["row"] == row["row"]]
-            height = 0.8 / len(here)
-            place = labels.index(row["row"]) + (here.index(row["engine"]) - (len(here) - 1) / 2) * height
-            value = 100 * (row["perplexity"] / dense - 1)
-            axes.barh(place, value, height=0.95 * height, color=COLORS[row["engine"]])
-            ends = [100 * (row[f"perplexity_{end}"] / dense - 1) for end in ("lowest", "highest")]
-            axes.plot(ends, [place] * 2, color="black")
+    shown = [row for row in good if row["row"] in labels]
+    engines = list(dict.fromkeys(row["engine"] for row in shown))
+    lowest = 0.0
+    for row in shown:
+        here = [other["engine"] for other in shown if other["row"] == row["row"]]
+        height = 0.8 / len(here)
+        place = labels.index(row["row"]) + (here.index(row["engine"]) - (len(here) - 1) / 2) * height
+        value = 100 * (row["perplexity"] / dense - 1)
+        axes.barh(place, value, height=0.95 * height, color=COLORS[row["engine"]])
+        ends = [100 * (row[f"perplexity_{end}"] / dense - 1) for end in ("lowest", "highest")]
+        axes.plot(ends, [place] * 2, color="black")
+        lowest = min(lowest, *ends)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlim(left=1.5 * lowest)
     axes.set_xlabel(f"perplexity above float32's {dense:.2f}, % (black: three draws of calibration)")
     handles = [Patch(color=COLORS[engine]) for engine in engines]
     axes.legend(handles, engines, loc="upper right")
