@@ -126,6 +126,13 @@ class Method:
         """
         return model
 
+    def left(self, model: nn.Module, context: Context) -> nn.Module | None:
+        """What `reshaped` gave, with quantized layers, for plans that do not run `finalize`; None where values decide.
+
+        A copy on the meta device, where that is another than `model`.
+        """
+        return model
+
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
         """Before the link's own fit: masks, fake-quant, the student. Later hooks get a context of what it returns."""
         return model

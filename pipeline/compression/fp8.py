@@ -44,7 +44,7 @@ class Fp8(Quantizer):
 
     activations: Literal["auto", "dynamic", "none"]
 
-    def finalize(self, model: nn.Module, context: Context) -> nn.Module:
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
         import torch
 
         from pipeline.layers.float8 import multiplies_float8
@@ -52,8 +52,11 @@ class Fp8(Quantizer):
         dynamic = self.activations == "dynamic" or (
             self.activations == "auto" and multiplies_float8(torch.device(context.device))
         )
-        share_flat = self.share_flat(context)
-        return quantize_fp8(model, self.layers(model, context), "dynamic" if dynamic else None, share_flat)
+        return "fp8", {"activations": "dynamic" if dynamic else None, "share_flat": self.share_flat(context)}
+
+    def finalize(self, model: nn.Module, context: Context) -> nn.Module:
+        _, settings = self.form(context)
+        return quantize_fp8(model, self.layers(model, context), **settings)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.float8 import Float8Linear

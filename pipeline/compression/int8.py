@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.compression.base import Context
 from pipeline.compression.quantization import Quantizer
@@ -36,6 +36,9 @@ def quantize_int8(model: nn.Module, layers: Sequence[str], share_flat: bool = Fa
 @dataclass(frozen=True, kw_only=True)
 class Int8(Quantizer):
     """Dynamic W8A8; no settings but `ignore`."""
+
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "int8", {"share_flat": self.share_flat(context)}
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         return quantize_int8(model, self.layers(model, context), share_flat=self.share_flat(context))

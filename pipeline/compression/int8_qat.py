@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.compression.base import Context
 from pipeline.compression.quantization import QuantizationAware, Quantizer
@@ -51,6 +51,9 @@ class Int8Qat(QuantizationAware, Quantizer):
     """No settings but those of every quantizer that trains."""
 
     untrained: ClassVar[str] = "int8"
+
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "int8", {"share_flat": self.share_flat(context)}
 
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
         return prepare_int8_qat(model, self.layers(model, context), share_flat=self.share_flat(context))

@@ -72,6 +72,9 @@ class Int8SmoothQuant(Quantizer):
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         return super().preflight(model, context) or norm_problems(context, "smooth", "int8")
 
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "int8", {"share_flat": self.share_flat(context)}
+
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import calibrated, largest
 

@@ -66,6 +66,9 @@ class Int8Static(Quantizer):
     observer: Observer
     percentile: Annotated[float, Gt(0), Le(100)]
 
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "int8_static", {}
+
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import calibrated, largest
         from pipeline.layers.static import BINS

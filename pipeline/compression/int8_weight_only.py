@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.compression.base import Context
 from pipeline.compression.quantization import TableQuantizer
@@ -32,6 +32,9 @@ def quantize_int8_weights(model: nn.Module, layers: Sequence[str]) -> nn.Module:
 @dataclass(frozen=True, kw_only=True)
 class Int8WeightOnly(TableQuantizer):
     """No settings but those of every quantizer that knows tables."""
+
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "weight_only", {"bits": 8}
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         return quantize_int8_weights(model, self.layers(model, context))

@@ -47,6 +47,9 @@ class NF4(TableQuantizer):
     block_size: Annotated[int, Ge(16), Le(4096)]
     double_quant: bool
 
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "nf4", {"block_size": self.block_size, "double_quant": self.double_quant}
+
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         """Where stage 0 trained adapters beside NF4 layers, those are what is stored, and nothing is rounded again."""
         from pipeline.layers.nf4 import NF4Layer

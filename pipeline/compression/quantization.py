@@ -38,6 +38,16 @@ class Quantizer(Method):
 
         return select(model, context.architecture, self.ignore, self.types()).layers
 
+    def form(self, context: Context) -> tuple[str, dict[str, Any]] | None:
+        """(scheme, settings) of the layers it leaves (`layers/schemes.py`); None where values decide."""
+        return None
+
+    def left(self, model: nn.Module, context: Context) -> nn.Module | None:
+        from pipeline.layers.schemes import with_room
+
+        form = self.form(context)
+        return None if form is None else with_room(model, self.layers(model, context), form[0], **form[1])
+
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         from pipeline.layers.select import selection_problems
 
@@ -92,6 +102,9 @@ class GroupQuantizer(Quantizer):
     def grid_settings(self) -> dict[str, Any]:
         """The grid as the weight-only layers take it."""
         return asdict(self.grid())
+
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "weight_only", self.grid_settings()
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         from pipeline.layers.select import group_problems

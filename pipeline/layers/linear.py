@@ -127,7 +127,8 @@ class Siblings:
         """The output of `layer` at `x`, or None: there is none, and the layer is to multiply itself."""
         place = layer._place
         if place == 0:
-            self._outputs, self._input = self._multiply(x), x
+            self._outputs = self._multiply(x)
+            self._input = x if self._outputs else None  # else it would be held until the next pass
         elif self._input is not x:
             return None
         outputs = self._outputs

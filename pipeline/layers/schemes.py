@@ -5,6 +5,7 @@ Importing this module enters every quantized layer into the table of kinds.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipeline.models.base import Architecture
 
 __all__ = [
     "KINDS", "conv", "embedding", "empty_layer", "float8", "join_siblings", "linear", "lora", "nf4", "put",
-    "quantization_detail", "quantize_layers", "replace", "require_finite", "static",
+    "quantization_detail", "quantize_layers", "replace", "require_finite", "static", "with_room",
 ]  # fmt: skip
 
 AS_DENSE = ", 2:4 as dense"
@@ -99,6 +100,16 @@ def empty_layer(scheme: str, layer: FloatLayer, **settings: Any) -> QuantizedLay
     if kind is None:
         raise LeanfitError(f"there is no {scheme!r} form of {type(layer).__name__}")
     return kind(layer, **settings)
+
+
+def with_room(model: nn.Module, layers: Sequence[str], scheme: str, **settings: Any) -> nn.Module:
+    """A copy of `model`, on the meta device, with room for the quantized form of each named layer in its place."""
+    made = copy.deepcopy(model)
+    for name in layers:
+        layer = cast(FloatLayer, made.get_submodule(name))
+        replace(made, name, empty_layer(scheme, layer, **settings).like(layer))
+    join_siblings(made)
+    return made
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module, place: Path | None = None) -> None:

@@ -79,15 +79,15 @@ class Pattern:
     spec: TreeSpec | None = None
     between: list[Block | None] = field(default_factory=list)
 
-    def events(self, timeline: Timeline, backward: bool) -> list[tuple[Block, int, str]]:
-        """What a like of the block adds to a pass."""
+    def events(self, timeline: Timeline, backward: bool) -> dict[int, tuple[Block, int, str]]:
+        """What a like of the block adds to a pass, by the number of the event."""
         span = self.forward
         if backward:
             span = range(0) if self.began is None or self.ended is None else range(self.began, self.ended)
         apart = {id(block) for block in self.between}
-        events = timeline.events[span.start : span.stop]
+        events = {number: timeline.events[number] for number in span}
         # A workspace is taken once, by whichever block comes first.
-        return [event for event in events if id(event[0]) not in apart and event[0].kind != WORKSPACES]
+        return {n: event for n, event in events.items() if id(event[0]) not in apart and event[0].kind != WORKSPACES}
 
 
 @dataclass
@@ -104,23 +104,25 @@ class Folding:
         return len(self.account.timeline.events)
 
     def unrolled(self) -> Timeline:
-        """The timeline as if every block had run. What is let go outside of blocks is let go of all of them."""
+        """The timeline as if every block had run. What is let go outside of blocks is let go of all of them; what a
+        block lets go, as a cache that it makes longer, each lets go of its own."""
         folded = self.account.timeline
         events: list[tuple[Block, int, str]] = []
         marks: list[tuple[int, str]] = []
         copies: Counter[int] = Counter()
         waiting, repeats = deque(folded.marks), deque(self.repeats)
+        own = {number for _, pattern, backward in self.repeats for number in pattern.events(folded, backward)}
         for number in range(len(folded.events) + 1):
             while waiting and waiting[0][0] == number:
                 marks.append((len(events), waiting.popleft()[1]))
             while repeats and repeats[0][0] == number:
                 _, pattern, backward = repeats.popleft()
-                for event in pattern.events(folded, backward):
+                for event in pattern.events(folded, backward).values():
                     copies[id(event[0])] += event[1]
                     events.append(event)
             for event in folded.events[number : number + 1]:
                 block, sign, _ = event
-                events += [event] * (1 + (copies.pop(id(block), 0) if sign < 0 else 0))
+                events += [event] * (1 + (copies.pop(id(block), 0) if sign < 0 and number not in own else 0))
         return Timeline(events, marks)
 
 

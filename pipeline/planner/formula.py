@@ -109,10 +109,11 @@ def training(
 
 
 def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
-    """The peak on one device while the task evaluates `model`, of the meta device; fake tensors are put into it."""
+    """The peak on one device while the task evaluates `model`, of the meta device and in the dtypes that it has then;
+    fake tensors are put into it."""
     folding = Folding(Account(*kernels_of(config)), lambda *_: None)
     with tracing(config), folded(model, [block.name for block in describe(model).blocks], folding):
-        faked(model, config.precision.weight_dtype)
+        faked(model)
         traced_evaluation(config, model, task, data, folding.account)
     return folding.unrolled().peak()
 
@@ -121,7 +122,7 @@ def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, ba
     """The peak on one device while a language model continues prompts: weights, key-value cache, one token's work.
 
     Args:
-        model: on the meta device; it is filled with fake tensors in place.
+        model: on the meta device, in the dtypes that it has then; it is filled with fake tensors in place.
         prompt: tokens of a prompt, which are computed at once.
         tokens: those of the text at its end, prompt included.
         batch: texts at once.
@@ -130,7 +131,7 @@ def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, ba
     model.eval()
     peaks = []
     with tracing(config), torch.no_grad():
-        faked(model, config.precision.weight_dtype)
+        faked(model)
         for length, moment in ((prompt, "prompt"), (tokens - 1, "last token")):
             account = Account(*kernels_of(config))
             folding = Folding(account, lambda *_: None)

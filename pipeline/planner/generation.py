@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.layers.decoding import CACHES
 from pipeline.models.architecture import describe, positions
+from pipeline.planner import formula
 from pipeline.planner.fakes import faked, kernels_of, tracing
 from pipeline.planner.formula import KEY_VALUE_CACHE, cached
 from pipeline.planner.live import Live, Peak
@@ -59,6 +60,17 @@ def traced_generation(
         peaks.append(_stretch(config, model, task, before, WARM, counting(), WARM - 1))
     if passed and limit is not None:
         peaks.append(_stretch(config, model, task, max(1, limit // 2), 1, counting(), 0))
+    return max(peaks, key=lambda peak: peak.bytes)
+
+
+def computed_generation(config: RunConfig, model: nn.Module) -> Peak:
+    """The same as of `trace_generation` by formula."""
+    limit = positions(model)
+    most, passed = longest(PROMPT_TOKENS, config.generate.max_new_tokens, limit)
+    peaks = [formula.generation(config, model, min(PROMPT_TOKENS, most), most)]
+    if passed and limit is not None:
+        anew = max(1, limit // 2)
+        peaks.append(formula.generation(config, model, anew, anew + 1))
     return max(peaks, key=lambda peak: peak.bytes)
 
 

@@ -39,7 +39,7 @@ from pipeline.models.architecture import describe, positions
 from pipeline.planner import formula
 from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files, tracing
-from pipeline.planner.generation import generates, traced_generation
+from pipeline.planner.generation import computed_generation, generates, traced_generation
 from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
@@ -77,6 +77,21 @@ class Links:
     computed: set[str] = field(default_factory=set)
     untraced: dict[str, str] = field(default_factory=dict)
     """{phase: why it is computed and not traced}."""
+
+    def take(self, computed: Links) -> None:
+        """What is open here and known there."""
+        for link in computed.compress.keys() - self.compress.keys():
+            self.compress[link] = computed.compress[link]
+            self.computed.add(link)
+            del self.open[f"compress: {link}"]
+        for link in computed.train.keys() - self.train.keys():
+            self.train[link] = computed.train[link]
+            self.untraced[f"train: {link}"] = "a link before it, or it, cannot be traced"
+        for phase in ("save", "evaluate", "generate"):
+            if phase in self.open and phase not in computed.open:
+                setattr(self, phase, getattr(computed, phase))
+                self.untraced[phase] = self.open.pop(phase)
+        self.load, self.stored = self.load or computed.load, self.stored or computed.stored
 
     def phases(self) -> dict[str, Peak]:
         """As a plan names them: `compress` is the link that holds most."""
@@ -133,11 +148,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
             found.open |= {phase: why if phase == left[0] else f"{left[0]} comes before it" for phase in left}
             found.open["save"] = f"{left[0]} comes before it"
     if any(phase.startswith("compress") for phase in found.open):
-        computed = declare_links(config, data, tokenizer).compress
-        for link in computed.keys() - found.compress.keys():
-            found.compress[link] = computed[link]
-            found.computed.add(link)
-            del found.open[f"compress: {link}"]
+        found.take(declare_links(config, data, tokenizer))
     return found
 
 
@@ -150,37 +161,90 @@ def trace_artifact(config: RunConfig, artifact: Path, task: Task, prompt: int) -
 
 
 def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
-    """What the methods themselves say that `prepare` and `finalize` hold, by formula, where they know one: in
-    milliseconds for a model of any size, and what it takes to open what was pruned last. Fits and evaluation are not in
-    it."""
+    """The same by formula, for a model of any size: what the methods themselves say that `prepare` and `finalize` hold,
+    where they know, the fits of those that have the task's loss, and what the chain leaves, where no values decide what
+    that is. It takes a second or two for 8B weights."""
     found = Links()
     first, *links = changing_stages(stages_of(config))
-    model = stage_input.shapes(config, data)
+    model: nn.Module | None = stage_input.shapes(config, data)
+    assert model is not None
     if stage_input.beside_compressed(config, first):
         model = adapted(config, first, model)
     else:
         model.to(config.precision.weight_dtype)
+    task = lookup.get(config.data.task)
+    chain = _Chain(config, data, tokenizer)
+
+    def saved(model: nn.Module) -> None:
+        twin = copy.deepcopy(model)
+        with _unreal(config):
+            chain.saved(found, faked(twin), task)
+
+    saved(model)
+    if stage_input.beside_compressed(config, first) and config.device.kind() == "cpu":  # else on its host
+        saved(stage_input.shapes(config, data).to(config.precision.weight_dtype))  # the dense one that it stands for
     for stage in links:
         assert stage.method is not None
-        context = stage_input.context_of(config, stage, model)
-        if stage.method.needs_calibration:
+        method, context = stage.method, stage_input.context_of(config, stage, model)
+        if method.needs_calibration:
             batches = calibration_batches(config.calibration, data, tokenizer, positions(model))
             on_meta = [{name: tensor.to("meta") for name, tensor in batch.items()} for batch in batches]
             context = replace(context, calibration=functools.partial(list, on_meta))
-        terms = stage.method.memory(model, context)
+        terms = method.memory(model, context)
         if terms is None:
-            found.open[f"compress: {stage.name}"] = f"no formula is known for {stage.method.name} of this model"
+            found.open[f"compress: {stage.name}"] = f"no formula is known for {method.name} of this model"
         else:
             if taken := workspace(config):
                 terms = {**terms, WORKSPACES: taken + WITH_BIAS}
             found.compress[stage.name] = Peak(sum(terms.values()), terms, "")
             found.computed.add(stage.name)
-        model = stage.method.reshaped(model, context)
-        last = stage.method, context
-    if links and isinstance(last[0], Pruner) and opens_in_memory(config, [first, *links]):
-        give_masks(model, last[0].layers(model, last[1]))
-        found.load = reading(config, model)
+        model = method.reshaped(model, context)
+        if isinstance(method, Pruner):
+            give_masks(model, method.layers(model, context))
+        if stage.fit is not None:
+            if method.loss(context) is not None:
+                found.open[f"train: {stage.name}"] = "no formula is known for a loss of a link's own"
+            else:
+                trained = copy.deepcopy(model)
+                if method.kind == "quantization":
+                    with torch.device("meta"), Supposing():
+                        trained = method.prepare(trained, context)
+                found.train[stage.name] = computed_fit(config, stage, trained, data)
+        model = method.left(model, context)
+        if model is None:
+            why = f"what {stage.name} leaves is known by its values alone"
+            found.open |= dict.fromkeys(("save", "evaluate", *(["generate"] if generates(config, task) else [])), why)
+            return found
+        saved(model)
+    declare_left(config, data, chain, found, model)
     return found
+
+
+def declare_left(config: RunConfig, data: DataBundle, chain: _Chain, found: Links, model: nn.Module) -> None:
+    """Enter what opens, evaluates and generates with `model`, which a chain leaves, by formula."""
+    task = lookup.get(config.data.task)
+    if opens_in_memory(config, changing_stages(stages_of(config))):
+        found.load = reading(config, model)
+    loaded = as_loaded(model)
+    found.stored = file_bytes(model_tensors(loaded, {}))
+    twin = copy.deepcopy(loaded)
+    with _unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
+        if generates(config, task):
+            found.generate = computed_generation(config, twin)
+        peak = formula.evaluation(config, loaded, task, data)
+    if not chain.trains:  # weights lie in files then
+        kinds = {kind: held for kind, held in peak.kinds.items() if kind != "weights"}
+        peak = replace(peak, bytes=sum(kinds.values()), kinds=kinds)
+    found.evaluate = peak
+
+
+def computed_fit(config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle) -> Peak:
+    """The fit of a link that has the task's loss, by the formula: the method's callbacks are not in it.
+
+    `model`: on the meta device; it is filled with fake tensors in place.
+    """
+    batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+    return formula.training(config, stage, model, lookup.get(config.data.task), describe(model), batch)
 
 
 class _Chain:
@@ -231,7 +295,9 @@ class _Chain:
                 self.live.forget()
                 gc.collect()  # as a run does then
             elif method.loss(context) is None:
-                found.train[stage.name] = self.computed(stage, model)
+                twin = faked(copy.deepcopy(model), device="meta")
+                with unset_fake_temporarily():
+                    found.train[stage.name] = computed_fit(self.config, stage, twin, self.data)
                 found.untraced[f"train: {stage.name}"] = untraced
             else:
                 found.open[f"train: {stage.name}"] = f"{untraced}, and no formula is known for a loss of its own"
@@ -267,13 +333,6 @@ class _Chain:
             self.config, stage, model, lookup.get(self.config.data.task), context.architecture, batch, live,
             steps, max(0, steps - 2), stage.method.callbacks(context), stage.method.loss(context),
         )  # fmt: skip
-
-    def computed(self, stage: Stage, model: nn.Module) -> Peak:
-        """The fit of a link that has the task's loss, by the formula: the method's callbacks are not in it."""
-        twin = faked(copy.deepcopy(model), device="meta")
-        with unset_fake_temporarily():
-            batch = next(iter(evaluation_loader(self.data.train, micro_batch_size(self.config)[0])))
-            return formula.training(self.config, stage, twin, lookup.get(self.config.data.task), describe(twin), batch)
 
     def context(self, stage: Stage, model: nn.Module) -> Context:
         """What the method is given: a calibration set and models of fake tensors."""

@@ -24,11 +24,11 @@ from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError, first_line
 from pipeline.fitting import micro_batch_size
-from pipeline.models.architecture import describe, positions
+from pipeline.models.architecture import describe
 from pipeline.planner import calibration, formula, scratch
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
-from pipeline.planner.generation import generates, longest, trace_generation
+from pipeline.planner.generation import computed_generation, generates, trace_generation
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.trained import adapted
@@ -38,7 +38,6 @@ from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.tasks.base import Task
-from pipeline.tasks.causal_lm import PROMPT_TOKENS
 from pipeline.walk import stages_of
 
 log = logging.getLogger(__name__)
@@ -205,25 +204,27 @@ def enter(
 
 def plan_saving(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """Stage 0's output as an artifact."""
-    if level == "formula" or config.device.kind() not in TRACED:
-        found.open["save"] = "what is written is known by tracing alone"
+    if config.device.kind() not in TRACED:
+        found.open["save"] = f"what is written is not planned for device={config.device.kind()}"
         return
     model = stage_input.shapes(config, data)
     convolutions = convolutional(model)
     with tracing(config):
         peak = traced_saving(config, faked(model, config.precision.weight_dtype), task, data)
-    enter(config, found, "save", "traced", [peak], convolutions)
+    enter(config, found, "save", "traced" if level == "trace" else "computed", [peak], convolutions)
 
 
 def plan_checkpoints(config: RunConfig, found: Plan, model: nn.Module) -> None:
     """`last.ckpt` of every fit that is traced, beside artifacts: what it keeps is written as it lies there."""
-    kept = [phase.kept for name, phase in found.phases.items() if name.partition(":")[0] == "train" and phase.kept]
+    fits = [phase for name, phase in found.phases.items() if name.partition(":")[0] == "train"]
+    kept = [phase.kept for phase in fits if phase.kept]
     if len(kept) < sum(stage.fit is not None for stage in stages_of(config)):
         found.phases.pop("save", None)
-        found.open["save"] = "what a fit keeps for its checkpoint is known by tracing alone"
+        found.open["save"] = "what a fit keeps for its checkpoint is not known"
         return
     writing = [Peak(sum(kinds.values()), kinds, "") for kinds in kept]
-    enter(config, found, "save", "traced", writing, convolutional(model))
+    source = "computed" if any(phase.source == "computed" for phase in fits) else "traced"
+    enter(config, found, "save", source, writing, convolutional(model))
 
 
 def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle, found: Plan, why: str | None) -> None:
@@ -256,7 +257,7 @@ def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan
     if level == "trace" and config.device.kind() in TRACED:
         peak, source = trace_evaluation(config, model, task, data), "traced"
     else:
-        peak, source = formula.evaluation(config, model, task, data), "computed"
+        peak, source = formula.evaluation(config, config.precision.convert(model), task, data), "computed"
     found.phases["evaluate"] = known(config, "evaluate", peak, source, convolutional(model))
 
 
@@ -266,8 +267,7 @@ def plan_generation(config: RunConfig, task: Task, data: DataBundle, found: Plan
     if level == "trace" and config.device.kind() in TRACED:
         peak, source = trace_generation(config, model, task), "traced"
     else:
-        most, _ = longest(PROMPT_TOKENS, config.generate.max_new_tokens, positions(model))
-        peak, source = formula.generation(config, model, min(PROMPT_TOKENS, most), most), "computed"
+        peak, source = computed_generation(config, config.precision.convert(model)), "computed"
     found.phases["generate"] = known(config, "generate", peak, source, convolutional(model))
 
 
@@ -279,10 +279,6 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
         return
     if level == "formula":
         links = declare_links(config, data, tokenizer)
-        found.open["save"] = "what the chain leaves is written by tracing alone"
-        found.open["evaluate"] = "what the chain leaves is evaluated by tracing alone"
-        if generates(config, lookup.get(config.data.task)):
-            found.open["generate"] = "what the chain leaves generates by tracing alone"
     else:
         links = trace_links(config, data, tokenizer, untraceable(config))
     convolutions = convolutional(stage_input.shapes(config, data))

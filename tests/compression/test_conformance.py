@@ -18,6 +18,7 @@ from pipeline.artifact import store
 from pipeline.chain import order_problems
 from pipeline.compression.base import Context
 from pipeline.errors import ConfigError
+from pipeline.layers.quantized import quantized_layers
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
 from pipeline.planner.links import declare_links, trace_links
@@ -132,6 +133,31 @@ def linked(model: torch.nn.Module, name: str, first: bool, directory: Path) -> t
     back = store.load(directory, trainable=True)
     assert torch.equal(store.output_of(back, IDS), store.output_of(made, IDS))
     return back
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if method(name).kind == "quantization"])
+def test_a_quantizer_says_beforehand_what_layers_it_leaves(name: str) -> None:
+    calibration = [{"input_ids": torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))}]
+
+    def context(of: torch.nn.Module) -> Context:
+        return Context(
+            stage=name, architecture=describe(of), device="cpu", steps=4, seed=0, calibration=lambda: calibration
+        )
+
+    chosen, model = method(name), small()
+    shapes = small().to("meta")
+    promised = chosen.left(shapes, context(shapes))
+    made = chosen.finalize(chosen.prepare(model, context(model)), context(model))
+    if promised is None:
+        assert name == "mixed_bits"
+        return
+    layers = {layer: (type(module), module.extra_repr()) for layer, module in quantized_layers(made).items()}
+    assert {
+        layer: (type(module), module.extra_repr()) for layer, module in quantized_layers(promised).items()
+    } == layers
+    stored = {key: (value.shape, value.dtype) for key, value in made.state_dict().items()}
+    assert {key: (value.shape, value.dtype) for key, value in promised.state_dict().items()} == stored
+    assert not quantized_layers(shapes)
 
 
 @pytest.mark.parametrize(("first", "second"), [pair for pair in PAIRS if allowed(*pair)], ids=str)

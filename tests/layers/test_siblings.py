@@ -139,3 +139,11 @@ def test_a_bias_that_is_changed_after_the_first_token_is_read(replaced):
 
 def test_the_product_of_a_token_on_another_device_is_not_a_cpus():
     assert not kernels.is_fast_token(torch.empty(1, 1, 96, device="meta"), 96)
+
+
+def test_an_input_that_is_too_long_to_be_shared_is_not_held():
+    layers, x = three(), torch.randn(kernels.INTEGER_ROWS + 1, 96)
+    layers[0](x)
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None

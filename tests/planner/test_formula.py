@@ -20,6 +20,7 @@ from pipeline.models.architecture import describe
 from pipeline.planner import formula
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
+from pipeline.planner.plan import plan
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
 from pipeline.registry import available
@@ -188,3 +189,14 @@ def rank_main(count, directory):
 
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("chain", [[], ["compression=int4"], ["compression=int8"]])
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_generation_is_computed_as_it_is_traced_past_the_last_position_too(chain, tokens):
+    words = [*LLAMA, "data.sequence_length=64", "job=plan", f"generate.max_new_tokens={tokens}", *chain]
+    config = compose([*words, "plan.calibrate=false"])
+    data = config.data.open(config.model.tokenizer())
+    computed, traced = (plan(config, data, level=level).phases["generate"] for level in ("formula", "trace"))
+    assert computed.bytes == pytest.approx(traced.bytes, rel=0.01)
+    assert min(computed.kinds.values()) >= 0

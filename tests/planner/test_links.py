@@ -135,6 +135,40 @@ def test_fits_of_links_that_are_not_traced_are_computed_within_two_percent(setti
     assert all(peak.kept for peak in predicted.train.values())
 
 
+DECLARED = {name: case for name, case in CASES.items() if "distill" not in " ".join(case)} | {
+    "no values": [*GPT, "compression=nf4"],
+    "beside adapters": [*GPT, "adapter=lora", "compression=nf4"],
+    "a kernel's integers": [*GPT, "compression=int8_weight_only", "precision=bf16-true"],
+    "float8": [*GPT, "compression=fp8"],
+    "smoothed": [*GPT, "compression=int8_smoothquant"],
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_what_a_chain_leaves_is_the_same_by_formula_and_by_tracing(name):
+    config = compose([*DECLARED[name], "job=plan"])
+    tokenizer, data = opened(config)
+    computed, traced = declare_links(config, data, tokenizer), trace_links(config, data, tokenizer)
+    assert {*computed.open} <= {f"compress: {link}" for link in config.chain}
+    assert computed.stored == traced.stored
+    for phase in ("save", "evaluate", "generate"):
+        found, expected = getattr(computed, phase), getattr(traced, phase)
+        assert (found is None) == (expected is None)
+        assert found is None or found.bytes == pytest.approx(expected.bytes, rel=0.01), phase
+    assert {link: peak.bytes for link, peak in computed.train.items()} == pytest.approx(
+        {link: peak.bytes for link, peak in traced.train.items()}, rel=0.02
+    )
+
+
+def test_what_values_decide_is_not_computed():
+    config = compose([*GPT, "job=plan", "compression=mixed_bits"])
+    found = declare_links(config, *reversed(opened(config)))
+    assert found.open == dict.fromkeys(
+        ("save", "evaluate", "generate"), "what mixed_bits leaves is known by its values alone"
+    )
+    assert {*found.phases()} == {"compress"}
+
+
 def test_a_loss_of_a_links_own_is_not_computed():
     config = compose([*GPT, "compression=distill"])
     found = trace_links(config, *reversed(opened(config)), untraced="not today")
@@ -152,14 +186,14 @@ def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):
 
     monkeypatch.setattr(type(config.chain["wanda"]), "finalize", shaped_by_values)
     found = trace_links(config, data, tokenizer, untraced="not today")
-    assert found.untraced == {"train: wanda": "not today"}
-    assert "compress: wanda comes before" in found.open["evaluate"]
+    assert found.untraced["train: wanda"] == "not today"
+    assert "compress: wanda comes before" in found.untraced["evaluate"]
     assert found.computed == {"wanda", "int8"}
-    assert {*found.phases()} == {"train: wanda", "compress"}
+    assert {*found.phases()} == {"train: wanda", "compress", "save", "evaluate"}
     monkeypatch.setattr(type(config.chain["wanda"]), "memory", lambda *_: None)
     found = trace_links(config, data, tokenizer, untraced="not today")
     assert "nonzero" in found.open["compress: wanda"]
-    assert {*found.phases()} == {"train: wanda"}
+    assert {*found.phases()} == {"train: wanda", "save", "evaluate"}
 
 
 def test_a_link_of_eight_billion_weights_is_planned_without_their_memory():
