@@ -1,9 +1,10 @@
-"""What a CPU's own 16-bit kernels hold inside, found by trying.
+"""What a CPU's own 16-bit kernels, and its attention, hold inside, found by trying.
 
-Where a CPU multiplies 16-bit matrices itself (AMX, AVX512-FP16), oneDNN copies operands into the tiles that its kernel
-reads; it lays out channels in blocks for convolutions. How much that takes depends on the kernel it picks, by shapes,
-strides, dtype and threads, and oneDNN does not say. So a plan runs such operators for real, each kind once, where that
-is small enough, and looks.
+Attention is computed in parts, a thread's part in a buffer of its own, and in 16 bits from copies of keys and values
+in tiles. Where a CPU multiplies 16-bit matrices itself (AMX, AVX512-FP16), oneDNN copies operands into the tiles that
+its kernel reads; it lays out channels in blocks for convolutions. How much that takes depends on the kernel it picks,
+by shapes, strides, dtype and threads, and oneDNN does not say. So a plan runs such operators for real, each kind once,
+where that is small enough, and looks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from pipeline.precision import cpu_kernels
 TRIED = frozenset(
     {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward"}
 )
+ATTENTION = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    }
+)
+"""Tried in every dtype."""
 LARGEST = 1 << 28
 """Bytes of the operands of an operator that is tried."""
 
@@ -31,15 +39,16 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
-    if name not in TRIED:
+    if name not in TRIED | ATTENTION:
         return 0
-    tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
     dtype = tensors[-1].dtype
-    if dtype not in cpu_kernels.NARROW or not cpu_kernels.native(dtype):
+    if name in TRIED and (dtype not in cpu_kernels.NARROW or not cpu_kernels.native(dtype)):
         return 0
     if sum(tensor.nbytes for tensor in tensors) > LARGEST:
         return 0
-    return _tried(func, tuple(map(_kind, args)), tuple(kwargs.items()), torch.get_num_threads())
+    named = tuple((key, _kind(value)) for key, value in kwargs.items())
+    return _tried(func, tuple(map(_kind, args)), named, torch.get_num_threads())
 
 
 def _kind(argument: Any) -> Any:
@@ -50,16 +59,21 @@ def _kind(argument: Any) -> Any:
 
 
 @constant
-def _tried(func: Any, kinds: tuple[Any, ...], settings: tuple[tuple[str, Any], ...], threads: int) -> int:
+def _tried(func: Any, kinds: tuple[Any, ...], named: tuple[tuple[str, Any], ...], threads: int) -> int:
     with torch.inference_mode():
-        given = [_zeros(*kind) if isinstance(kind, Kind) else kind for kind in kinds]
-        result = func(*given, **dict(settings))
+        given = [_made(kind) for kind in kinds]
+        settings = {key: _made(kind) for key, kind in named}
+        result = func(*given, **settings)
         with measure_peak("cpu") as peak:
-            func(*given, **dict(settings))
+            func(*given, **settings)
     assert peak.bytes is not None
     made: int = sum(leaf.nbytes for leaf in tree_iter(result) if isinstance(leaf, Tensor))
     return max(0, peak.bytes - made)
 
 
-def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _made(kind: Any) -> Any:
+    """The argument that `kind` stands for, zeros for a tensor."""
+    if not isinstance(kind, Kind):
+        return kind
+    shape, strides, dtype = kind
     return torch.empty_strided(shape, strides, dtype=dtype).zero_()

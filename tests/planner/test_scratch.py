@@ -127,3 +127,33 @@ def test_labels_that_are_the_inputs_are_one_tensor_in_plans_too():
         made = fake_batch({"input_ids": ids, "labels": ids, "attention_mask": ids.clone()})
     assert made["labels"] is made["input_ids"]
     assert made["attention_mask"] is not made["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [(8, 4, 128, 32), (2, 2, 600, 16), (4, 2, 1, 64)])
+def test_attention_holds_buffers_of_its_own(dtype, causal, shape):
+    def made():
+        return [torch.ones(shape, dtype=dtype) for _ in range(3)]
+
+    def attended(query, key, value):
+        with torch.inference_mode():
+            mask = None if causal else torch.ones(1, 1, shape[2], shape[2], dtype=torch.bool)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+    predicted, measured = held(attended, made)
+    assert predicted == measured
+    assert measured > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_pass_of_attention_does_too(dtype):
+    def made():
+        return [torch.ones(4, 4, 128, 32, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    def trained(query, key, value):
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return torch.autograd.grad(y, (query, key, value), torch.ones_like(y))
+
+    predicted, measured = held(trained, made)
+    assert predicted == measured
