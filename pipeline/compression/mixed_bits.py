@@ -101,7 +101,10 @@ class MixedBits(Quantizer):
         if known is None or classes is None:
             return None
         measuring = {kind: size for kind, size in known.base.items() if kind != "hidden states"}
-        moments = [{**measuring, "logits": 5 * 4 * known.tokens * classes}]
+        assert context.calibration is not None
+        samples = first_samples(context.calibration(), self.samples)
+        tokens = max(batch["input_ids"].numel() for batch in samples)
+        moments = [{**measuring, "logits": 5 * 4 * tokens * classes}]
         if self.rounding == "gptq":
             gone = known.shrunk(self.layers(model, context), max(self.bits))
             moments += [known.running(known.hessians(), known.widened), known.solving(7, gone=gone)]
