@@ -118,9 +118,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
     found = Links()
     line = changing_stages(stages_of(config))
     task = lookup.get(config.data.task)
-    left = [*(f"compress: {stage.name}" for stage in line[1:]), "generate", "evaluate"]
-    if not generates(config, task):
-        left.remove("generate")
+    left = [*(f"compress: {stage.name}" for stage in line[1:]), *after(config)]
     with _unreal(config):
         chain = _Chain(config, data, tokenizer)
         try:
@@ -209,15 +207,23 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
                 if method.kind == "quantization":
                     with torch.device("meta"), Supposing():
                         trained = method.prepare(trained, context)
-                found.train[stage.name] = computed_fit(config, stage, trained, data)
+                declare_fit(found, config, stage, trained, data)
         model = method.left(model, context)
         if model is None:
             why = f"what {stage.name} leaves is known by its values alone"
-            found.open |= dict.fromkeys(("save", "evaluate", *(["generate"] if generates(config, task) else [])), why)
+            found.open |= dict.fromkeys(("save", *after(config)), why)
             return found
         saved(model)
-    declare_left(config, data, chain, found, model)
+    try:
+        declare_left(config, data, chain, found, model)
+    except Exception as error:  # whatever torch makes of tensors without values
+        found.open |= dict.fromkeys(after(config), f"cannot be computed: {first_line(error)}")
     return found
+
+
+def after(config: RunConfig) -> list[str]:
+    """The phases of what a chain leaves."""
+    return ["generate", "evaluate"] if generates(config, lookup.get(config.data.task)) else ["evaluate"]
 
 
 def declare_left(config: RunConfig, data: DataBundle, chain: _Chain, found: Links, model: nn.Module) -> None:
@@ -238,13 +244,22 @@ def declare_left(config: RunConfig, data: DataBundle, chain: _Chain, found: Link
     found.evaluate = peak
 
 
-def computed_fit(config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle) -> Peak:
-    """The fit of a link that has the task's loss, by the formula: the method's callbacks are not in it.
+def declare_fit(
+    found: Links, config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle, untraced: str = ""
+) -> None:
+    """Enter the fit of a link that has the task's loss, by the formula: the method's callbacks are not in it.
 
-    `model`: on the meta device; it is filled with fake tensors in place.
+    `model`: on the meta device; it is filled with fake tensors in place. `untraced`: why it is not traced.
     """
+    phase, task = f"train: {stage.name}", lookup.get(config.data.task)
     batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
-    return formula.training(config, stage, model, lookup.get(config.data.task), describe(model), batch)
+    try:
+        found.train[stage.name] = formula.training(config, stage, model, task, describe(model), batch)
+    except Exception as error:  # whatever torch makes of tensors without values
+        found.open[phase] = f"{untraced}{'; ' if untraced else ''}cannot be computed: {first_line(error)}"
+    else:
+        if untraced:
+            found.untraced[phase] = untraced
 
 
 class _Chain:
@@ -297,8 +312,7 @@ class _Chain:
             elif method.loss(context) is None:
                 twin = faked(copy.deepcopy(model), device="meta")
                 with unset_fake_temporarily():
-                    found.train[stage.name] = computed_fit(self.config, stage, twin, self.data)
-                found.untraced[f"train: {stage.name}"] = untraced
+                    declare_fit(found, self.config, stage, twin, self.data, untraced)
             else:
                 found.open[f"train: {stage.name}"] = f"{untraced}, and no formula is known for a loss of its own"
         finalizing = self.counting()
