@@ -19,3 +19,11 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
         hit.view(-1)[place] = bad
         assert not is_finite(hit)
         assert not is_finite(hit.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_whose_squares_overflow_are_finite(dtype):
+    weight = torch.full((37, 11), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(weight)
+    weight[3, 5] = -math.inf
+    assert not is_finite(weight)
