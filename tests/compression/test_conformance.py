@@ -151,12 +151,12 @@ def test_a_quantizer_says_beforehand_what_layers_it_leaves(name: str) -> None:
     if promised is None:
         assert name == "mixed_bits"
         return
-    layers = {layer: (type(module), module.extra_repr()) for layer, module in quantized_layers(made).items()}
-    assert {
-        layer: (type(module), module.extra_repr()) for layer, module in quantized_layers(promised).items()
-    } == layers
-    stored = {key: (value.shape, value.dtype) for key, value in made.state_dict().items()}
-    assert {key: (value.shape, value.dtype) for key, value in promised.state_dict().items()} == stored
+
+    def told(of: torch.nn.Module) -> tuple[dict[str, str], dict[str, tuple[torch.Size, torch.dtype]]]:
+        layers = {layer: repr(module) for layer, module in quantized_layers(of).items()}
+        return layers, {key: (value.shape, value.dtype) for key, value in of.state_dict().items()}
+
+    assert told(promised) == told(made)
     assert not quantized_layers(shapes)
 
 
