@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import Quantizer
+from pipeline.compression.quantization import Int8Quantizer
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -34,11 +34,8 @@ def quantize_int8(model: nn.Module, layers: Sequence[str], share_flat: bool = Fa
 
 @register("compression", "int8")
 @dataclass(frozen=True, kw_only=True)
-class Int8(Quantizer):
+class Int8(Int8Quantizer):
     """Dynamic W8A8; no settings but `ignore`."""
-
-    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
-        return "int8", {"share_flat": self.share_flat(context)}
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         return quantize_int8(model, self.layers(model, context), share_flat=self.share_flat(context))

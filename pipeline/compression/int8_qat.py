@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import QuantizationAware, Quantizer
+from pipeline.compression.quantization import Int8Quantizer, QuantizationAware
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -47,13 +47,10 @@ def convert_int8_qat(model: nn.Module, layers: Sequence[str], share_flat: bool =
 
 @register("compression", "int8_qat")
 @dataclass(frozen=True, kw_only=True)
-class Int8Qat(QuantizationAware, Quantizer):
+class Int8Qat(QuantizationAware, Int8Quantizer):
     """No settings but those of every quantizer that trains."""
 
     untrained: ClassVar[str] = "int8"
-
-    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
-        return "int8", {"share_flat": self.share_flat(context)}
 
     def prepare(self, model: nn.Module, context: Context) -> nn.Module:
         return prepare_int8_qat(model, self.layers(model, context), share_flat=self.share_flat(context))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Le
 
 from pipeline.compression.base import Context
-from pipeline.compression.quantization import Quantizer, norm_problems
+from pipeline.compression.quantization import Int8Quantizer, norm_problems
 from pipeline.registry import register
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def quantize_int8_smoothquant(
 
 @register("compression", "int8_smoothquant")
 @dataclass(frozen=True, kw_only=True)
-class Int8SmoothQuant(Quantizer):
+class Int8SmoothQuant(Int8Quantizer):
     """`alpha`: how much of the outliers goes into the weights; 0.5 is the paper's, larger where outliers are large."""
 
     needs_calibration: ClassVar[bool] = True
@@ -71,9 +71,6 @@ class Int8SmoothQuant(Quantizer):
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         return super().preflight(model, context) or norm_problems(context, "smooth", "int8")
-
-    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
-        return "int8", {"share_flat": self.share_flat(context)}
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import calibrated, largest

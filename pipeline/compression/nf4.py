@@ -56,7 +56,8 @@ class NF4(TableQuantizer):
 
         if any(isinstance(layer, NF4Layer) for layer in model.modules()):
             return model
-        return quantize_nf4(model, self.layers(model, context), self.block_size, self.double_quant)
+        _, settings = self.form(context)
+        return quantize_nf4(model, self.layers(model, context), **settings)
 
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         """Weights over their maxima, and the place of each among the values, as int64 and otherwise."""

@@ -71,6 +71,14 @@ class Quantizer(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Quantizer(Quantizer):
+    """A quantizer to int8 weights and activations, these with a scale for each token."""
+
+    def form(self, context: Context) -> tuple[str, dict[str, Any]]:
+        return "int8", {"share_flat": self.share_flat(context)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableQuantizer(Quantizer):
     """`embeddings`: quantize nn.Embedding and nn.EmbeddingBag too, where they are not tied to another layer."""
 

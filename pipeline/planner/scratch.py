@@ -39,7 +39,7 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
-    if name not in TRIED | ATTENTION:
+    if name not in TRIED and name not in ATTENTION:
         return 0
     tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
     dtype = tensors[-1].dtype
