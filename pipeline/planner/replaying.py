@@ -36,8 +36,8 @@ def replaying(live: Live) -> Iterator[None]:
 class _Decoding:
     def __init__(self, live: Live, decode: Decode) -> None:
         self.live, self.decode = live, decode
-        self.patterns: dict[Any, tuple[list[int], Pattern, Tensor]] = {}
-        """By what layers have in common: bytes of the blocks, their course, and a tensor like the weight."""
+        self.patterns: dict[Any, tuple[list[int], Pattern, int, Tensor]] = {}
+        """By what layers have in common: bytes of the blocks, their course, the weight's place, a tensor like it."""
 
     def __call__(self, layer: QuantizedLayer) -> Tensor:
         stored = tuple((name, tensor.shape, tensor.dtype) for name, tensor in layer.named_buffers())
@@ -50,22 +50,19 @@ class _Decoding:
         whole = events[start:]
         blocks = list({id(block): block for block, _, _ in whole}.values())
         places = {id(block): place for place, block in enumerate(blocks)}
-        left = {place for place in range(len(blocks)) if sum(s for b, s, _ in whole if places[id(b)] == place)}
+        pattern = [(places[id(block)], sign, operator) for block, sign, operator in whole]
+        left = [place for place in range(len(blocks)) if sum(sign for at, sign, _ in pattern if at == place)]
         # One block stays, the weight's own, and none that was there before goes; else each layer is run.
-        if len(left) == 1 and all(blocks[place].bytes == weight.untyped_storage().nbytes() for place in left):
-            last = left.pop()
-            order = [*(place for place in range(len(blocks)) if place != last), last]
-            renamed = {place: number for number, place in enumerate(order)}
-            pattern = [(renamed[places[id(block)]], sign, operator) for block, sign, operator in whole]
+        if len(left) == 1 and blocks[left[0]].bytes == weight.untyped_storage().nbytes():
             like = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
-            self.patterns[key] = [blocks[place].bytes for place in order], pattern, like
+            self.patterns[key] = [block.bytes for block in blocks], pattern, left[0], like
         return weight
 
-    def _again(self, sizes: list[int], pattern: Pattern, like: Tensor) -> Tensor:
-        blocks = [Block(size, self.live.phase) for size in sizes[:-1]]
+    def _again(self, sizes: list[int], pattern: Pattern, kept: int, like: Tensor) -> Tensor:
+        blocks = [Block(size, self.live.phase) for size in sizes]
         events, weight = self.live.timeline.events, None
         for place, sign, operator in pattern:
-            if place < len(blocks):
+            if place != kept:
                 events.append((blocks[place], sign, operator))
             else:
                 weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
