@@ -153,12 +153,9 @@ class Method:
         """Bytes by kind at the peak of `prepare` and `finalize`, by formula; None where none is known for this model.
 
         `model` and the batches of `context.calibration` are on the meta device; nothing is run. For plans that do not
-        run `finalize` on tensors without values. Here: the model while its layers are rounded, one by one.
+        run `finalize` on tensors without values.
         """
-        from pipeline.layers.holding import layer_work, rounded
-        from pipeline.layers.select import select
-
-        return layer_work(model, select(model, context.architecture).layers, rounded, left=1)
+        return None
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         """JSON facts for `stages[].detail` of result.json: layers touched, kernel, measured sparsity, ..."""

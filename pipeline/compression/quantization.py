@@ -58,7 +58,8 @@ class Quantizer(Method):
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import layer_work, rounded
 
-        return layer_work(model, self.layers(model, context), rounded, left=1)
+        made = self.left(model, context)
+        return None if made is None else layer_work(model, self.layers(model, context), rounded, made)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.schemes import quantization_detail

@@ -27,25 +27,27 @@ def held(model: nn.Module) -> int:
 
 
 def layer_work(
-    model: nn.Module, layers: Sequence[str], octets: Callable[[int], float], left: float | None = None
+    model: nn.Module, layers: Sequence[str], octets: Callable[[int], float], made: nn.Module | None = None
 ) -> Terms:
     """The model, and what one of `layers`, the most demanding, takes: `octets` of its item size, for each weight.
 
-    `left`: octets of a weight that was worked on; by then those of the layers before are left. None: as many as before.
+    `made`: the model with what becomes of them in their places, whose room is there while one is worked on, and stays.
     """
-    weights = [model.get_submodule(name).get_parameter("weight") for name in layers]
     there = held(model)
     moments = [{"weights": there}]
-    for weight in weights:
-        moments.append({"weights": there, "working set": int(weight.numel() * octets(weight.itemsize))})
-        if left is not None:
-            there -= int(weight.numel() * (weight.itemsize - left))
-    return largest(moments)
+    for name in layers:
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        room = 0 if made is None else sum(tensor.nbytes for tensor in made.get_submodule(name).buffers())
+        moments.append({"weights": there, "working set": int(weight.numel() * octets(weight.itemsize)) + room})
+        if made is not None:
+            there += room - weight.nbytes - sum(tensor.nbytes for tensor in layer.buffers())
+    return largest([*moments, {"weights": there}])
 
 
 def rounded(itemsize: int) -> float:
     """Octets a weight to round it: steps, in float32 at least, and integers; beside a float32 copy of fewer bits."""
-    return 9 if itemsize < 4 else 5
+    return max(4, itemsize) + (5 if itemsize < 4 else 1)
 
 
 def masks(model: nn.Module, layers: Sequence[str]) -> int:

@@ -212,7 +212,7 @@ def _alike(leaf: Any) -> Any:
 
 
 def _kind(block: nn.Module) -> Any:
-    """What blocks have in common that do alike: classes, shapes, and switches (a rate counts as on or off)."""
+    """What blocks have in common that do alike: classes, shapes, switches (a rate counts as on or off), who watches."""
     found: list[Any] = []
     for name, module in block.named_modules():
         switches = {
@@ -222,7 +222,7 @@ def _kind(block: nn.Module) -> Any:
         }
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = [(key, _alike(value)) for key, value in tensors]
-        found.append((name, type(module), *sorted(switches.items()), *shapes))
+        found.append((name, type(module), len(module._forward_hooks), *sorted(switches.items()), *shapes))
     return tuple(found)
 
 

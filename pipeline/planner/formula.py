@@ -14,8 +14,11 @@ for plain ones, which hold more.
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.chain import Stage
+from pipeline.compression.base import Context, StageLoss
 from pipeline.data.base import DataBundle
+from pipeline.errors import LeanfitError
 from pipeline.fitting import micro_batch_size
 from pipeline.layers.decoding import decode
 from pipeline.layers.footprint import file_bytes, model_tensors
@@ -43,6 +48,7 @@ from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
+from pipeline.walk import teacher_tensors
 
 KEY_VALUE_CACHE = "key-value cache"
 """Its kind in a plan."""
@@ -51,13 +57,20 @@ RECORD = 315
 
 
 def training(
-    config: RunConfig, stage: Stage, model: nn.Module, task: Task, architecture: Architecture, batch: Batch
+    config: RunConfig,
+    stage: Stage,
+    model: nn.Module,
+    task: Task,
+    architecture: Architecture,
+    batch: Batch,
+    own: Callable[[], Context] | None = None,
 ) -> Peak:
     """The peak on one device over a warm step of the fit of `stage`.
 
     Args:
         model: on the meta device; it is filled with fake tensors in place.
         batch: one micro batch, whose shapes and dtypes count.
+        own: what the link's method makes a loss of its own of, fake tensors where it is called; None: the task's loss.
     """
     assert stage.fit is not None
     _, accumulation = micro_batch_size(config)
@@ -78,8 +91,17 @@ def training(
         model.train()
         rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu)
         folding = Folding(account, rank.around)
+        context = own() if own else None
         stack.enter_context(account)
         rank.enter(sum(step.state), kept=not (memory.release_gradients or memory.step_in_backward))
+        stage_loss: StageLoss | None = None
+        if context and context.teacher:
+            assert stage.method is not None
+            stage_loss = stage.method.loss(context)
+            account.hold(teacher_tensors(context.teacher), "teacher")
+            taught = [block.name for block in context.teacher.architecture.blocks]
+            stack.enter_context(folded(context.teacher.model, taught, folding))
+            stack.callback(once(model))
         taken = account.guest(workspaces, WORKSPACES)  # by the step before
         given = fake_batch(batch)
         account.hold(given.values(), "batch")
@@ -87,7 +109,8 @@ def training(
         rank.forward()
         away = nullcontext() if memory.activation_offload == "none" else put_away(account, on_cpu)
         with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context(), away:
-            loss = task.loss(model, given, memory.loss_chunks)
+            task_loss = partial(task.loss, model, chunks=memory.loss_chunks)
+            loss = stage_loss(model, given, task_loss) if stage_loss else task_loss(given)
         rank.backward()
         account.moment = account.phase = "backward pass"
         if memory.step_in_backward:
@@ -106,6 +129,18 @@ def training(
     if memory.release_gradients or memory.step_in_backward:
         kept.pop("gradients", None)
     return replace(course.peak(), kept=kept)
+
+
+def once(model: nn.Module) -> Callable[[], None]:
+    """Has `model` refuse to run a second time, whose blocks would be taken for more of those of the first; gives what
+    lets it again."""
+    runs = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(runs) > 1:
+            raise LeanfitError("the model runs more than once for a loss")
+
+    return model.register_forward_pre_hook(count).remove
 
 
 def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:

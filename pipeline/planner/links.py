@@ -87,6 +87,7 @@ class Links:
         for link in computed.train.keys() - self.train.keys():
             self.train[link] = computed.train[link]
             self.untraced[f"train: {link}"] = "a link before it, or it, cannot be traced"
+            self.open.pop(f"train: {link}", None)
         for phase in ("save", "evaluate", "generate"):
             if phase in self.open and phase not in computed.open:
                 setattr(self, phase, getattr(computed, phase))
@@ -144,7 +145,8 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         except Exception as error:  # whatever torch, or a method, makes of values that are not there
             why = f"cannot be traced: {first_line(error)}"
             found.open |= {phase: why if phase == left[0] else f"{left[0]} comes before it" for phase in left}
-            found.open["save"] = f"{left[0]} comes before it"
+            fits = [f"train: {stage.name}" for stage in line[1:] if stage.fit and stage.name not in found.train]
+            found.open |= dict.fromkeys(["save", *fits], f"{left[0]} comes before it")
     if any(phase.startswith("compress") for phase in found.open):
         found.take(declare_links(config, data, tokenizer))
     return found
@@ -174,9 +176,8 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
     chain = _Chain(config, data, tokenizer)
 
     def saved(model: nn.Module) -> None:
-        twin = copy.deepcopy(model)
         with _unreal(config):
-            chain.saved(found, faked(twin), task)
+            chain.saved(found, faked(twin(model)), task)
 
     saved(model)
     if stage_input.beside_compressed(config, first) and config.device.kind() == "cpu":  # else on its host
@@ -200,14 +201,11 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
         if isinstance(method, Pruner):
             give_masks(model, method.layers(model, context))
         if stage.fit is not None:
-            if method.loss(context) is not None:
-                found.open[f"train: {stage.name}"] = "no formula is known for a loss of a link's own"
-            else:
-                trained = copy.deepcopy(model)
-                if method.kind == "quantization":
-                    with torch.device("meta"), Supposing():
-                        trained = method.prepare(trained, context)
-                declare_fit(found, config, stage, trained, data)
+            trained = copy.deepcopy(model)
+            if method.kind == "quantization":
+                with torch.device("meta"), Supposing():
+                    trained = method.prepare(trained, context)
+            declare_fit(found, chain, stage, trained)
         model = method.left(model, context)
         if model is None:
             why = f"what {stage.name} leaves is known by its values alone"
@@ -233,10 +231,10 @@ def declare_left(config: RunConfig, data: DataBundle, chain: _Chain, found: Link
         found.load = reading(config, model)
     loaded = as_loaded(model)
     found.stored = file_bytes(model_tensors(loaded, {}))
-    twin = copy.deepcopy(loaded)
+    continued = twin(loaded)
     with _unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
         if generates(config, task):
-            found.generate = computed_generation(config, twin)
+            found.generate = computed_generation(config, continued)
         peak = formula.evaluation(config, loaded, task, data)
     if not chain.trains:  # weights lie in files then
         kinds = {kind: held for kind, held in peak.kinds.items() if kind != "weights"}
@@ -244,17 +242,20 @@ def declare_left(config: RunConfig, data: DataBundle, chain: _Chain, found: Link
     found.evaluate = peak
 
 
-def declare_fit(
-    found: Links, config: RunConfig, stage: Stage, model: nn.Module, data: DataBundle, untraced: str = ""
-) -> None:
-    """Enter the fit of a link that has the task's loss, by the formula: the method's callbacks are not in it.
+def declare_fit(found: Links, chain: _Chain, stage: Stage, model: nn.Module, untraced: str = "") -> None:
+    """Enter the fit of a link by the formula: the method's callbacks are not in it.
 
     `model`: on the meta device; it is filled with fake tensors in place. `untraced`: why it is not traced.
     """
+    config, architecture = chain.config, describe(model)
     phase, task = f"train: {stage.name}", lookup.get(config.data.task)
-    batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+    batch = next(iter(evaluation_loader(chain.data.train, micro_batch_size(config)[0])))
+
+    def given() -> Context:
+        return replace(chain.context(stage, model), architecture=architecture)
+
     try:
-        found.train[stage.name] = formula.training(config, stage, model, task, describe(model), batch)
+        found.train[stage.name] = formula.training(config, stage, model, task, architecture, batch, given)
     except Exception as error:  # whatever torch makes of tensors without values
         found.open[phase] = f"{untraced}{'; ' if untraced else ''}cannot be computed: {first_line(error)}"
     else:
@@ -309,12 +310,10 @@ class _Chain:
                 found.train[stage.name] = self.trained(stage, model, context)
                 self.live.forget()
                 gc.collect()  # as a run does then
-            elif method.loss(context) is None:
-                twin = faked(copy.deepcopy(model), device="meta")
-                with unset_fake_temporarily():
-                    declare_fit(found, self.config, stage, twin, self.data, untraced)
             else:
-                found.open[f"train: {stage.name}"] = f"{untraced}, and no formula is known for a loss of its own"
+                shapes = faked(copy.deepcopy(model), device="meta")
+                with unset_fake_temporarily():
+                    declare_fit(found, self, stage, shapes, untraced)
         finalizing = self.counting()
         finalizing.hold_model(model)
         finalizing.phase = "working set"
@@ -361,17 +360,25 @@ class _Chain:
             context = replace(context, teacher=self.teacher(stage))
         opened = context.open_model
         assert opened is not None
-        return replace(context, open_model=lambda key: faked(copy.deepcopy(opened(key)), self.dtype))
+        return replace(context, open_model=lambda key: faked(twin(opened(key)), self.dtype))
 
     def teacher(self, stage: Stage) -> Teacher:
-        base = stage_input.shapes(self.config, self.data)
-        shapes = stage_input.context_of(self.config, stage, base).teacher
-        assert shapes is not None
+        with unset_fake_temporarily():
+            base = stage_input.shapes(self.config, self.data)
+            shapes = stage_input.context_of(self.config, stage, base).teacher
+            assert shapes is not None
+            model = twin(shapes.model)
         assert stage.method is not None
-        model = frozen(faked(copy.deepcopy(shapes.model), self.dtype))
+        frozen(faked(model, self.dtype))
         if stage.method.records_teacher:
             return ReadTeacher(model, getattr(stage.method, "top_k", None))
         return FrozenTeacher(lambda: model)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device; among fake tensors, torch would take the copies for some."""
+    with unset_fake_temporarily():
+        return copy.deepcopy(model)
 
 
 class ReadTeacher:

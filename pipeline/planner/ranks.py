@@ -84,7 +84,8 @@ class Rank:
         self.accumulates, self.on_cpu = accumulates, on_cpu
         self.weights = list(model.parameters())
         self.trained = [weight for weight in self.weights if weight.requires_grad]
-        inside = {id(weight) for name in blocks for weight in model.get_submodule(name).parameters()}
+        self.blocks = {model.get_submodule(name) for name in blocks}
+        inside = {id(weight) for block in self.blocks for weight in block.parameters()}
         self.outside = [weight for weight in self.weights if id(weight) not in inside]
         self.guests: dict[str, list[Tensor]] = {}
 
@@ -141,7 +142,7 @@ class Rank:
 
     def around(self, block: nn.Module, backward: bool, begins: bool) -> None:
         """See `folding.Around`."""
-        if not self.holding.gathers:
+        if not self.holding.gathers or block not in self.blocks:  # a teacher is whole on each rank
             return
         weights = list(block.parameters())
         whole, summed = self.whole(weights), self.summed(weights)

@@ -17,6 +17,7 @@ from pipeline.layers import kernels
 from pipeline.layers.nf4 import _pairs
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
+from pipeline.planner import formula
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.stage_input import base_model, context_of, stage_input, trains
 from pipeline.tasks import lookup
@@ -42,6 +43,7 @@ CASES = {
         *GPT, "model=llama", "model.layers=2", "model.width=128", "model.heads=4", "compression=int8_static"
     ],
     "convolutions": ["model=efficientnet", "data=digits", *GPT[1:-1], "compression=int8_static"],
+    "convolutions that learn": ["model=efficientnet", "data=digits", *GPT[1:-1], "compression=[magnitude,distill]"],
 }  # fmt: skip
 
 
@@ -122,6 +124,8 @@ def test_links_and_what_they_leave_are_predicted_within_two_percent(name, tmp_pa
         ["compression=[wanda,int8]", "memory.optimizer_offload=disk"],
         ["compression=int8_qat", "memory.activation_offload=disk"],
         ["compression=structured", "memory.optimizer_offload=disk", "precision=bf16-mixed"],
+        ["compression=distill", "memory.activation_offload=disk", "compression.distill.hidden_weight=1"],
+        ["compression=[magnitude,distill]", "memory.optimizer_offload=disk", "compression.distill.attention_weight=1"],
     ],
 )
 def test_fits_of_links_that_are_not_traced_are_computed_within_two_percent(settings, tmp_path):
@@ -135,12 +139,19 @@ def test_fits_of_links_that_are_not_traced_are_computed_within_two_percent(setti
     assert all(peak.kept for peak in predicted.train.values())
 
 
-DECLARED = {name: case for name, case in CASES.items() if "distill" not in " ".join(case)} | {
+DECLARED = CASES | {
     "no values": [*GPT, "compression=nf4"],
     "beside adapters": [*GPT, "adapter=lora", "compression=nf4"],
     "a kernel's integers": [*GPT, "compression=int8_weight_only", "precision=bf16-true"],
     "float8": [*GPT, "compression=fp8"],
     "smoothed": [*GPT, "compression=int8_smoothquant"],
+    "logits from disk": [*GPT, "compression=[wanda,distill]", "compression.distill.cache_logits=true"],
+    "all that a student is shown at once": [
+        *GPT,
+        "compression=distill",
+        "compression.distill.hidden_weight=1",
+        "compression.distill.attention_weight=1",
+    ],
 }
 
 
@@ -169,11 +180,29 @@ def test_what_values_decide_is_not_computed():
     assert {*found.phases()} == {"compress"}
 
 
-def test_a_loss_of_a_links_own_is_not_computed():
-    config = compose([*GPT, "compression=distill"])
+def test_a_loss_that_runs_its_model_twice_is_not_computed():
+    config = compose([*GPT, "compression=distill", "compression.distill.sequence_weight=1"])
     found = trace_links(config, *reversed(opened(config)), untraced="not today")
     assert found.train == {}
-    assert found.open == {"train: distill": "not today, and no formula is known for a loss of its own"}
+    said = "not today; cannot be computed: LeanfitError: the model runs more than once for a loss"
+    assert found.open == {"train: distill": said}
+
+
+def test_the_fit_of_a_link_that_cannot_be_prepared_without_values_is_open_and_computed_where_it_can_be(monkeypatch):
+    config = compose([*GPT, "compression=[magnitude,distill]"])
+    tokenizer, data = opened(config)
+
+    def shaped_by_values(self, model, context):
+        next(model.parameters()).nonzero()
+        return model
+
+    monkeypatch.setattr(type(config.chain["distill"]), "prepare", shaped_by_values)
+    found = trace_links(config, data, tokenizer)
+    assert {*found.train} == {"magnitude", "distill"}
+    assert found.untraced["train: distill"] == "a link before it, or it, cannot be traced"
+    monkeypatch.setattr(formula, "training", shaped_by_values)
+    found = trace_links(config, data, tokenizer)
+    assert found.open == {"train: distill": "compress: distill comes before it"}
 
 
 def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):
