@@ -9,7 +9,11 @@ import protocol
 import torch
 from torch import nn
 
-import pipeline.layers.schemes  # noqa: F401  (what methods import when they first need it is no cost of theirs)
+# What methods import when they first need it is no cost of theirs.
+import pipeline.layers.depth
+import pipeline.layers.schemes
+import pipeline.layers.structure_importance
+import pipeline.layers.structure_plan  # noqa: F401
 from pipeline.app import compose
 from pipeline.artifact import store
 from pipeline.compression.base import Context
