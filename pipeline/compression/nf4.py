@@ -63,8 +63,8 @@ class NF4(TableQuantizer):
         """Weights over their maxima, and the place of each among the values, as int64 and otherwise."""
         from pipeline.layers.holding import layer_work
 
-        layers, made = self.layers(model, context), self.left(model, context)
-        return layer_work(model, layers, lambda itemsize: 17 + 2 * max(4, itemsize), made)
+        layers, form = self.layers(model, context), self.form(context)
+        return layer_work(model, layers, lambda itemsize: 17 + 2 * max(4, itemsize), form)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.lora import adapters_detail

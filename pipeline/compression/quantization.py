@@ -58,8 +58,8 @@ class Quantizer(Method):
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import layer_work, rounded
 
-        made = self.left(model, context)
-        return None if made is None else layer_work(model, self.layers(model, context), rounded, made)
+        form = self.form(context)
+        return None if form is None else layer_work(model, self.layers(model, context), rounded, form)
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         from pipeline.layers.schemes import quantization_detail

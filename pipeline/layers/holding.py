@@ -7,11 +7,14 @@ layout (convolutions) nothing is claimed: None.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.layers import kernels
+from pipeline.layers.quantized import FloatLayer
+from pipeline.layers.schemes import empty_layer
 from pipeline.models.base import Architecture, Block
 
 Terms = dict[str, int]
@@ -27,21 +30,28 @@ def held(model: nn.Module) -> int:
 
 
 def layer_work(
-    model: nn.Module, layers: Sequence[str], octets: Callable[[int], float], made: nn.Module | None = None
+    model: nn.Module,
+    layers: Sequence[str],
+    octets: Callable[[int], float],
+    form: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Terms:
     """The model, and what one of `layers`, the most demanding, takes: `octets` of its item size, for each weight.
 
-    `made`: the model with what becomes of them in their places, whose room is there while one is worked on, and stays.
+    `form`: (scheme, settings) of what each becomes, whose room is there while it is worked on, and stays.
     """
     there = held(model)
     moments = [{"weights": there}]
     for name in layers:
         layer = model.get_submodule(name)
         weight = layer.get_parameter("weight")
-        room = 0 if made is None else sum(tensor.nbytes for tensor in made.get_submodule(name).buffers())
-        moments.append({"weights": there, "working set": int(weight.numel() * octets(weight.itemsize)) + room})
-        if made is not None:
+        work = int(weight.numel() * octets(weight.itemsize))
+        if form is not None:
+            made = empty_layer(form[0], cast(FloatLayer, layer), **form[1])
+            room = sum(tensor.nbytes for tensor in made.buffers())
+            moments.append({"weights": there, "working set": work + room})
             there += room - weight.nbytes - sum(tensor.nbytes for tensor in layer.buffers())
+        else:
+            moments.append({"weights": there, "working set": work})
     return largest([*moments, {"weights": there}])
 
 

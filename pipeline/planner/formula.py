@@ -95,13 +95,13 @@ def training(
         stack.enter_context(account)
         rank.enter(sum(step.state), kept=not (memory.release_gradients or memory.step_in_backward))
         stage_loss: StageLoss | None = None
-        if context and context.teacher:
-            assert stage.method is not None
+        if context and stage.method:
             stage_loss = stage.method.loss(context)
+            stack.callback(once(model))
+        if context and context.teacher:
             account.hold(teacher_tensors(context.teacher), "teacher")
             taught = [block.name for block in context.teacher.architecture.blocks]
             stack.enter_context(folded(context.teacher.model, taught, folding))
-            stack.callback(once(model))
         taken = account.guest(workspaces, WORKSPACES)  # by the step before
         given = fake_batch(batch)
         account.hold(given.values(), "batch")

@@ -252,7 +252,9 @@ def declare_fit(found: Links, chain: _Chain, stage: Stage, model: nn.Module, unt
     batch = next(iter(evaluation_loader(chain.data.train, micro_batch_size(config)[0])))
 
     def given() -> Context:
-        return replace(chain.context(stage, model), architecture=architecture)
+        assert stage.method is not None
+        context = replace(stage_input.context_of(config, stage, model), architecture=architecture)
+        return replace(context, teacher=chain.teacher(stage)) if stage.method.needs_teacher else context
 
     try:
         found.train[stage.name] = formula.training(config, stage, model, task, architecture, batch, given)
@@ -367,7 +369,7 @@ class _Chain:
             base = stage_input.shapes(self.config, self.data)
             shapes = stage_input.context_of(self.config, stage, base).teacher
             assert shapes is not None
-            model = twin(shapes.model)
+            model = copy.deepcopy(shapes.model)
         assert stage.method is not None
         frozen(faked(model, self.dtype))
         if stage.method.records_teacher:

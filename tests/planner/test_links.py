@@ -180,6 +180,30 @@ def test_what_values_decide_is_not_computed():
     assert {*found.phases()} == {"compress"}
 
 
+def shaped_by_values(method, model, context):
+    next(model.parameters()).nonzero()
+    return model
+
+
+def no_formula(*_):
+    raise ValueError("none is known")
+
+
+def test_a_loss_that_asks_no_teacher_is_computed_too(monkeypatch):
+    config = compose([*GPT, "compression=wanda"])
+    tokenizer, data = opened(config)
+    (plain,) = declare_links(config, data, tokenizer).train.values()
+
+    def loss(method, context):
+        return lambda model, batch, task_loss: task_loss(batch) + model.lm_head.weight.exp().sum()
+
+    monkeypatch.setattr(type(config.chain["wanda"]), "loss", loss)
+    (own,) = declare_links(config, data, tokenizer).train.values()
+    (traced,) = trace_links(config, data, tokenizer).train.values()
+    assert own.bytes == pytest.approx(traced.bytes, rel=0.01)
+    assert own.bytes > plain.bytes
+
+
 def test_a_loss_that_runs_its_model_twice_is_not_computed():
     config = compose([*GPT, "compression=distill", "compression.distill.sequence_weight=1"])
     found = trace_links(config, *reversed(opened(config)), untraced="not today")
@@ -191,16 +215,11 @@ def test_a_loss_that_runs_its_model_twice_is_not_computed():
 def test_the_fit_of_a_link_that_cannot_be_prepared_without_values_is_open_and_computed_where_it_can_be(monkeypatch):
     config = compose([*GPT, "compression=[magnitude,distill]"])
     tokenizer, data = opened(config)
-
-    def shaped_by_values(self, model, context):
-        next(model.parameters()).nonzero()
-        return model
-
     monkeypatch.setattr(type(config.chain["distill"]), "prepare", shaped_by_values)
     found = trace_links(config, data, tokenizer)
     assert {*found.train} == {"magnitude", "distill"}
     assert found.untraced["train: distill"] == "a link before it, or it, cannot be traced"
-    monkeypatch.setattr(formula, "training", shaped_by_values)
+    monkeypatch.setattr(formula, "training", no_formula)
     found = trace_links(config, data, tokenizer)
     assert found.open == {"train: distill": "compress: distill comes before it"}
 
@@ -208,11 +227,6 @@ def test_the_fit_of_a_link_that_cannot_be_prepared_without_values_is_open_and_co
 def test_what_cannot_be_traced_is_open_with_all_that_comes_after(monkeypatch):
     config = compose([*GPT, "compression=[wanda,int8]"])
     tokenizer, data = opened(config)
-
-    def shaped_by_values(self, model, context):
-        next(model.parameters()).nonzero()
-        return model
-
     monkeypatch.setattr(type(config.chain["wanda"]), "finalize", shaped_by_values)
     found = trace_links(config, data, tokenizer, untraced="not today")
     assert found.untraced["train: wanda"] == "not today"
