@@ -118,7 +118,9 @@ def test_what_lies_in_files_takes_no_memory_to_open(tmp_path):
 
 
 def test_where_a_links_own_fit_is_not_planned_what_is_saved_is_not_either():
-    config, data = opened([*GPT, "memory.optimizer_offload=disk", "compression=distill"])
+    config, data = opened(
+        [*GPT, "memory.optimizer_offload=disk", "compression=distill", "compression.distill.sequence_weight=0.5"]
+    )
     found = plan(config, data)
     assert "save" not in found.phases
     assert found.open["save"] == "what a fit keeps for its checkpoint is not known"
