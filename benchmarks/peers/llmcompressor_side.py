@@ -9,6 +9,7 @@ from typing import Any
 
 import protocol
 import torch
+from compressed_tensors.compressors import ModelCompressor
 from datasets import Dataset
 from llmcompressor import oneshot
 from torch import nn
@@ -83,6 +84,7 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol
     if method == "none":
         return lambda model, draw: model
     modifiers = recipe(method, settings, "OPT" in type(model).__name__)
+    quantizes = method.startswith("int")
 
     def compress(model: nn.Module, draw: protocol.Draw) -> nn.Module:
         calibration = draw.calibration["input_ids"]
@@ -91,6 +93,8 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol
             model=model, dataset=Dataset.from_list(rows), recipe=modifiers, num_calibration_samples=len(rows),
             max_seq_length=calibration.shape[1], shuffle_calibration_samples=False, batch_size=16,
         )  # fmt: skip
+        if quantizes:  # else it leaves weights as they are until it saves them, with their scales beside
+            ModelCompressor.from_pretrained_model(model).compress_model(model)
         return model
 
     return compress

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.data import Subset
 
 from pipeline.data.base import DataBundle
+from pipeline.models.architecture import describe
 from pipeline.planner.fakes import faked, kernels_of, put_into_files, tracing
+from pipeline.planner.folding import Folding, folded
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
@@ -40,6 +42,8 @@ def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Dat
     few = replace(data, evaluation=Subset(data.evaluation, range(held_out)))
     live.hold_model(model)
     live.phase = "activations"
-    with live, replaying(live), config.precision.evaluation_context("cpu"):
+    folding = Folding(live)
+    blocks = [block.name for block in describe(model).blocks]
+    with live, folded(model, blocks, folding), replaying(live), config.precision.evaluation_context("cpu"):
         task.evaluate(model, few, size, "cpu")
-    return live.timeline.peak()
+    return folding.unrolled().peak()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pipeline.layers.depth import INDICES
-from pipeline.planner.live import Block, Live, Timeline
+from pipeline.planner.live import Block, Event, Live, Timeline
 from pipeline.planner.workspaces import WORKSPACES
 
 Around = Callable[[nn.Module, bool, bool], None]
@@ -32,10 +32,6 @@ class Account(Live):  # type: ignore[no-untyped-call]
     """`Live` that knows moments of a step instead of operators' names, and storages that count in part."""
 
     moment = ""
-
-    def block(self, tensor: Tensor) -> Block | None:
-        """The storage behind `tensor`; None where it is not counted."""
-        return self._note(tensor, "", self.phase)
 
     def guest(self, size: float, kind: str) -> Tensor:
         """So many bytes, for as long as the tensor lives."""
@@ -79,7 +75,7 @@ class Pattern:
     spec: TreeSpec | None = None
     between: list[Block | None] = field(default_factory=list)
 
-    def events(self, timeline: Timeline, backward: bool) -> dict[int, tuple[Block, int, str]]:
+    def events(self, timeline: Timeline, backward: bool) -> dict[int, Event]:
         """What a like of the block adds to a pass, by the number of the event."""
         span = self.forward
         if backward:
@@ -94,8 +90,8 @@ class Pattern:
 class Folding:
     """The account of a folded pass; `around` is told where a block that is computed begins and ends."""
 
-    account: Account
-    around: Around
+    account: Live
+    around: Around = lambda *_: None
     patterns: dict[Any, Pattern] = field(default_factory=dict)
     repeats: list[tuple[int, Pattern, bool]] = field(default_factory=list)
     """(number of events before it, of which pattern, whether it is the backward pass)."""
@@ -107,7 +103,7 @@ class Folding:
         """The timeline as if every block had run. What is let go outside of blocks is let go of all of them; what a
         block lets go, as a cache that it makes longer, each lets go of its own."""
         folded = self.account.timeline
-        events: list[tuple[Block, int, str]] = []
+        events: list[Event] = []
         marks: list[tuple[int, str]] = []
         copies: Counter[int] = Counter()
         waiting, repeats = deque(folded.marks), deque(self.repeats)
@@ -128,8 +124,10 @@ class Folding:
 
 @contextmanager
 def folded(model: nn.Module, blocks: Sequence[str], folding: Folding) -> Iterator[None]:
-    """While entered, of `blocks` (module names) that are alike and are given alike only the first is computed."""
+    """While entered, of `blocks` (module names) that are alike and are given alike only the first is computed, in each
+    pass through `model`: the next one finds caches longer, and packed what was packed."""
     modules = [model.get_submodule(name) for name in blocks]
+    anew = model.register_forward_pre_hook(lambda *_: folding.patterns.clear())
     before = [block.__dict__.get("forward") for block in modules]
     for block, plain in zip(modules, before, strict=True):
         inner = plain or MethodType(type(block).forward, block)
@@ -137,6 +135,7 @@ def folded(model: nn.Module, blocks: Sequence[str], folding: Folding) -> Iterato
     try:
         yield
     finally:
+        anew.remove()
         for block, plain in zip(modules, before, strict=True):
             del block.__dict__["forward"]
             if plain is not None:

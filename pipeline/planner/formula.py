@@ -146,11 +146,8 @@ def once(model: nn.Module) -> Callable[[], None]:
 def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
     """The peak on one device while the task evaluates `model`, of the meta device and in the dtypes that it has then;
     fake tensors are put into it."""
-    folding = Folding(Account(*kernels_of(config)), lambda *_: None)
-    with tracing(config), folded(model, [block.name for block in describe(model).blocks], folding):
-        faked(model)
-        traced_evaluation(config, model, task, data, folding.account)
-    return folding.unrolled().peak()
+    with tracing(config):
+        return traced_evaluation(config, faked(model), task, data, Account(*kernels_of(config)))
 
 
 def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, batch: int = 1) -> Peak:
@@ -169,7 +166,7 @@ def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, ba
         faked(model)
         for length, moment in ((prompt, "prompt"), (tokens - 1, "last token")):
             account = Account(*kernels_of(config))
-            folding = Folding(account, lambda *_: None)
+            folding = Folding(account)
             account.hold_model(model)
             account.moment = moment
             with folded(model, blocks, folding), account, config.precision.evaluation_context("cpu"):

@@ -14,6 +14,7 @@ from pipeline.layers.decoding import CACHES
 from pipeline.models.architecture import describe, positions
 from pipeline.planner import formula
 from pipeline.planner.fakes import faked, kernels_of, tracing
+from pipeline.planner.folding import Folding, folded
 from pipeline.planner.formula import KEY_VALUE_CACHE, cached
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.replaying import replaying
@@ -85,18 +86,20 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         live.hold(cached(cache), KEY_VALUE_CACHE)
 
+    folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
     hooks = [model.register_forward_pre_hook(begin)]
-    for block in describe(model).blocks:
-        hooks.append(model.get_submodule(block.name).register_forward_hook(label, with_kwargs=True))
+    for name in blocks:
+        hooks.append(model.get_submodule(name).register_forward_hook(label, with_kwargs=True))
     live.hold_model(model)
     live.phase = "activations"
     try:
-        with live, replaying(live), config.precision.evaluation_context("cpu"):
+        with live, folded(model, blocks, folding), replaying(live), config.precision.evaluation_context("cpu"):
             task.generate(model, _Prompt(prompt), "", tokens, config.generate.temperature, 0)
     finally:
         for hook in hooks:
             hook.remove()
-    return live.timeline.peak(live.timeline.since(f"pass {since}") if since else None)
+    whole = folding.unrolled()
+    return whole.peak(whole.since(f"pass {since}") if since else None)
 
 
 class _Prompt:

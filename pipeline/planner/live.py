@@ -55,11 +55,15 @@ class Block:
     kind: str
 
 
+Event = tuple[Block, int, str]
+"""(block, +1 or -1, what ran then)."""
+
+
 @dataclass
 class Timeline:
-    """Allocations and releases in order. `events`: (block, +1 or -1, what ran then)."""
+    """Allocations and releases in order."""
 
-    events: list[tuple[Block, int, str]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)
     """(number of events before it, name) of moments that were marked."""
 
@@ -183,6 +187,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def hold_model(self, model: nn.Module) -> None:
         for kind, tensors in by_kind(model).items():
             self.hold(tensors, kind)
+
+    def block(self, tensor: Tensor) -> Block | None:
+        """The storage behind `tensor`; None where it is not counted."""
+        return self._blocks.get(tensor.untyped_storage()._cdata)
 
     def mark(self, name: str) -> None:
         self.timeline.marks.append((len(self.timeline.events), name))

@@ -12,7 +12,7 @@ import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.planner.live import Block
+from pipeline.planner.live import Event
 
 MIN_BLOCK = 512
 SMALL = 1 << 20
@@ -125,7 +125,7 @@ class Pool:
         piece.free = True
 
 
-def reserved(events: Iterable[tuple[Block, int, str]]) -> int:
+def reserved(events: Iterable[Event]) -> int:
     """The most that a pool, empty at first, takes from the device for what is allocated and released in order."""
     pool, pieces = Pool(), dict[int, Piece]()
     for block, sign, _ in events:

@@ -1,8 +1,8 @@
 """The training of a run on fake tensors: the composed model, loss, optimizer and Lightning's own loop, without memory.
 
 What is traced is what runs: the same LightningModule, precision plugin, checkpointing and gradient clipping. Two
-optimizer steps are taken: the second finds all of the optimizer's state there, and each later one is like it. On a GPU
-three, since its pool may still grow in the third.
+optimizer steps are taken: the second finds all of the optimizer's state there, and each later one is like it. A GPU's
+pool may still grow in the third, which is written down as the second was.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightni
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
-from pipeline.planner.live import STEP_DONE, Live, Peak
+from pipeline.planner.live import STEP_DONE, Event, Live, Peak, Timeline
 from pipeline.planner.pool import reserved
 from pipeline.planner.replaying import replaying
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 
-STEPS = {"cpu": 2, "cuda": 3}
+STEPS = 2
 
 
 class TracedModule(TaskModule):
@@ -101,8 +101,7 @@ def trace_training(
     with tracing(config):
         faked(model)
         live = Live(*kernels_of(config))
-        steps = STEPS[config.device.kind()]
-        return traced_fit(config, stage, model, task, architecture, batch, live, steps, since=steps - 1)
+        return traced_fit(config, stage, model, task, architecture, batch, live, STEPS, since=STEPS - 1)
 
 
 def with_fewer_parts(config: RunConfig) -> RunConfig:
@@ -132,6 +131,7 @@ def traced_fit(
     assert stage.fit is not None
     config = with_fewer_parts(config)
     _, accumulation = micro_batch_size(config)
+    another = config.device.kind() == "cuda"  # one more step is written down, whose batch is fetched in the last
     blocks = [block.name for block in architecture.blocks]
     parts = [Phases(live), *callbacks, *levers(config, model, callbacks), StepIsDone(live)]
     with quiet_lightning(), ExitStack() as stack:
@@ -147,11 +147,33 @@ def traced_fit(
         live.hold_model(model)
         model.train()
         with live, replaying(live):
-            trainer.fit(module, Batches(batch, steps * accumulation), weights_only=False)
+            trainer.fit(module, Batches(batch, steps * accumulation + another), weights_only=False)
         peak = live.timeline.peak(live.timeline.since(f"step {since}"))
         # The pool keeps what steps before took.
-        taken = reserved(live.timeline.events) if config.device.kind() == "cuda" else None
+        taken = reserved(with_another_step(live.timeline, steps - 1)) if another else None
         return replace(peak, reserved=taken, kept=live.timeline.held_at(STEP_DONE))
+
+
+def with_another_step(timeline: Timeline, last: int) -> list[Event]:
+    """The events of a fit as if a step came after the `last` (its number): the same again, with storages of its own.
+    As they are where that step did not leave what it had found.
+    """
+    began = next(number for number, (_, name) in enumerate(timeline.marks) if name == f"step {last}")
+    starts = [at for at, name in timeline.marks[:began] if name == STEP_DONE]
+    if not starts:
+        return timeline.events
+    end = next(at for at, name in reversed(timeline.marks) if name == STEP_DONE)
+    before = timeline.events[: starts[-1]]
+    events = timeline.events[starts[-1] : end]
+    made = {id(block) for block, sign, _ in events if sign > 0}
+    gone = {id(block) for block, sign, _ in events if sign < 0}
+    found = [block for block, sign, _ in before if sign > 0 and id(block) in gone and id(block) not in made]
+    left = [block for block, sign, _ in events if sign > 0 and id(block) not in gone]
+    if [block.bytes for block in found] != [block.bytes for block in left]:
+        return timeline.events
+    own = {id(block): twin for block, twin in zip(found, left, strict=True)}
+    again = [(own.setdefault(id(block), replace(block)), sign, operator) for block, sign, operator in events]
+    return [*timeline.events[:end], *again]
 
 
 class Batches:

@@ -3,14 +3,18 @@
 import itertools
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.app import compose
-from pipeline.planner.plan import RESERVED, plan
+from pipeline.planner import training
+from pipeline.planner.plan import RESERVED, Plan, plan, plan_training
 from pipeline.planner.pool import Pool, reserved, rounded, segment_bytes
+from pipeline.tasks import lookup
+from pipeline.walk import stages_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 MIB = 2**20
@@ -104,3 +108,34 @@ def test_what_an_h200_reserved_in_training_is_predicted(words):
     assert abs(off) <= (0 if words in EXACT else train.reserved_margin)
     assert train.reserved_margin == RESERVED
     assert "context" in found.verdict()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "precision=16-mixed optimizer=muon", "optimizer=adamw8bit trainer.micro_batch_size=4",
+        "adapter=lora compression=nf4 precision=bf16-mixed", "model=efficientnet data=digits",
+    ],
+)  # fmt: skip
+def test_a_third_step_takes_of_the_pool_what_is_written_down_for_it(words):
+    sizes = ["model=gpt_nano"] * ("model=" not in words)
+    typed = [*sizes, "trainer=smoke", "trainer.max_steps=8", *words.split(), "device=cuda", "device.memory=140GiB"]
+    config = compose([*typed, "job=plan", "plan.calibrate=false"])
+    data, taken = config.data.open(config.model.tokenizer()), []
+
+    def planned():
+        found = Plan()
+        plan_training(config, stages_of(config)[0], lookup.get(config.data.task), data, found, None)
+        return found.phases["train"]
+
+    def counted(events):
+        taken.append([(block.bytes, sign) for block, sign, _ in events])
+        return reserved(events)
+
+    with mock.patch.object(training, "reserved", counted):
+        written = planned()
+        as_it_is = mock.patch.object(training, "with_another_step", lambda timeline, _: timeline.events)
+        with mock.patch.object(training, "STEPS", 3), as_it_is:
+            traced = planned()
+    assert (written.bytes, written.reserved) == (traced.bytes, traced.reserved)
+    assert sorted(taken[0]) == sorted(taken[1][: len(taken[0])])  # after that the fit is taken down
