@@ -120,6 +120,11 @@ def test_the_largest_micro_batch_the_longest_sequences_and_the_largest_model(tmp
     assert grown.width == 32 * grown.heads == 32 * grown.layers
 
 
+def test_a_lever_is_searched_that_only_the_evaluation_during_training_needs(tmp_path):
+    chosen = searched(tmp_path, "budget=3MB", "trainer.batch_size=7", "trainer.evaluate_every=4")
+    assert "memory.release_gradients=true" in chosen.best.candidate.changes
+
+
 def test_what_comes_out_keeps_its_bound(tmp_path):
     chosen = searched(tmp_path, "budget=1GB", "fit.inference=5MB")
     assert chosen.best.candidate.changes == ("trainer.evaluation_batch_size=8",)  # all else fits as typed
@@ -146,9 +151,12 @@ def test_bad_input_is_one_line_without_torch_being_asked(words, line, capsys):
     assert told.startswith(f"error: {line}")
 
 
-def test_a_budget_goes_with_no_other_job(capsys):
-    assert main([*SMALL, "budget=1GB"]) == 2
-    assert "budget=1GB goes with job=fit, not job=run" in capsys.readouterr().err
+@pytest.mark.parametrize("asked", ["budget=1GB", "fit.run=true", "fit.maximize=sequence", "fit.free=[precision]"])
+def test_what_asks_for_a_search_goes_with_no_other_job(asked, capsys):
+    assert main([*SMALL, asked]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {asked.partition('=')[0]}=")
+    assert "goes with job=fit, not job=run" in line
 
 
 @pytest.mark.parametrize(
