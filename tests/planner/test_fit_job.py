@@ -5,6 +5,7 @@ import json
 import shlex
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import app
 from pipeline.app import compose, main
@@ -13,6 +14,7 @@ from pipeline.fitting import fit
 from pipeline.planner import fit_job
 from pipeline.planner.fit_search import Search
 from pipeline.planner.plan import plan
+from pipeline.planner.search import plain
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, read_result, schema_problems
 from pipeline.stage_input import prepared
@@ -173,6 +175,17 @@ def test_what_only_shapes_tell_is_one_line_too(words, line, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert main([*FIT, *words]) == 2
     assert capsys.readouterr().err.splitlines()[0].startswith(f"error: {line}")
+
+
+def test_weights_are_no_bound_where_they_lie_in_files_or_are_held_compressed(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path / "hub")
+    compose([*FIT, "budget=1GB"]).model.tokenizer().save_pretrained(tmp_path / "hub")
+    written = ["model=hf", f"model.pretrained={tmp_path / 'hub'}", "trainer.max_steps=0"]
+    beside = ["adapter=lora", "compression=nf4", "device=cuda", "device.memory=80GB"]
+    for words in (["budget=1kB", *written], ["budget=300kB", *beside]):
+        config = compose([*FIT, *words])
+        Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent")).require_room(plain(config))
 
 
 def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):
