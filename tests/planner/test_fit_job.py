@@ -79,6 +79,12 @@ def test_the_job_leaves_its_ranking_a_plot_and_a_recipe_that_is_its_choice(tmp_p
         assert getattr(typed, group) == getattr(shared, group)
 
 
+def test_where_nothing_trains_there_is_a_choice_without_a_plot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "trainer.max_steps=0", "compression=int8", "budget=1GB", "hydra.run.dir=found"]) == 0
+    assert not (tmp_path / "found" / "pareto.png").exists()
+
+
 @pytest.mark.slow
 def test_the_winner_runs_in_the_same_directory_within_the_budget(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
