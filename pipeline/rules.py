@@ -51,7 +51,9 @@ def _fitting(config: RunConfig) -> list[str]:
         except ValueError as error:
             found.append(f"{key}={error}")
     if config.job != "fit":
-        return [*found, *(f"{key}={size} goes with job=fit, not job={config.job}" for key, size in given.items())]
+        given |= {f"fit.{key}": value for key in ("free", "maximize", "run") if (value := getattr(asked, key))}
+        told = [f"{registry.shown(key, value)} goes with job=fit, not job={config.job}" for key, value in given.items()]
+        return [*found, *told]
     if "compression" in asked.free and asked.artifact is None and asked.inference is None:
         found.append("fit.free=[compression] chooses by bytes that come out: give fit.artifact or fit.inference too")
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pipeline.planner.fakes import faked, tracing
+from pipeline.planner.fakes import faked, inside, tracing
 from pipeline.planner.live import Live, Peak
 
 STEPS = 3
@@ -45,7 +45,7 @@ def estimate(
     shadow = shapes_of(model)
     if not any(parameter.requires_grad for parameter in shadow.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
-    live = Live()
+    live = Live(inside)
     with tracing():
         faked(shadow)
         live.hold_model(shadow)

@@ -16,8 +16,8 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.planner import scratch
 from pipeline.planner.live import COUNTING, FILES, Inner
-from pipeline.planner.scratch import scratch
 from pipeline.planner.workspaces import workspace
 from pipeline.precision import cpu_kernels
 from pipeline.schema import RunConfig
@@ -145,12 +145,14 @@ def promoted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return out
 
 
-def tiled(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The copies in tiles that a CPU's own 16-bit product makes of its operands."""
-    taken = scratch(name, func, args, kwargs)
-    if not taken:
+def tried(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What only a kernel itself tells: it was run for real."""
+    taken = scratch.scratch(name, func, args, kwargs)
+    if not taken and name != scratch.RECURRENT:
         return NotImplemented
     out = func(*args, **kwargs)
+    if name == scratch.RECURRENT:  # of a workspace there is nothing in a fake result
+        out = (*out[:-1], torch.empty(scratch.workspace(func, args), dtype=torch.uint8))
     torch.empty(taken, dtype=torch.uint8)
     return out
 
@@ -166,7 +168,7 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     out = sixteen_bit(name, func, args, kwargs)
     _within = True
     try:
-        for does in (converted, promoted, blocked, tiled):
+        for does in (converted, promoted, blocked, tried):
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:
         _within = False

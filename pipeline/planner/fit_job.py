@@ -33,14 +33,13 @@ def fit(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> RunConfig:
         result["memory"]["predicted"][best.name] = best.phase.bytes
     write_text(run_dir / RECIPE, chosen.recipe())
     batch = config.trainer.batch_size
-    memory_against_speed(
-        [
-            Point(label(one.candidate) if one in chosen.ranked[:LABELLED] else "",
-                  one.phase.bytes, batch / chosen.seconds(one))
-            for one in chosen.points() if one.seconds
-        ],
-        "samples/s", chosen.budget, run_dir / "pareto.png",
-    )  # fmt: skip
+    points = [
+        Point(label(one.candidate) if one in chosen.ranked[:LABELLED] else "",
+              one.phase.bytes, batch / chosen.seconds(one))
+        for one in chosen.points() if one.seconds
+    ]  # fmt: skip
+    if points:  # where nothing trains, no step takes time
+        memory_against_speed(points, "samples/s", chosen.budget, run_dir / "pareto.png")
     if not config.sweep:
         console().print(fit_table(result["fit"]["ranking"]))
         for phase, why in chosen.open.items():

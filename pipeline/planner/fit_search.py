@@ -26,9 +26,12 @@ from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
 from pipeline.planner import search, speed
 from pipeline.planner.chosen import Chosen, label
+from pipeline.planner.live import by_kind
 from pipeline.planner.needs import Needs
 from pipeline.planner.plan import MARGINS, capacity
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
+from pipeline.planner.trained import adapted
+from pipeline.planner.transfers import in_files
 from pipeline.report.progress import Progress
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
@@ -103,10 +106,13 @@ class Search:
             )
 
     def weights(self, config: RunConfig) -> int:
-        """Bytes of the weights that one device holds."""
-        model = config.precision.convert(shapes(config, self.needs.data(config)))
+        """Bytes of the weights that one device holds: on a CPU none of those that lie in files; what adapters train
+        beside may be compressed."""
+        if in_files(config) and config.device.kind() != "cuda":
+            return 0
+        model = adapted(config, stages_of(config)[0], shapes(config, self.needs.data(config)))
         parts = config.parallelism.ranks if config.parallelism.sharded else 1
-        return sum(weight.nbytes for weight in model.parameters()) // parts
+        return sum(weight.nbytes for weight in by_kind(model)["weights"]) // parts
 
     def said(self) -> str:
         """The budget as it was typed."""
@@ -260,11 +266,14 @@ class Search:
         return [one for one in every if not any(getattr(one.config.memory, name) == value for name, value in useless)]
 
     def saves(self, variant: Candidate, mode: str, name: str, value: Any) -> bool:
+        """Whether a lever makes training, or the evaluation in its middle, need less."""
         without = variant.with_values("memory", activation_checkpointing=mode)
-        peaks = [self.needs.fitted(one.config, False).bytes for one in (
+        plain, saving = (self.needs.phases(one.config, traced=False) for one in (
             without, without.with_values("memory", **{name: value})
-        )]  # fmt: skip
-        return peaks[1] < (1 - WORTH) * peaks[0]
+        ))  # fmt: skip
+        return any(
+            saving[phase].bytes < (1 - WORTH) * plain[phase].bytes for phase in ("train", "validate") if phase in plain
+        )
 
     def kept(self, config: RunConfig) -> int:
         """Where compression is searched, bytes of the artifact: the more of them, the less is lost."""

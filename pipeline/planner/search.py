@@ -351,7 +351,9 @@ def grown(candidate: Candidate, step: int) -> Candidate | None:
 def command(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     """The overrides that make a candidate: what was typed, without what asked for the search, and its changes."""
     keys = {line.partition("=")[0] for line in changes}
-    asked = re.compile(r"\+*(job|budget|fit\.\w+)=")
+    asked = re.compile(r"\+*(job|budget|fit\.(?!on_oom=)\w+)=")
+    if "compression" in keys:  # another method has not the typed one's settings
+        asked = re.compile(rf"{asked.pattern}|\+*compression\.")
     kept = [line for line in overrides if not asked.match(line) and line.lstrip("+").partition("=")[0] not in keys]
     return [*kept, *changes]
 

@@ -16,6 +16,11 @@ CONVOLUTIONS = partial(
     nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
 )  # fmt: skip
+WIDER = partial(
+    nn.Sequential,
+    nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+)  # fmt: skip
 
 
 class Recommender(nn.Module):
@@ -37,6 +42,14 @@ def bert() -> nn.Module:
 
 def classify(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def last_of_a_sequence(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch[0])[0][-1], batch[1])
+
+
+def total(model: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
+    return model(*batch).sum()
 
 
 def measured(model, optimizer, batch, loss) -> int:
@@ -63,6 +76,16 @@ CASES = {
     "convolutions": (
         CONVOLUTIONS, partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         (torch.randn(16, 3, 32, 32), torch.zeros(16, dtype=torch.long)), classify, 0.05,
+    ),
+    "wider convolutions, in blocks of channels backwards": (
+        WIDER, torch.optim.AdamW, (torch.randn(16, 3, 32, 32), torch.zeros(16, dtype=torch.long)), classify, 0.01,
+    ),
+    "recurrent, with a workspace": (
+        partial(nn.LSTM, 16, 64), torch.optim.AdamW, (torch.randn(20, 8, 16), torch.zeros(8, dtype=torch.long)),
+        last_of_a_sequence, 0.01,
+    ),
+    "a sum, whose gradient is one number that a product copies": (
+        partial(nn.Linear, 256, 512), torch.optim.Adagrad, (torch.randn(512, 256),), total, 0.01,
     ),
     "recommender": (
         Recommender, torch.optim.AdamW, (torch.zeros(64, 20, dtype=torch.long), torch.zeros(64, dtype=torch.long)),

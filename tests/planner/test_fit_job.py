@@ -5,6 +5,7 @@ import json
 import shlex
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import app
 from pipeline.app import compose, main
@@ -13,6 +14,7 @@ from pipeline.fitting import fit
 from pipeline.planner import fit_job
 from pipeline.planner.fit_search import Search
 from pipeline.planner.plan import plan
+from pipeline.planner.search import plain
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, read_result, schema_problems
 from pipeline.stage_input import prepared
@@ -77,6 +79,12 @@ def test_the_job_leaves_its_ranking_a_plot_and_a_recipe_that_is_its_choice(tmp_p
         assert getattr(typed, group) == getattr(shared, group)
 
 
+def test_where_nothing_trains_there_is_a_choice_without_a_plot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "trainer.max_steps=0", "compression=int8", "budget=1GB", "hydra.run.dir=found"]) == 0
+    assert not (tmp_path / "found" / "pareto.png").exists()
+
+
 @pytest.mark.slow
 def test_the_winner_runs_in_the_same_directory_within_the_budget(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -120,6 +128,11 @@ def test_the_largest_micro_batch_the_longest_sequences_and_the_largest_model(tmp
     assert grown.width == 32 * grown.heads == 32 * grown.layers
 
 
+def test_a_lever_is_searched_that_only_the_evaluation_during_training_needs(tmp_path):
+    chosen = searched(tmp_path, "budget=3MB", "trainer.batch_size=7", "trainer.evaluate_every=4")
+    assert "memory.release_gradients=true" in chosen.best.candidate.changes
+
+
 def test_what_comes_out_keeps_its_bound(tmp_path):
     chosen = searched(tmp_path, "budget=1GB", "fit.inference=5MB")
     assert chosen.best.candidate.changes == ("trainer.evaluation_batch_size=8",)  # all else fits as typed
@@ -146,9 +159,12 @@ def test_bad_input_is_one_line_without_torch_being_asked(words, line, capsys):
     assert told.startswith(f"error: {line}")
 
 
-def test_a_budget_goes_with_no_other_job(capsys):
-    assert main([*SMALL, "budget=1GB"]) == 2
-    assert "budget=1GB goes with job=fit, not job=run" in capsys.readouterr().err
+@pytest.mark.parametrize("asked", ["budget=1GB", "fit.run=true", "fit.maximize=sequence", "fit.free=[precision]"])
+def test_what_asks_for_a_search_goes_with_no_other_job(asked, capsys):
+    assert main([*SMALL, asked]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {asked.partition('=')[0]}=")
+    assert "goes with job=fit, not job=run" in line
 
 
 @pytest.mark.parametrize(
@@ -165,6 +181,17 @@ def test_what_only_shapes_tell_is_one_line_too(words, line, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert main([*FIT, *words]) == 2
     assert capsys.readouterr().err.splitlines()[0].startswith(f"error: {line}")
+
+
+def test_weights_are_no_bound_where_they_lie_in_files_or_are_held_compressed(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path / "hub")
+    compose([*FIT, "budget=1GB"]).model.tokenizer().save_pretrained(tmp_path / "hub")
+    written = ["model=hf", f"model.pretrained={tmp_path / 'hub'}", "trainer.max_steps=0"]
+    beside = ["adapter=lora", "compression=nf4", "device=cuda", "device.memory=80GB"]
+    for words in (["budget=1kB", *written], ["budget=300kB", *beside]):
+        config = compose([*FIT, *words])
+        Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent")).require_room(plain(config))
 
 
 def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):

@@ -157,3 +157,15 @@ def test_the_backward_pass_of_attention_does_too(dtype):
 
     predicted, measured = held(trained, made)
     assert predicted == measured
+
+
+def test_the_blocks_of_a_convolution_in_32_bits_in_its_backward_pass_are_found_by_trying():
+    def made():
+        return [torch.ones(16, 24, 12, 12, requires_grad=True), torch.ones(40, 24, 3, 3, requires_grad=True)]
+
+    def trained(x, weight):
+        y = F.conv2d(x, weight)
+        return torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+
+    predicted, measured = held(trained, made)
+    assert predicted == measured

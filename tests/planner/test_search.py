@@ -46,6 +46,9 @@ def test_strategies_and_methods_are_what_their_overrides_compose_to():
     words = ["model=gpt_nano", "job=fit", "fit.free=[compression,parallelism]", "fit.artifact=100kB"]
     for candidate in variants(compose(words), 100_000):
         assert recomposed(words, candidate) == candidate.config
+    words = [*SMALL, "compression=[wanda,int4]", "compression.int4.group_size=32", "fit.on_oom=adapt"]
+    for candidate in variants(compose([*words, "fit.free=[compression]", "fit.artifact=100kB"]), 100_000):
+        assert recomposed(words, candidate) == candidate.config
     for candidate in variants(compose([*CLUSTER, "job=fit", "fit.free=[parallelism]"])):
         planned = command([*CLUSTER, "job=plan"], candidate.changes)
         assert replace(compose([*planned, "job=plan"]), job="run", overrides=()) == replace(
