@@ -268,12 +268,10 @@ class Search:
     def saves(self, variant: Candidate, mode: str, name: str, value: Any) -> bool:
         """Whether a lever makes training, or the evaluation in its middle, need less."""
         without = variant.with_values("memory", activation_checkpointing=mode)
-        plain, saving = (self.needs.phases(one.config, traced=False) for one in (
+        plain, saving = (self.needs.training(one.config, traced=False) for one in (
             without, without.with_values("memory", **{name: value})
         ))  # fmt: skip
-        return any(
-            saving[phase].bytes < (1 - WORTH) * plain[phase].bytes for phase in ("train", "validate") if phase in plain
-        )
+        return any(saving[phase].bytes < (1 - WORTH) * plain[phase].bytes for phase in plain)
 
     def kept(self, config: RunConfig) -> int:
         """Where compression is searched, bytes of the artifact: the more of them, the less is lost."""

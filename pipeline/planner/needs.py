@@ -85,13 +85,17 @@ class Needs:
 
     def phases(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
         """Every phase of the run that can be predicted."""
-        found = dict(self.others(config, traced))
-        if stages_of(config)[0].fit is not None:
-            traced = traced and untraceable(config) is None
-            peak, source = (self.fitted(config, True), "traced") if traced else (self.lower(config), "computed")
-            found["train"] = known(config, "train", peak, source, self.convolutional(config))
-            if (beside := self.validation(config)) is not None:
-                found["validate"] = beside_fit(config, beside, peak)
+        return {**self.others(config, traced), **self.training(config, traced)}
+
+    def training(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
+        """Stage 0's fit, and the evaluation in its middle."""
+        if stages_of(config)[0].fit is None:
+            return {}
+        traced = traced and untraceable(config) is None
+        peak, source = (self.fitted(config, True), "traced") if traced else (self.lower(config), "computed")
+        found = {"train": known(config, "train", peak, source, self.convolutional(config))}
+        if (beside := self.validation(config)) is not None:
+            found["validate"] = beside_fit(config, beside, peak)
         return found
 
     def worst(self, config: RunConfig, traced: bool) -> Worst:
