@@ -296,7 +296,7 @@ def artifact(config: RunConfig) -> list[str]:
     """Every job but `run` works on an artifact made earlier."""
     job, given = config.job, config.artifact
     if job == "run":
-        return [f"artifact={given} goes with job=compress, evaluate, verify or generate, not job=run"] if given else []
+        return [f"artifact={given} goes with job=compress, evaluate, verify or generate alone"] if given else []
     if not given:
         return [f"job={job} needs artifact=DIR, the artifact directory of an earlier run (outputs/.../artifact)"]
     path = Path(given)
@@ -322,7 +322,7 @@ def prompts(config: RunConfig) -> list[str]:
     """`generate` takes one prompt, other jobs none."""
     given = [key for key in ("prompt", "prompt_file") if getattr(config, key) is not None]
     if config.job != "generate":
-        return [f"{key} goes with job=generate, not job={config.job}" for key in given]
+        return [f"{key} goes with job=generate alone" for key in given]
     if len(given) != 1:
         return ["job=generate needs one prompt: prompt=TEXT or prompt_file=PATH" + (", not both" if given else "")]
     if config.prompt == "":

@@ -22,6 +22,7 @@ from pipeline.optimizers.base import Optimizer
 from pipeline.parallelism.base import Parallelism
 from pipeline.precision.base import Precision
 from pipeline.registry import Absent
+from pipeline.sizes import Size
 from pipeline.trainer.settings import Trainer
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class Search:
 
     free: tuple[Free, ...]
     maximize: Literal["micro_batch", "sequence", "parameters"] | None
-    artifact: str | int | None
-    inference: str | int | None
+    artifact: Size | None
+    inference: Size | None
     run: bool
     measure: Annotated[int, Ge(0)]
     on_oom: Literal["stop", "adapt"]
@@ -104,7 +105,7 @@ class RunConfig:
     generate: Generate
     plan: Planning
     fit: Search
-    budget: str | int | None
+    budget: Size | None
     """Memory of one device that `job=fit` keeps within, `6GiB` or bytes; None: what the device has."""
     artifact: str | None
     prompt: str | None
@@ -126,7 +127,7 @@ class _Root:
     """What stands at the root beside the groups."""
 
     job: Job
-    budget: str | int | None
+    budget: Size | None
     artifact: str | None
     prompt: str | None
     prompt_file: str | None

@@ -330,7 +330,7 @@ def test_a_seed_is_what_every_generator_takes() -> None:
 
 def test_other_jobs_take_no_prompt() -> None:
     (line,) = rules.prompts(config("prompt=a"))
-    assert line == "prompt goes with job=generate, not job=run"
+    assert line == "prompt goes with job=generate alone"
 
 
 def test_every_rule_is_asked_and_every_problem_told() -> None:

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le
 from pipeline.compression.base import Context
 from pipeline.compression.quantization import Bits, Quantizer
 from pipeline.registry import register
-from pipeline.sizes import parse_size
+from pipeline.sizes import Size, parse_size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,7 @@ class MixedBits(Quantizer):
 
     needs_calibration: ClassVar[bool] = True
 
-    budget: str | int | None
+    budget: Size | None
     average_bits: Annotated[float, Gt(0), Le(8)] | None
     bits: tuple[Bits, ...]
     group_size: Annotated[int, Ge(2)] | None

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.sizes import parse_size
+from pipeline.sizes import Size, parse_size
 
 Kind = Literal["cpu", "cuda", "mps", "tpu"]
 
@@ -20,7 +20,7 @@ class Device:
     """
 
     name: str
-    memory: str | int | None
+    memory: Size | None
 
     def memory_problems(self) -> list[str]:
         try:

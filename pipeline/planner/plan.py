@@ -45,7 +45,7 @@ Level = Literal["trace", "formula"]
 MARGINS = {"traced": 0.01, "computed": 0.1}
 """How far off predictions were at most, transformers without scratch space of kernels: benchmarks/README.md."""
 CONVOLUTIONS = 0.05
-"""And where there are convolutions, whose kernels take scratch space that is not traced."""
+"""And where there are convolutions, whose kernels take scratch space: large ones are not tried for it."""
 NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
 """And where a CPU computes in 16 bits, in so large a phase that operators may be too large to be tried (`scratch`)."""
 SHARDED = 0.3
