@@ -1,8 +1,8 @@
 """What runs on this machine measured beside their plans, for later plans: one file for each user.
 
-Kernels take scratch space that no trace of operators sees (a CPU's are tried, small ones). How much depends on device, versions and
-kind of model; so `ratios` keeps measured over predicted by these, and a plan of the same kind is corrected by their
-median, and says by how much they differ.
+Kernels take scratch space that no trace of operators sees (a CPU's are tried, small ones). How much depends on device,
+versions and kind of model; so `ratios` keeps measured over predicted by these, and a plan of the same kind is corrected
+by their median, and says by how much they differ.
 """
 
 from __future__ import annotations
