@@ -227,6 +227,20 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(capsys: pytest.Capt
     assert read_result(directory / "result.json")["status"] == "failed"
 
 
+def test_a_weight_that_is_no_number_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=False)
+    name = "model.model.decoder.layers.1.final_layer_norm.weight"  # no layer that a method works on
+    checkpoint["state_dict"][name][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    code, _ = leanfit(*TINY, "job=compress", f"artifact={tmp_path}/damaged.ckpt", "compression=int8")
+    told = capsys.readouterr().err
+    assert code == 1
+    assert "perplexity is nan" in told
+    assert f"{name.removeprefix('model.')} holds NaN or infinity" in told
+
+
 def test_an_artifact_is_evaluated_on_its_own_data_unless_other_data_is_asked_for(
     finished: Path, tmp_path: Path
 ) -> None:
