@@ -258,7 +258,9 @@ def test_an_artifact_is_evaluated_on_its_own_data_unless_other_data_is_asked_for
 def test_a_group_size_that_does_not_divide_is_found_before_training(capsys: pytest.CaptureFixture[str]) -> None:
     code, directory = leanfit(*TINY, "compression=int4", "compression.int4.group_size=48")
     assert code == 2
-    assert "compression.int4.group_size=48" in capsys.readouterr().err
+    told = capsys.readouterr().err.strip()
+    assert "compression.int4.group_size=48" in told
+    assert told.endswith("(command line)")  # as every mistake says where it was made
     assert not (directory / "checkpoints").exists()
 
 
