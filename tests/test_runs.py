@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,18 @@ def test_an_artifact_is_evaluated_on_its_own_data_unless_other_data_is_asked_for
     code, directory = leanfit("job=evaluate", f"artifact={finished}/artifact", *other, into="other")
     assert code == 0
     assert read_result(directory / "result.json")["quality"]["before"] is None
+
+
+def test_an_artifact_that_does_not_say_its_data_is_evaluated_on_data_that_is_chosen(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = shutil.copytree(finished / "artifact", tmp_path / "artifact")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    del manifest["data"], manifest["fingerprint"]  # as `store.save` leaves it
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    assert leanfit("job=evaluate", f"artifact={artifact}")[0] == 1
+    assert "its manifest does not say what data it was made with; choose data=CHOICE" in capsys.readouterr().err
+    assert leanfit("job=evaluate", f"artifact={artifact}", "data=pystdlib", "data.evaluation_tokens=1024")[0] == 0
 
 
 def test_a_group_size_that_does_not_divide_is_found_before_training(capsys: pytest.CaptureFixture[str]) -> None:
