@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline.app import main
+from pipeline.app import compose, main
+from pipeline.artifact.receipt import Receipt
 from pipeline.errors import ConfigError
 from pipeline.layers.masks import HoldMasks
-from pipeline.report.result import read_result, schema_problems
+from pipeline.proof import demand
+from pipeline.report.result import new_result, read_result, schema_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model=gpt_nano", "trainer=smoke", "data.evaluation_tokens=2048", "device=cpu"]
@@ -179,6 +181,14 @@ def test_gates_end_with_three_and_leave_the_artifact() -> None:
     assert "gate.min_ratio=10" in result["error"]["message"]
     assert (directory / "artifact" / "manifest.json").is_file()
     assert leanfit(*TINY, "compression=int8", "gate.max_quality_drop=0.5", into="kept")[0] == 0
+
+
+@pytest.mark.parametrize("after", [0.0, 0.1])
+def test_an_accuracy_that_did_not_fall_from_zero_keeps_every_gate(after: float) -> None:
+    config = compose(["gate.max_quality_drop=0", "gate.max_quality_points=0"])
+    result = new_result("run", [], {})
+    result["quality"].update(metric="accuracy", direction="higher", before=0.0, after=after)
+    demand(config, result, Receipt(ok=True, max_abs_diff=0.0, problems=[]))
 
 
 def test_a_broken_gate_can_be_judged_again_without_training_again() -> None:
