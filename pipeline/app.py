@@ -201,7 +201,7 @@ def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: b
 
 
 def _placed(told: str, composed: provenance.Composition) -> str:
-    """A rule's line with the file where its key was said."""
+    """A problem's line with the file where its key was said."""
     key = re.match(r"[a-z_]+(\.\w+)*", told)
     place = composed.said(key[0]) if key and key[0].partition(".")[0] in composed.values else ""
     return f"{told} ({place})" if place and not told.endswith(f"({place})") else told
@@ -318,7 +318,10 @@ def task() -> None:
         _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
         from pipeline.runner import run
 
-        result = run(config, run_dir)
+        try:
+            result = run(config, run_dir)
+        except ConfigError as error:  # found only with the model's shapes at hand
+            raise ConfigError([_placed(told, composed) for told in error.problems]) from error
         _outcome.status = str(result.get("status", "ok"))
     except Exception as error:
         log.error("failed", exc_info=error)

@@ -102,7 +102,8 @@ def demand(config: RunConfig, result: dict[str, Any], proof: receipt.Receipt) ->
         broken.append(f"not smaller on disk: {size['bytes_before']} bytes before, {size['bytes_after']} after")
     worse = quality["after"] - quality["before"]
     worse = worse if quality["direction"] == "lower" else -worse
-    drop = worse / abs(quality["before"]) if quality["before"] else float("inf")
+    # Of an accuracy of 0 there is no share, but what did not fall has lost nothing.
+    drop = worse / abs(quality["before"]) if quality["before"] else float("inf") if worse > 0 else 0.0
     points = worse * 100 if quality["metric"] == "accuracy" else worse
     if gate.max_quality_drop is not None and not drop <= gate.max_quality_drop:
         broken.append(

@@ -252,7 +252,10 @@ def with_data_of(config: RunConfig, artifact: Path, run_dir: Path) -> RunConfig:
     keys = [match[1] for match in typed if match]
     if None in keys or chosen_by_recipe("data", run_dir):
         return config
-    values = {**store.read_manifest(artifact)["data"], **{str(key): getattr(config.data, str(key)) for key in keys}}
+    made_with = store.read_manifest(artifact).get("data")
+    if not isinstance(made_with, dict):  # of another writer than a run, or altered
+        raise ArtifactError(f"{artifact}: its manifest does not say what data it was made with; choose data=CHOICE")
+    values = {**made_with, **{str(key): getattr(config.data, str(key)) for key in keys}}
     data, problems = decode_choice("data", values, "data", lambda key: str(artifact))
     if problems:
         raise ConfigError(problems)
@@ -311,7 +314,7 @@ def evaluate_artifact(config: RunConfig, run_dir: Path, result: dict[str, Any]) 
             quality = evaluate(run, model)
         with run.progress.phase("measuring speed"), config.precision.evaluation_context(run.device):
             speed = run.task.speed({"after": model}, run.data, run.device)["after"]
-    same = manifest["data"] == asdict(config.data) and manifest["fingerprint"] == run.data.fingerprint
+    same = manifest.get("data") == asdict(config.data) and manifest.get("fingerprint") == run.data.fingerprint
     claimed = (manifest["quality"] or {}) if same else {}  # measured on other data, it would be no `before`
     result["quality"].update(
         metric=quality.metric, direction=quality.direction, before=claimed.get("before"), after=quality.value,

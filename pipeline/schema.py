@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -246,6 +247,9 @@ def decode_chain(
     chain: dict[str, Method] = {}
     for stage in chosen:
         key = f"compression.{stage}"
+        if not re.fullmatch(r"[\w-]{1,64}", str(stage)):  # its snapshots lie in a directory that is called so
+            problems.append(f"{key}: a stage's name is letters, digits, _ and - ({composed.said('compression')})")
+            continue
         chain[stage], told = registry.decode_choice("compression", values[stage], key, composed.said, composed.leaves())
         problems += told
     for stage, content in values.items():

@@ -9,6 +9,7 @@ starts after the last one that is there, or at the checkpoint of the fit that wa
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,12 @@ from pipeline.artifact import store
 from pipeline.chain import Stage, stages
 from pipeline.compression.base import Context, Method, Teacher
 from pipeline.data.base import DataBundle
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
 from pipeline.layers.offload import release
+from pipeline.layers.quantize import is_finite
 from pipeline.memory.measure import Peak, measure_peak
 from pipeline.models.architecture import describe, positions
 from pipeline.nodes import Leader
@@ -343,10 +345,21 @@ def link_settings(link: tuple[str, Method]) -> dict[str, Any]:
 
 
 def evaluate(run: Run, model: nn.Module) -> Quality:
-    """Quality on the held-out split, in the model's own dtype, on the run's device."""
+    """Quality on the held-out split, in the model's own dtype, on the run's device.
+
+    Raises:
+        LeanfitError: it is no finite number; a weight that holds NaN or infinity is named.
+    """
     model.to(run.device)
     with run.config.precision.evaluation_context(run.device):
-        return run.task.evaluate(model, run.data, run.config.trainer.evaluation_batch_size, run.device)
+        found = run.task.evaluate(model, run.data, run.config.trainer.evaluation_batch_size, run.device)
+    if math.isfinite(found.value) and math.isfinite(found.loss):
+        return found
+    floats = ((name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point())
+    wrong = next((name for name, tensor in floats if not is_finite(tensor)), None)
+    out_of_range = f"all weights are finite, what they give in precision {run.config.precision.label} is not"
+    cause = out_of_range if wrong is None else f"{wrong} holds NaN or infinity"
+    raise LeanfitError(f"{found.metric} is {found.value:g}, of a loss of {found.loss:g} nats: {cause}")
 
 
 def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:

@@ -251,6 +251,7 @@ def test_no_compression(chosen: str) -> None:
         ("model: 5", "model=5: choose groups under defaults"),
         ("model: null", "model=null must be one of"),
         ("compression: 5", "compression=5: choose groups under defaults"),
+        ("compression: {a/../../x: {name: int8, ignore: []}}", "a stage's name is letters, digits, _ and -"),
     ],
 )
 def test_a_recipe_that_cannot_stand_is_refused_naming_the_file(write: Write, body: str, words: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline.app import main
+from pipeline.app import compose, main
+from pipeline.artifact.receipt import Receipt
 from pipeline.errors import ConfigError
 from pipeline.layers.masks import HoldMasks
-from pipeline.report.result import read_result, schema_problems
+from pipeline.proof import demand
+from pipeline.report.result import new_result, read_result, schema_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model=gpt_nano", "trainer=smoke", "data.evaluation_tokens=2048", "device=cpu"]
@@ -180,6 +183,14 @@ def test_gates_end_with_three_and_leave_the_artifact() -> None:
     assert leanfit(*TINY, "compression=int8", "gate.max_quality_drop=0.5", into="kept")[0] == 0
 
 
+@pytest.mark.parametrize("after", [0.0, 0.1])
+def test_an_accuracy_that_did_not_fall_from_zero_keeps_every_gate(after: float) -> None:
+    config = compose(["gate.max_quality_drop=0", "gate.max_quality_points=0"])
+    result = new_result("run", [], {})
+    result["quality"].update(metric="accuracy", direction="higher", before=0.0, after=after)
+    demand(config, result, Receipt(ok=True, max_abs_diff=0.0, problems=[]))
+
+
 def test_a_broken_gate_can_be_judged_again_without_training_again() -> None:
     code, directory = leanfit(*TINY, "compression=int8", "gate.min_ratio=10")
     trained = (directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns
@@ -227,6 +238,20 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(capsys: pytest.Capt
     assert read_result(directory / "result.json")["status"] == "failed"
 
 
+def test_a_weight_that_is_no_number_is_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=False)
+    name = "model.model.decoder.layers.1.final_layer_norm.weight"  # no layer that a method works on
+    checkpoint["state_dict"][name][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    code, _ = leanfit(*TINY, "job=compress", f"artifact={tmp_path}/damaged.ckpt", "compression=int8")
+    told = capsys.readouterr().err
+    assert code == 1
+    assert "perplexity is nan" in told
+    assert f"{name.removeprefix('model.')} holds NaN or infinity" in told
+
+
 def test_an_artifact_is_evaluated_on_its_own_data_unless_other_data_is_asked_for(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -241,10 +266,24 @@ def test_an_artifact_is_evaluated_on_its_own_data_unless_other_data_is_asked_for
     assert read_result(directory / "result.json")["quality"]["before"] is None
 
 
+def test_an_artifact_that_does_not_say_its_data_is_evaluated_on_data_that_is_chosen(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = shutil.copytree(finished / "artifact", tmp_path / "artifact")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    del manifest["data"], manifest["fingerprint"]  # as `store.save` leaves it
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    assert leanfit("job=evaluate", f"artifact={artifact}")[0] == 1
+    assert "its manifest does not say what data it was made with; choose data=CHOICE" in capsys.readouterr().err
+    assert leanfit("job=evaluate", f"artifact={artifact}", "data=pystdlib", "data.evaluation_tokens=1024")[0] == 0
+
+
 def test_a_group_size_that_does_not_divide_is_found_before_training(capsys: pytest.CaptureFixture[str]) -> None:
     code, directory = leanfit(*TINY, "compression=int4", "compression.int4.group_size=48")
     assert code == 2
-    assert "compression.int4.group_size=48" in capsys.readouterr().err
+    told = capsys.readouterr().err.strip()
+    assert "compression.int4.group_size=48" in told
+    assert told.endswith("(command line)")  # as every mistake says where it was made
     assert not (directory / "checkpoints").exists()
 
 

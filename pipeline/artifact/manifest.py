@@ -22,7 +22,9 @@ INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PROBE = "probe.safetensors"
 REQUIRED = ("config.json", PROBE)
-_TYPES: dict[str, type] = {"model": dict, "format": str, "layers": dict, "encodings": dict, "tied": dict, "files": list}
+_TYPES: dict[str, type] = {
+    "model": dict, "format": str, "chain": list, "layers": dict, "encodings": dict, "tied": dict, "files": list
+}  # fmt: skip
 
 
 def sha256(path: Path) -> str:

@@ -266,6 +266,7 @@ def test_a_manifest_names_only_models_of_transformers(artifact, model):
         {"layers": {"lm_head": 3}},
         {"layers": {}},
         {"tied": {"lm_head.weight": "nothing"}},
+        {"chain": None},
         {"encodings": {"model.decoder.layers.0.fc1.weight": {"shape": [1 << 40], "bits": 8, "packed": False}}},
     ],
 )
