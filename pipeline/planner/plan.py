@@ -176,8 +176,10 @@ def attempt(found: Plan, what: str, part: Callable[[], None]) -> None:
 
 
 def plan_disk(config: RunConfig, stage: Stage, data: DataBundle, found: Plan) -> None:
-    """A checkpoint of stage 0's fit, and the artifact where no link changes it."""
+    """A checkpoint of stage 0's fit if it has one, and the artifact where no link changes it."""
     disk = formula.on_disk(config, adapted(config, stage, stage_input.shapes(config, data)))
+    if stage.fit is None:
+        del disk["checkpoint"]
     if config.chain:
         del disk["artifact"]
     found.disk |= disk

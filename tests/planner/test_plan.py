@@ -232,6 +232,11 @@ def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk()
     assert {name: phase.bytes for name, phase in by_formula.phases.items()} == pytest.approx(expected, rel=0.1)
 
 
+def test_where_nothing_trains_no_checkpoint_goes_to_disk():
+    config = compose([*GPT, "trainer.max_steps=0", "compression=int8"])
+    assert set(plan(config, opened(config)[1]).disk) == {"artifact"}
+
+
 class Unmeasured(Callback):
     """In place of what measures warm steps: one measurement at a time."""
 
