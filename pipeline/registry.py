@@ -250,6 +250,7 @@ _MUST = {
     "too_short": "have at least {min_length} items",
     "string_too_short": "have at least {min_length} characters",
     "multiple_of": "be a multiple of {multiple_of}",
+    "size": "be {forms}",
 }
 
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-Size = str | int | float
-"""As it is typed. A float is none, but only `parse_size` says well why."""
 FORMS = "a number of bytes, or a size such as 2.5MB or 6GiB"
 
 
-def parse_size(text: Size) -> int:
+def _text_or_bytes(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise PydanticCustomError("size", "no size", {"forms": FORMS})
+    return value
+
+
+Size = Annotated[str | int, BeforeValidator(_text_or_bytes)]
+"""As it is typed; see `parse_size`."""
+
+
+def parse_size(text: str | int) -> int:
     """Bytes, rounded down.
 
     Raises:
@@ -20,15 +32,11 @@ def parse_size(text: Size) -> int:
     if isinstance(text, int):
         size = text
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
-        written = (match[2] or "B").upper() if match else ""
-        unit = UNITS.get(written) if isinstance(text, str) else None
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+        unit = UNITS.get((match[2] or "B").upper()) if match else None
         if match is None or unit is None:
-            near = (
-                f"; did you mean {match[1]}{match[2]}B or {match[1]}{match[2]}iB?"
-                if match and f"{written}IB" in UNITS
-                else ""
-            )
+            cut = match is not None and f"{match[2]}IB".upper() in UNITS
+            near = f"; did you mean {text.strip()}B or {text.strip()}iB?" if cut else ""
             raise ValueError(f"{text} is no size: give {FORMS}{near}")
         size = int(float(match[1]) * unit)
     if size <= 0:

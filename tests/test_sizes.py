@@ -13,7 +13,7 @@ def test_a_size_is_read(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-1MB", "1MiBs", "nan", "0", 0, -5, "1e3", 5.5, 1e3, "0.1B"])
+@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-1MB", "1MiBs", "nan", "0", 0, -5, "1e3", "0.1B"])
 def test_what_is_no_size_says_what_one_looks_like(text):
     with pytest.raises(ValueError, match=r"2\.5MB or 6GiB"):
         parse_size(text)
