@@ -92,16 +92,18 @@ def trace_training(
     architecture: Architecture,
     batch: Batch,
 ) -> Peak:
-    """The peak over warm steps of the fit of `stage`.
+    """The peak over a warm step of the fit of `stage`, or over its only one.
 
     Args:
         model: on the meta device; it is filled with fake tensors in place.
         batch: one micro batch, whose shapes and dtypes count.
     """
+    assert stage.fit is not None
     with tracing(config):
         faked(model)
         live = Live(*kernels_of(config))
-        return traced_fit(config, stage, model, task, architecture, batch, live, STEPS, since=STEPS - 1)
+        steps = min(STEPS, stage.fit.steps)
+        return traced_fit(config, stage, model, task, architecture, batch, live, steps, since=steps - 1)
 
 
 def with_fewer_parts(config: RunConfig) -> RunConfig:

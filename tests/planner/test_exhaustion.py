@@ -18,6 +18,7 @@ from pipeline.planner.plan import plan
 LARGE = [
     "model=gpt", "model.layers=2", "trainer=smoke", "trainer.max_steps=2", "trainer.batch_size=256", "device=cpu",
     "data.evaluation_tokens=2048", "trainer.evaluation_batch_size=4", "trainer.evaluate_every=0",
+    "plan.calibrate=false",  # by what other tests ran
 ]  # fmt: skip
 LIMITED = """
 import resource, sys

@@ -40,6 +40,7 @@ CONFIGS = {
     "lean": [*GPT, "memory=lean", "memory.loss_chunks=4", "trainer.micro_batch_size=2"],
     "step in backward": [*GPT, "memory.step_in_backward=true", "trainer.grad_clip=null"],
     "foreach": [*GPT, "optimizer.implementation=foreach"],
+    "a single step": [*GPT, "trainer.max_steps=1"],
     "sgd": [*GPT, "optimizer=sgd"],
     "adafactor": [*LLAMA, "optimizer=adafactor"],
     "muon": [*GPT, "optimizer=muon"],
