@@ -211,7 +211,7 @@ def test_no_compression(chosen: str) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("hydra: {run: {dir: /tmp/x}}", "hydra steers the program"),
+        ("hydra: {run: {dir: elsewhere}}", "hydra steers the program"),
         ("hydra:\n  callbacks: {x: {_target_: os.system}}", "hydra steers the program"),
         ("model: {_target_: os.system}", "model._target_ would run code"),
         ("compression: {int8: {ignore: [{_target_: x}]}}", "compression.int8.ignore[0]._target_ would run code"),

@@ -330,8 +330,7 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
         margin = max(margin, NARROW_CONVOLUTIONS if convolutions else NARROW)
     if config.device.kind() == "cuda":
         margin = max(margin, COMPRESSED_ON_GPU if config.chain and phase != "train" else ON_GPU)
-    reserved = peak.reserved if phase == "train" else None  # in a link's fit also by what came before
-    found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, reserved, peak.kept, source, margin)
+    found = Phase(peak.bytes, peak.kinds, peak.operator, peak.course, peak.reserved, peak.kept, source, margin)
     if not config.plan.calibrate:
         return found
     corrected = calibration.correction(calibration.ratios(calibration.place(), calibration.kind(config, phase)))

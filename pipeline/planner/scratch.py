@@ -32,6 +32,7 @@ ALWAYS = frozenset(
     }
 )
 """Tried in every dtype."""
+TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
 LARGEST = 1 << 28
 """Bytes of the operands of an operator that is tried."""
 
@@ -42,7 +43,7 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
-    if name not in PRODUCTS | CONVOLUTIONS | ALWAYS:
+    if name not in TRIED:
         return 0
     tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
     dtype = tensors[-1].dtype

@@ -103,7 +103,10 @@ def trace_training(
         faked(model)
         live = Live(*kernels_of(config))
         steps = min(STEPS, stage.fit.steps)
-        return traced_fit(config, stage, model, task, architecture, batch, live, steps, since=steps - 1)
+        peak = traced_fit(config, stage, model, task, architecture, batch, live, steps, since=steps - 1)
+        if config.device.kind() == "cuda":  # whose pool keeps what steps before took
+            peak = replace(peak, reserved=reserved(with_another_step(live.timeline, steps - 1)))
+        return peak
 
 
 def with_fewer_parts(config: RunConfig) -> RunConfig:
@@ -133,7 +136,7 @@ def traced_fit(
     assert stage.fit is not None
     config = with_fewer_parts(config)
     _, accumulation = micro_batch_size(config)
-    another = config.device.kind() == "cuda"  # one more step is written down, whose batch is fetched in the last
+    another = config.device.kind() == "cuda"  # batch, of the step that `trace_training` writes down
     blocks = [block.name for block in architecture.blocks]
     parts = [Phases(live), *callbacks, *levers(config, model, callbacks), StepIsDone(live)]
     with quiet_lightning(), ExitStack() as stack:
@@ -151,9 +154,7 @@ def traced_fit(
         with live, replaying(live):
             trainer.fit(module, Batches(batch, steps * accumulation + another), weights_only=False)
         peak = live.timeline.peak(live.timeline.since(f"step {since}"))
-        # The pool keeps what steps before took.
-        taken = reserved(with_another_step(live.timeline, steps - 1)) if another else None
-        return replace(peak, reserved=taken, kept=live.timeline.held_at(STEP_DONE))
+        return replace(peak, kept=live.timeline.held_at(STEP_DONE))
 
 
 def with_another_step(timeline: Timeline, last: int) -> list[Event]:
