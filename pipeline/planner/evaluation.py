@@ -15,22 +15,23 @@ from pipeline.planner.live import Live, Peak
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
-from pipeline.stage_input import trains
 from pipeline.tasks.base import Task
-from pipeline.walk import changing_stages, stages_of
 
 BATCHES = 2
 """The second is computed while the first one's results are still there."""
 
 
-def trace_evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
-    """The peak while `model` (on the meta device, filled with fake tensors in place) is evaluated.
+def trace_evaluation(
+    config: RunConfig, model: nn.Module, task: Task, data: DataBundle, *, in_files: bool = False
+) -> Peak:
+    """The peak while `model`, of the meta device and in the dtypes that it has then, is evaluated; it is filled with
+    fake tensors in place. `in_files`: it is opened as an artifact lies on disk, and its weights take no memory.
 
     Where there is less held-out data than two batches, as much as there is.
     """
     with tracing(config):
-        faked(model, config.precision.weight_dtype)
-        if not trains(changing_stages(stages_of(config))):  # the artifact is then opened in files
+        faked(model)
+        if in_files:
             put_into_files(model)
         return traced_evaluation(config, model, task, data, Supposing(*kernels_of(config)))
 

@@ -27,18 +27,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.chain import Stage
 from pipeline.compression.base import Context, StageLoss
-from pipeline.data.base import DataBundle
 from pipeline.errors import LeanfitError
 from pipeline.fitting import micro_batch_size
-from pipeline.layers.decoding import decode
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.layers.lora import held_tensors
 from pipeline.memory.offload import SMALLEST
 from pipeline.memory.saving import apply_activation_checkpointing
-from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import dtype_of
-from pipeline.planner.evaluation import traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import STEP_DONE, Inner, Peak
@@ -50,8 +46,6 @@ from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 from pipeline.walk import teacher_tensors
 
-KEY_VALUE_CACHE = "key-value cache"
-"""Its kind in a plan."""
 RECORD = 315
 """Bytes that a tensor takes in a checkpoint beside its own: its names, and the file's padding."""
 
@@ -143,44 +137,6 @@ def once(model: nn.Module) -> Callable[[], None]:
     return model.register_forward_pre_hook(count).remove
 
 
-def evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
-    """The peak on one device while the task evaluates `model`, of the meta device and in the dtypes that it has then;
-    fake tensors are put into it."""
-    with tracing(config):
-        return traced_evaluation(config, faked(model), task, data, Account(*kernels_of(config)))
-
-
-def generation(config: RunConfig, model: nn.Module, prompt: int, tokens: int, batch: int = 1) -> Peak:
-    """The peak on one device while a language model continues prompts: weights, key-value cache, one token's work.
-
-    Args:
-        model: on the meta device, in the dtypes that it has then; it is filled with fake tensors in place.
-        prompt: tokens of a prompt, which are computed at once.
-        tokens: those of the text at its end, prompt included.
-        batch: texts at once.
-    """
-    blocks = [block.name for block in describe(model).blocks]
-    model.eval()
-    peaks = []
-    with tracing(config), torch.no_grad():
-        faked(model)
-        for length, moment in ((prompt, "prompt"), (tokens - 1, "last token")):
-            account = Account(*kernels_of(config))
-            folding = Folding(account)
-            account.hold_model(model)
-            account.moment = moment
-            with folded(model, blocks, folding), account, config.precision.evaluation_context("cpu"):
-                _, cache = decode(model, torch.zeros(batch, length, dtype=torch.long))
-                del _
-                account.hold(cached(cache), KEY_VALUE_CACHE)
-                account.mark(moment)
-                decode(model, torch.zeros(batch, 1, dtype=torch.long), cache)
-            whole = folding.unrolled()
-            peaks.append(whole.peak(range(len(whole.events)) if length == prompt else whole.since(moment)))
-            del cache
-    return max(peaks, key=lambda peak: peak.bytes)
-
-
 def on_disk(config: RunConfig, model: nn.Module) -> dict[str, int]:
     """Bytes of `last.ckpt`, and of the weights in the artifact where nothing is compressed.
 
@@ -244,9 +200,3 @@ def step_early(trained: list[nn.Parameter], step: Stepped, account: Account) -> 
 
     for weight in trained:
         weight.register_post_accumulate_grad_hook(early)  # type: ignore[no-untyped-call]
-
-
-def cached(cache: Any) -> list[Tensor]:
-    """The tensors of a key-value cache, of the layers that were computed."""
-    layers = [vars(layer).values() for layer in getattr(cache, "layers", [])]
-    return [value for values in layers for value in values if isinstance(value, Tensor)]

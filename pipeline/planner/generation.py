@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.layers.decoding import CACHES
 from pipeline.models.architecture import describe, positions
-from pipeline.planner import formula
 from pipeline.planner.fakes import faked, kernels_of, tracing
 from pipeline.planner.folding import Folding, folded
-from pipeline.planner.formula import KEY_VALUE_CACHE, cached
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
@@ -23,6 +21,8 @@ from pipeline.schema import RunConfig
 from pipeline.tasks.base import Task
 from pipeline.tasks.causal_lm import PROMPT_TOKENS
 
+KEY_VALUE_CACHE = "key-value cache"
+"""Its kind in a plan."""
 WARM = 3
 """Passes until each is like the one before, but for one token more: the third lets go of the prompt's logits."""
 
@@ -41,11 +41,10 @@ def longest(prompt: int, tokens: int, limit: int | None) -> tuple[int, bool]:
 
 
 def trace_generation(config: RunConfig, model: nn.Module, task: Task) -> Peak:
-    """The peak while `model` (on the meta device, filled with fake tensors in place) continues a prompt of
-    `PROMPT_TOKENS` by `generate.max_new_tokens`."""
+    """The peak while `model`, of the meta device and in the dtypes that it has then, continues a prompt of
+    `PROMPT_TOKENS` by `generate.max_new_tokens`; it is filled with fake tensors in place."""
     with tracing(config):
-        faked(model, config.precision.weight_dtype)
-        return traced_generation(config, model, task, PROMPT_TOKENS, lambda: Supposing(*kernels_of(config)))
+        return traced_generation(config, faked(model), task, PROMPT_TOKENS, lambda: Supposing(*kernels_of(config)))
 
 
 def traced_generation(
@@ -64,17 +63,6 @@ def traced_generation(
     return max(peaks, key=lambda peak: peak.bytes)
 
 
-def computed_generation(config: RunConfig, model: nn.Module) -> Peak:
-    """The same as of `trace_generation` by formula."""
-    limit = positions(model)
-    most, passed = longest(PROMPT_TOKENS, config.generate.max_new_tokens, limit)
-    peaks = [formula.generation(config, model, min(PROMPT_TOKENS, most), most)]
-    if passed and limit is not None:
-        anew = max(1, limit // 2)
-        peaks.append(formula.generation(config, model, anew, anew + 1))
-    return max(peaks, key=lambda peak: peak.bytes)
-
-
 def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens: int, live: Live, since: int) -> Peak:
     """The peak from pass number `since` on."""
     passes = iter(range(tokens))
@@ -84,7 +72,7 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
 
     def label(module: nn.Module, args: Any, given: dict[str, Any], out: Any) -> None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        live.hold(cached(cache), KEY_VALUE_CACHE)
+        live.hold(_cached(cache), KEY_VALUE_CACHE)
 
     folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
     hooks = [model.register_forward_pre_hook(begin)]
@@ -100,6 +88,12 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
             hook.remove()
     whole = folding.unrolled()
     return whole.peak(whole.since(f"pass {since}") if since else None)
+
+
+def _cached(cache: Any) -> list[Tensor]:
+    """The tensors of a key-value cache, of the layers that were computed."""
+    layers = [vars(layer).values() for layer in getattr(cache, "layers", [])]
+    return [value for values in layers for value in values if isinstance(value, Tensor)]
 
 
 class _Prompt:

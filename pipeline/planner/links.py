@@ -37,9 +37,9 @@ from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
 from pipeline.planner import formula
-from pipeline.planner.evaluation import traced_evaluation
+from pipeline.planner.evaluation import trace_evaluation, traced_evaluation
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files, tracing
-from pipeline.planner.generation import computed_generation, generates, traced_generation
+from pipeline.planner.generation import generates, trace_generation, traced_generation
 from pipeline.planner.live import FILES, Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
@@ -234,12 +234,8 @@ def declare_left(config: RunConfig, data: DataBundle, chain: _Chain, found: Link
     continued = twin(loaded)
     with _unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
         if generates(config, task):
-            found.generate = computed_generation(config, continued)
-        peak = formula.evaluation(config, loaded, task, data)
-    if not chain.trains:  # weights lie in files then
-        kinds = {kind: held for kind, held in peak.kinds.items() if kind != "weights"}
-        peak = replace(peak, bytes=sum(kinds.values()), kinds=kinds)
-    found.evaluate = peak
+            found.generate = trace_generation(config, continued, task)
+        found.evaluate = trace_evaluation(config, loaded, task, data, in_files=not chain.trains)
 
 
 def declare_fit(found: Links, chain: _Chain, stage: Stage, model: nn.Module, untraced: str = "") -> None:

@@ -28,7 +28,7 @@ from pipeline.models.architecture import describe
 from pipeline.planner import calibration, formula, scratch
 from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
-from pipeline.planner.generation import computed_generation, generates, trace_generation
+from pipeline.planner.generation import generates, trace_generation
 from pipeline.planner.links import declare_links, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.trained import adapted
@@ -38,7 +38,7 @@ from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.tasks.base import Task
-from pipeline.walk import stages_of
+from pipeline.walk import changing_stages, stages_of
 
 log = logging.getLogger(__name__)
 Level = Literal["trace", "formula"]
@@ -255,22 +255,23 @@ def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle,
 
 def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """The evaluation of a model that no link changes: on one device, whoever trained it."""
-    model = stage_input.shapes(config, data)
-    if level == "trace" and config.device.kind() in TRACED:
-        peak, source = trace_evaluation(config, model, task, data), "traced"
-    else:
-        peak, source = formula.evaluation(config, config.precision.convert(model), task, data), "computed"
-    found.phases["evaluate"] = known(config, "evaluate", peak, source, convolutional(model))
+    model = config.precision.convert(stage_input.shapes(config, data))
+    convolutions, in_files = convolutional(model), not stage_input.trains(changing_stages(stages_of(config)))
+    peak = trace_evaluation(config, model, task, data, in_files=in_files)
+    enter(config, found, "evaluate", run_once(config, level), [peak], convolutions)
 
 
 def plan_generation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """`job=generate` with the artifact of a model that no link changes."""
-    model = stage_input.shapes(config, data)
-    if level == "trace" and config.device.kind() in TRACED:
-        peak, source = trace_generation(config, model, task), "traced"
-    else:
-        peak, source = computed_generation(config, config.precision.convert(model)), "computed"
-    found.phases["generate"] = known(config, "generate", peak, source, convolutional(model))
+    model = config.precision.convert(stage_input.shapes(config, data))
+    peak = trace_generation(config, model, task)
+    enter(config, found, "generate", run_once(config, level), [peak], convolutional(model))
+
+
+def run_once(config: RunConfig, level: Level) -> str:
+    """How an evaluation and a generation are known. They are run on fake tensors at either level, since blocks that are
+    alike are computed once; the level's margin is what differs."""
+    return "traced" if level == "trace" and config.device.kind() in TRACED else "computed"
 
 
 def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level) -> None:
@@ -307,7 +308,7 @@ def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase | None:
     if config.parallelism.distributed:
         return None
     model = adapted(config, stages_of(config)[0], stage_input.shapes(config, data))
-    peak = formula.evaluation(config, model, task, data)
+    peak = trace_evaluation(config, model, task, data)
     evaluated = Peak(peak.bytes, peak.kinds, "evaluation")
     return known(config, "validate", evaluated, "computed", convolutional(model))
 

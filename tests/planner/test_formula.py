@@ -14,11 +14,9 @@ from pipeline.app import compose
 from pipeline.artifact import store
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import fit, micro_batch_size
-from pipeline.layers.decoding import decode
 from pipeline.memory.measure import measure_peak, storage_bytes
 from pipeline.models.architecture import describe
 from pipeline.planner import formula
-from pipeline.planner.evaluation import trace_evaluation
 from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.plan import plan
 from pipeline.planner.trained import adapted
@@ -86,29 +84,6 @@ def test_activations_that_are_put_away_leave_memory(tmp_path):
     model, context = prepared(config, tmp_path, data, None, [stage], stage)
     measured = fit(config, stage, model, task, data, context.architecture, tmp_path).peak_bytes
     assert trained(words).bytes == pytest.approx(measured, rel=0.02)
-
-
-def test_evaluation_is_computed_as_it_is_traced():
-    config, data, _, model, task = given(DEEP)
-    computed = formula.evaluation(config, model, task, data)
-    _, _, _, model, _ = given(DEEP)
-    assert computed.bytes == pytest.approx(trace_evaluation(config, model, task, data).bytes, rel=0.01)
-
-
-def test_decoding_holds_a_cache_of_every_block():
-    config, data, _, model, _ = given(LLAMA)
-    predicted = formula.generation(config, model, prompt=4, tokens=128, batch=64)
-    real = config.model.build(data.spec).eval()
-    with torch.no_grad():
-        _, cache = decode(real, torch.zeros(64, 127, dtype=torch.long))
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        alive = [*real.parameters(), *real.buffers(), *held]
-        del held
-        with measure_peak("cpu", alive) as peak:
-            del alive
-            decode(real, torch.zeros(64, 1, dtype=torch.long), cache)
-    assert predicted.bytes == pytest.approx(peak.bytes, rel=0.02)
-    assert predicted.operator == "last token"
 
 
 @pytest.mark.parametrize("name", available("optimizer"))
