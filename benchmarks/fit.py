@@ -29,7 +29,7 @@ environment.prepare()
 
 from pipeline.app import compose
 from pipeline.fitting import fit
-from pipeline.planner import speed
+from pipeline.planner import speed, timing
 from pipeline.planner.fit_search import Search
 from pipeline.planner.search import command
 from pipeline.report.progress import Progress
@@ -97,7 +97,7 @@ def main() -> None:
         every = [*grid, *dict.fromkeys(chosen.values())]
         for _ in range(arguments.rounds):
             for changes in every:
-                took = speed.measured(compose(command(base, changes)), data, task)
+                took = timing.measured(compose(command(base, changes)), data, task)
                 seconds[changes] = min(took, seconds.get(changes, took))
         for number, changes in enumerate(every):
             if changes not in peaks:
@@ -108,7 +108,7 @@ def main() -> None:
             contenders |= dict.fromkeys(sorted(within, key=lambda one: seconds[one])[:4])
         again: dict[tuple[str, ...], list[float]] = {changes: [] for changes in contenders}
         for _, (changes, times) in itertools.product(range(arguments.again), again.items()):
-            times.append(speed.measured(compose(command(base, changes)), data, task))
+            times.append(timing.measured(compose(command(base, changes)), data, task))
         seconds |= {changes: min(times) for changes, times in again.items() if times}
     for changes in grid:
         print(f"{peaks[changes] / 1e6:8.1f} MB {seconds[changes] * 1e3:8.1f} ms  {' '.join(changes)}")

@@ -10,7 +10,8 @@ well.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
-from pipeline.planner import search, speed
+from pipeline.parallelism.base import Parallelism
+from pipeline.planner import search, speed, timing
 from pipeline.planner.chosen import Chosen, label
 from pipeline.planner.live import by_kind
 from pipeline.planner.needs import Needs
@@ -41,6 +43,8 @@ from pipeline.walk import Run, changing_stages, preflight, stages_of
 
 TIMED_SECONDS = 60.0
 """Timing takes no longer than this, by prediction."""
+STARTING = 8.0
+"""Seconds until ranks train that are started on one machine."""
 ROUNDS = 2
 """Candidates are timed in turns, so that what else the machine does hits all alike."""
 WORTH = 0.02
@@ -61,6 +65,8 @@ class Search:
         self.inference = None if config.fit.inference is None else parse_size(config.fit.inference)
         self._books: dict[Any, speed.Workbook] = {}
         self._useless: dict[Any, set[tuple[str, Any]]] = {}
+        self._halved = 0
+        """How often the evaluation batch of the last candidate was halved: others of the same model are much alike."""
 
     def run(self) -> Chosen:
         """Raises ConfigError where nothing fits: the nearest miss, and what is in the way."""
@@ -191,27 +197,43 @@ class Search:
         Raises:
             ConfigError: evaluation keeps the bound of `fit.inference` with no batch, or generation does not.
         """
-        size = one.config.trainer.evaluation_batch_size
+        batch = one.config.trainer.evaluation_batch_size
         fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
-        while True:
-            tried = one.with_values("trainer", evaluation_batch_size=size)
-            others = self.needs.others(tried.config, traced=False)
-            used = [(others[name].most, name) for name in ("evaluate", "generate") if name in others]
-            most, phase = max(used, default=(0, ""))
-            bounded = self.inference is None or most <= self.inference
-            lean = self.needs.phases(self.leanest(tried).config, traced=False)
-            if bounded and all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean):
-                return tried
-            if size == 1 or fixed:
-                break
-            size //= 2
-        if not bounded:
-            takes = format_bytes(others[phase].bytes)
-            what = f"evaluation takes {takes} of {size} at once"
-            if phase == "generate":
-                what = f"generation of {tried.config.generate.max_new_tokens} tokens takes {takes}"
-            raise ConfigError(f"fit.inference={self.typed.fit.inference}: {what}")
-        return tried
+        sizes = [batch] if fixed else [batch >> halved for halved in range(batch.bit_length())]
+
+        def tried(place: int) -> Candidate:
+            return one.with_values("trainer", evaluation_batch_size=sizes[place])
+
+        def keeps(place: int) -> bool:
+            lean = self.needs.phases(self.leanest(tried(place)).config, traced=False)
+            within = all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean)
+            return within and self.beyond_inference(tried(place)) is None
+
+        place = min(self._halved, len(sizes) - 1)
+        while place + 1 < len(sizes) and not keeps(place):
+            place += 1
+        while place and keeps(place - 1):
+            place -= 1
+        self._halved = place
+        if (why := self.beyond_inference(tried(place))) is not None:
+            raise ConfigError(f"fit.inference={self.typed.fit.inference}: {why}")
+        return tried(place)
+
+    def beyond_inference(self, one: Candidate) -> str | None:
+        """What breaks the bound of `fit.inference`, if something does."""
+        if self.inference is None:
+            return None
+        trainer, tokens = one.config.trainer, one.config.generate.max_new_tokens
+        others = self.needs.others(one.config, traced=False)
+        takes = {
+            f"evaluation takes {{}} of {trainer.evaluation_batch_size} at once": others.get("evaluate"),
+            f"generation of {tokens} tokens takes {{}}": others.get("generate"),
+        }
+        over = {what: phase for what, phase in takes.items() if phase is not None and phase.most > self.inference}
+        if not over:
+            return None
+        what, phase = max(over.items(), key=lambda took: took[1].most)
+        return what.format(format_bytes(phase.bytes))
 
     def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:
         """Every candidate with its predicted seconds, in order of preference; and the rates that these are from."""
@@ -318,7 +340,7 @@ class Search:
             with self.progress.phase(f"tracing {number}: {' '.join(one.changes) or 'as typed'}"):
                 return self.traced(one)
 
-        return search.closest(candidates, self.budget, self.computed, trace)
+        return search.closest(candidates, self.budget, self.computed, trace, kind=strategy)
 
     def rated(self, one: Candidate, traced: bool) -> Rated:
         return Rated(one, 0.0, *self.needs.worst(one.config, traced))
@@ -337,28 +359,33 @@ class Search:
 
     def timed(self, ranked: list[Rated]) -> tuple[list[Rated], float]:
         """Those that fit, the fastest of them timed and in that order; and measured over predicted seconds."""
-        first = ranked[: self.typed.fit.measure]
-        config = first[0].candidate.config if first else self.typed
-        steps = ROUNDS * (speed.Clock.WARM_FROM + speed.STEPS)
-        quick = sum(one.seconds for one in first) * steps <= TIMED_SECONDS
-        here = config.device.memory is None and not config.device.problems(config.parallelism.devices)
-        free = speed.free_memory(config.device.kind()) if here else 0
-        first = [
-            one
-            for one in first
-            if quick and one.seconds and not one.candidate.config.parallelism.distributed and one.phase.bytes <= free
-        ]
+        best = each_strategy_first(ranked)[: self.typed.fit.measure]
+        first = [one for one in best if one.seconds and self.is_here(one)]
+        on_ranks = sum(one.candidate.config.parallelism.distributed for one in first)
+        rounds = 1 if on_ranks else ROUNDS  # steps of ranks are quicker than their start
+        warm = timing.STEPS * ROUNDS // rounds
+        seconds = sum((timing.WARM_FROM + warm) * one.seconds for one in first) + on_ranks * STARTING
+        if rounds * seconds > TIMED_SECONDS:
+            first = []
         times: dict[int, list[float]] = {id(one): [] for one in first}
-        for turn in range(ROUNDS if first else 0):
-            with self.progress.phase(f"timing {len(first)} of them, round {turn + 1} of {ROUNDS}"):
+        for turn in range(rounds if first else 0):
+            with self.progress.phase(f"timing {len(first)} of them, round {turn + 1} of {rounds}"):
                 for one in first:
                     config = one.candidate.config
-                    times[id(one)].append(speed.measured(config, self.needs.data(config), self.needs.task))
-        found = [replace(one, measured=min(times[id(one)])) if one in first else one for one in ranked]
+                    times[id(one)].append(timing.measured(config, self.needs.data(config), self.needs.task, warm))
+        found = [replace(one, measured=min(times[id(one)])) if id(one) in times else one for one in ranked]
         ratios = [one.measured / one.seconds for one in found if one.measured is not None]
         if self.typed.fit.maximize != "micro_batch":
             found.sort(key=lambda one: (one.measured is None, one.measured or one.seconds))
         return found, statistics.median(ratios) if ratios else 1.0
+
+    def is_here(self, one: Rated) -> bool:
+        """Whether the devices of a candidate are this machine's, and have the room."""
+        device, parallelism = one.candidate.config.device, one.candidate.config.parallelism
+        if device.memory is not None or parallelism.nodes > 1 or device.problems(parallelism.devices):
+            return False
+        sharing = parallelism.devices if device.kind() == "cpu" else 1
+        return sharing * one.phase.bytes <= timing.free_memory(device.kind())
 
 
 def budget_of(config: RunConfig) -> int:
@@ -384,6 +411,21 @@ def require_shapes(config: RunConfig, data: DataBundle) -> nn.Module:
             f"model={config.choices['model']} cannot be built on the meta device, where its shapes are looked at: "
             f"{type(error).__name__}: {told}"
         ) from error
+
+
+def strategy(one: Candidate) -> Parallelism:
+    """What ranks do to work together. Rates say less of it than of all else, so the best with each are timed."""
+    return one.config.parallelism
+
+
+def each_strategy_first(ranked: Sequence[Rated]) -> list[Rated]:
+    """The best with each strategy, then the second best, and so on."""
+    place: Counter[Parallelism] = Counter()
+    turns = []
+    for one in ranked:
+        turns.append((place[strategy(one.candidate)], one))
+        place[strategy(one.candidate)] += 1
+    return [one for _, one in sorted(turns, key=lambda turn: turn[0])]
 
 
 def leanest(every: list[Candidate]) -> Candidate:

@@ -37,7 +37,7 @@ from pipeline.planner.search import Worst
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training, with_fewer_parts
 from pipeline.schema import RunConfig
-from pipeline.stage_input import shapes
+from pipeline.stage_input import beside_compressed, shapes
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
 
@@ -64,6 +64,8 @@ class Needs:
         """The peak of stage 0's fit, traced or by the formula; each is found once."""
         data, stage = self.data(config), stages_of(config)[0]
         config = with_fewer_parts(config)
+        if not beside_compressed(config, stage):  # links come after it
+            config = replace(config, chain={})
         key = (traced, micro_batch_size(config), repr(without_micro(config)))
         if key not in self._computed:
             model = adapted(config, stage, shapes(config, data))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -36,7 +37,7 @@ PLACES = ("devices", "nodes", "launcher", "rendezvous", "node_rank", "address")
 GROUPS = ("precision", "optimizer", "adapter")
 TRACED = 10
 ENOUGH, BEYOND = 5, 10
-"""How many that fit are enough; and how many candidates are computed after the first of them."""
+"""How many of a kind that fit are enough; and how many of a kind are computed after the first of all that fits."""
 SAVES = 0.05
 """The share of another's peak that a slower candidate must save to be traced as well."""
 
@@ -283,21 +284,26 @@ def closest(
     compute: Callable[[Candidate], Worst],
     trace: Callable[[Candidate], Worst],
     most: int = TRACED,
+    kind: Callable[[Candidate], Hashable] = lambda candidate: None,
 ) -> Looked:
     """The best of `candidates` traced, at most so many; they come with their seconds, in order of preference.
 
     Those which by the formula at its lowest do not fit are passed over, and so are those which do not save anything
-    worth while beside a better one that fits. How far a trace was from the formula is taken to hold for the next one.
-    Where none of these fits, the one that needs least is traced besides.
+    worth while beside a better one of their `kind` that fits. How far a trace was from the formula is taken to hold for
+    the next one. Where none of these fits, the one that needs least is traced besides.
     """
     looked = Looked([], [])
-    kept: list[int] = []
-    since = 0
+    fitting: dict[Hashable, list[int]] = {}
+    since: Counter[Hashable] = Counter()
     off = 1 - MARGINS["computed"]
     for candidate, seconds in candidates:
-        if len(looked.traced) == most or len(kept) == ENOUGH or since == BEYOND:
+        own = kind(candidate)
+        kept = fitting.get(own, [])
+        if len(looked.traced) == most:
             break
-        since += bool(kept)
+        if len(kept) == ENOUGH or since[own] == BEYOND:
+            continue
+        since[own] += bool(fitting)
         computed = Rated(candidate, seconds, *compute(candidate))
         looked.computed.append(computed)
         held = computed.phase.bytes
@@ -306,8 +312,9 @@ def closest(
         one = Rated(candidate, seconds, *trace(candidate))
         looked.traced.append(one)
         off = one.phase.bytes / held
-        kept += [held] if one.fits(budget) else []
-    if looked.computed and not kept:
+        if one.fits(budget):
+            fitting.setdefault(own, []).append(held)
+    if looked.computed and not fitting:
         least = min(looked.computed, key=lambda one: one.phase.bytes)
         if all(one.candidate is not least.candidate for one in looked.traced):
             looked.traced.append(Rated(least.candidate, least.seconds, *trace(least.candidate)))

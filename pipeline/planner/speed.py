@@ -7,31 +7,25 @@ backward pass and optimizer step, listed on fake tensors.
 two; of each the work is linear in the samples. What checkpointing and a loss in chunks compute a second time is the
 forward work of the blocks and of the head. Rates are probed where the device is here (`probed`: products of matrices,
 copies, tiny operators; half a second), and assumed where it is not. What counts is the order of candidates, not the
-seconds: caches, threads that wait and kernels far from their peak are not modelled. `measured` runs real steps.
+seconds: caches, threads that wait and kernels far from their peak are not modelled. `timing` runs real steps.
 """
 
 from __future__ import annotations
 
-import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import lightning.pytorch as lightning
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from pipeline import stage_input
 from pipeline.chain import Stage
-from pipeline.data.base import DataBundle
-from pipeline.fitting import fit, micro_batch_size
+from pipeline.fitting import micro_batch_size
 from pipeline.memory.saving import KEPT
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
@@ -40,10 +34,9 @@ from pipeline.planner.live import Live
 from pipeline.planner.trained import adapted
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
-from pipeline.stage_input import base_model, link_under_adapters
+from pipeline.stage_input import link_under_adapters
 from pipeline.tasks.base import Batch, Task
 from pipeline.tasks.measuring import wait
-from pipeline.walk import stages_of
 
 Part = Literal["blocks", "head", "rest", "backward", "step"]
 """The forward pass (in the blocks; from the head on, loss included; elsewhere), the backward pass, the optimizer."""
@@ -86,8 +79,6 @@ DISK = {"host": 12e9, "disk": 1e9}
 """Of PCI Express to the host, of a local disk: assumed."""
 now = time.perf_counter
 """The clock that everything here is timed by."""
-STEPS = 3
-"""Warm steps that a candidate is timed for."""
 ASSUMED = {
     "cuda": Rates(
         {"float64": 3e13, "float32": 5e13, "float16": 4e14, "bfloat16": 4e14}, 2.5e12, 5e-6, 3e-5, 1e-4, "assumed", True
@@ -425,49 +416,3 @@ def _seconds(kind: str, call: Callable[[], Any], repeats: int = 7) -> float:
         wait(torch.device(kind))
         times.append(now() - started)
     return min(times)
-
-
-def measured(config: RunConfig, data: DataBundle, task: Task, steps: int = STEPS) -> float:
-    """Seconds of an optimizer step: the quickest of some warm steps of the fit itself, in a directory thrown away.
-
-    Five steps come before: two that are cold, two whose memory the fit measures, and one.
-    """
-    endless = replace(config.trainer, max_steps=10**6, evaluate_every=0, checkpoint_every=10**6, log_every=10**6)
-    chain = {} if link_under_adapters(config) is None else config.chain
-    config = replace(config, trainer=endless, chain=chain, job="run")
-    stage = stages_of(config)[0]
-    model = base_model(config, data)
-    model = stage_input.adapted(config, stage, model, stage_input.context_of(config, stage, model))
-    clock = Clock(steps)
-    with tempfile.TemporaryDirectory(prefix="leanfit-fit-") as directory:
-        fit(config, stage, model, task, data, describe(model), Path(directory), callbacks=[clock])
-    return clock.seconds()
-
-
-def free_memory(kind: str) -> int:
-    """Bytes that a program could still take on this machine's device, as far as it tells: else 0."""
-    if kind == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    told = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text()) if told.is_file() else None
-    return 1024 * int(found[1]) if found else 0
-
-
-class Clock(lightning.Callback):
-    """Notes when optimizer steps end, and stops the fit after `steps` warm ones."""
-
-    WARM_FROM = 5
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.ends: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *_: Any) -> None:
-        if trainer.global_step not in self.ends:
-            wait(module.device)
-            self.ends[trainer.global_step] = now()
-        trainer.should_stop = trainer.global_step >= self.WARM_FROM + self.steps
-
-    def seconds(self) -> float:
-        first, last = self.WARM_FROM, self.WARM_FROM + self.steps
-        return min(self.ends[step + 1] - self.ends[step] for step in range(first, last))

@@ -12,7 +12,7 @@ from pipeline.app import compose, main
 from pipeline.errors import ConfigError
 from pipeline.fitting import fit
 from pipeline.planner import fit_job
-from pipeline.planner.fit_search import Search
+from pipeline.planner.fit_search import Search, strategy
 from pipeline.planner.plan import plan
 from pipeline.planner.search import plain
 from pipeline.report.progress import Progress
@@ -211,6 +211,15 @@ def test_a_machine_that_is_not_here_is_planned_for_and_not_timed(tmp_path):
     assert all(one.measured is None for one in chosen.ranked)
     assert {one.candidate.config.parallelism.name for one in chosen.looked.computed} == {"ddp", "fsdp"}
     assert {one.phase.source for one in chosen.ranked if one.name == "train"} <= {"computed"}
+
+
+@pytest.mark.slow
+def test_strategies_are_timed_against_each_other_whatever_was_predicted_of_them(tmp_path):
+    found = searched(tmp_path, "parallelism=ddp", "parallelism.devices=2", "budget=1GB", "fit.measure=2")
+    timed = [one for one in found.ranked if one.measured is not None]
+    assert len({strategy(one.candidate) for one in timed}) == 2
+    assert [one.measured for one in timed] == sorted(one.measured for one in timed)
+    assert found.ranked[:2] == timed
 
 
 def test_help_names_the_job_and_its_keys(capsys):

@@ -123,7 +123,7 @@ def test_several_devices_are_sharded_in_every_way_that_is_named():
     assert {"ddp", "fsdp", "tp", "fsdp_tp"} <= {one.config.parallelism.name for one in named}
 
 
-def search_of(sizes, budget, off=1.0, most=TRACED):
+def search_of(sizes, budget, off=1.0, most=TRACED, **how):
     """`closest` over candidates of these bytes by the formula, of which the trace finds `off` times as many."""
     candidates = [Candidate(None, (f"{number}",)) for number in range(len(sizes))]
     size = {one.changes: bytes for one, bytes in zip(candidates, sizes, strict=True)}
@@ -135,7 +135,7 @@ def search_of(sizes, budget, off=1.0, most=TRACED):
         found = int(size[one.changes] * off)
         return "train", Phase(found, {"weights": found}, "", margin=0.02)
 
-    return closest([(one, float(n)) for n, one in enumerate(candidates)], budget, computed, trace, most)
+    return closest([(one, float(n)) for n, one in enumerate(candidates)], budget, computed, trace, most, **how)
 
 
 def names(rated):
@@ -151,6 +151,13 @@ def test_hopeless_candidates_and_those_that_a_better_one_beats_are_not_traced():
 def test_no_more_than_ten_are_traced_and_five_that_fit_are_enough():
     assert len(search_of([990] * 15, budget=1000).traced) == 10  # within, but not with the margin
     assert names(search_of(range(1000, 0, -60), budget=5000).traced) == [0, 1, 2, 3, 4]
+
+
+def test_of_each_kind_some_are_traced_though_one_of_another_kind_is_better():
+    odd = {"kind": lambda one: int(one.changes[0]) % 2}
+    assert names(search_of([90, 91, 92, 93, 60], budget=100).traced) == [0, 4]
+    assert names(search_of([90, 91, 92, 93, 60], budget=100, **odd).traced) == [0, 1, 4]
+    assert names(search_of([90] + 30 * [500, 95], budget=100, **odd).computed)[-1] == 20  # ten of each, and no more
 
 
 def test_how_far_the_formula_was_off_holds_for_the_next():

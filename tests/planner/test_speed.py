@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,13 +131,3 @@ def test_rates_of_a_device_that_is_not_here_are_said_to_be_assumed():
     probed = speed.rates_of("cpu", {"float32"}, here=True)
     assert probed.source == "probed"
     assert min(*probed.flops.values(), probed.bandwidth, probed.start, probed.step) > 0
-
-
-def test_timing_trains_for_real_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speed.tempfile, "tempdir", str(tmp_path))
-    config = compose(GPT)
-    _, data, task = book(config)
-    assert speed.measured(config, data, task, steps=1) > 0
-    assert list(tmp_path.iterdir()) == []
-    assert type(torch.ones(1)) is torch.Tensor
