@@ -1,8 +1,16 @@
-"""A test file run as a script by several ranks over gloo, once for all workers of pytest that want what it leaves."""
+"""A test file run as a script by several ranks over gloo, once for all workers of pytest that want what it leaves.
+
+As a script this is what starts them: `SCRIPT COUNT DIRECTORY`. Ranks are forked from a process that has imported what
+takes seconds, and are told who they are as torchrun tells its own. Linux and macOS.
+"""
 
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 from filelock import FileLock
@@ -19,12 +27,60 @@ def made_by_ranks(script, count, factory):
         said = directory / "said.txt"
         if not said.exists():
             directory.mkdir()
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             ranks = subprocess.run(
-                [*command, script, str(count), str(directory)],
+                [sys.executable, __file__, script, str(count), str(directory)],
                 env=environment, capture_output=True, text=True, timeout=540, check=False,
             )  # fmt: skip
             said.write_text("" if ranks.returncode == 0 else ranks.stderr[-6000:] or "failed")
     assert said.read_text() == ""
     return directory
+
+
+def start(script, count, directory):
+    """Whether all ranks ended well; where one does not, the others are killed."""
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import pipeline.worker  # noqa: F401
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests",
+    }  # fmt: skip
+    running = set()
+    for rank in range(count):
+        if (child := os.fork()) == 0:
+            be(rank, [script, str(count), directory])
+        running.add(child)
+    well = True
+    while running:
+        ended, status = os.wait()
+        running.discard(ended)
+        if status:
+            well = False
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return well
+
+
+def be(rank, arguments):
+    """A rank's whole life."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    sys.argv = arguments
+    code = 1
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(not start(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sysconfig
 from dataclasses import dataclass
@@ -59,4 +60,8 @@ class PyStdlib(Data):
 
 def stdlib_sources(root: Path) -> list[Path]:
     """The .py files below `root`, sorted, without what `LEFT_OUT` names."""
-    return sorted(path for path in root.rglob("*.py") if LEFT_OUT.isdisjoint(path.relative_to(root).parts))
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = set(below) - LEFT_OUT  # not walked: installed packages are the most of it
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)

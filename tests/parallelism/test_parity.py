@@ -22,7 +22,8 @@ STEPS = 20
 COMMON = [
     "model=gpt_nano", "model.layers=2", "model.width=32", "model.heads=4", "data.sequence_length=32",
     "data.evaluation_tokens=1024", "trainer=smoke", f"trainer.max_steps={STEPS}", "trainer.batch_size=8",
-    "trainer.log_every=1", "trainer.evaluate_every=0", "trainer.grad_clip=0.5", "optimizer.lr=0.01", "device=cpu",
+    "trainer.log_every=1", "trainer.evaluate_every=0", f"trainer.checkpoint_every={STEPS}", "trainer.grad_clip=0.5",
+    "optimizer.lr=0.01", "device=cpu",
 ]  # fmt: skip
 DOUBLE = ["precision=64-true"]
 LEVERS = {

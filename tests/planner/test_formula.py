@@ -162,16 +162,16 @@ def rank_main(count, directory):
         (directory / "measured.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
-
-
-@pytest.mark.parametrize("chain", [[], ["compression=int4"], ["compression=int8"]])
+@pytest.mark.parametrize("link", ["int4", "int8"])
 @pytest.mark.parametrize("tokens", [20, 200])
-def test_generation_is_computed_as_it_is_traced_past_the_last_position_too(chain, tokens):
-    words = [*LLAMA, "data.sequence_length=64", "job=plan", f"generate.max_new_tokens={tokens}", *chain]
-    config = compose([*words, "plan.calibrate=false"])
+def test_generation_with_what_a_link_leaves_is_computed_as_it_is_traced(link, tokens):
+    words = [*LLAMA, "data.sequence_length=64", "job=plan", f"generate.max_new_tokens={tokens}"]
+    config = compose([*words, f"compression={link}", "plan.calibrate=false"])
     data = config.data.open(config.model.tokenizer())
     computed, traced = (plan(config, data, level=level).phases["generate"] for level in ("formula", "trace"))
     assert computed.bytes == pytest.approx(traced.bytes, rel=0.01)
     assert min(computed.kinds.values()) >= 0
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
