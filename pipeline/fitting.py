@@ -34,7 +34,7 @@ from pipeline.last_step import SaveWhereMemoryEnds
 from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
-from pipeline.memory.measure import MeasureTraining, measure_peak, training_tensors
+from pipeline.memory.measure import MeasureTraining, bucket_bytes, measure_peak, training_tensors
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
@@ -58,7 +58,7 @@ class Fitted:
     """What this fit took, up to its last checkpoint, before it was interrupted and resumed."""
     reserved_bytes: int | None = None
     saving_bytes: int | None = None
-    """The peak while the last checkpoint was written; None where several ranks write it."""
+    """The peak while the last checkpoint was written; None where it is gathered from shards."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -81,8 +81,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class SaveLast(Checkpoint):
     """`last.ckpt` every `every` optimizer steps and after the last, at the one point where a step is wholly done."""
 
-    def __init__(self, path: Path, every: int, last: int, beside: Callable[[], Iterable[torch.Tensor]]) -> None:
-        self.path, self.every, self.last, self.beside = path, every, last, beside
+    def __init__(
+        self, path: Path, every: int, last: int, beside: Callable[[], Iterable[torch.Tensor]], *, measured: bool
+    ) -> None:
+        self.path, self.every, self.last, self.beside, self.measured = path, every, last, beside, measured
         self.peak_bytes: int | None = None
         self.saved = -1
         self.started = time.perf_counter()
@@ -98,9 +100,9 @@ class SaveLast(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self.last and trainer.world_size == 1:  # steps are measured no more by then
+        if step == self.last and self.measured:  # steps are measured no more by then
             alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
-            with measure_peak(pl_module.device.type, alive) as peak:
+            with measure_peak(pl_module.device.type, alive, bucket_bytes(trainer.strategy.model)) as peak:
                 self.save(trainer)
             self.peak_bytes = peak.bytes
         elif step > 0 and (step % self.every == 0 or step == self.last):
@@ -382,7 +384,7 @@ def fit(
         parts.append(compiling)
     parts += levers(config, model, callbacks)
     parts.append(meter)
-    saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside)
+    saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside, measured=not config.parallelism.sharded)
     parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
     # Ranks run out of memory one by one, and steps in backward change weights before a step is whole.
     if config.fit.on_oom == "adapt" and not (config.parallelism.distributed or config.memory.step_in_backward):

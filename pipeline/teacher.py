@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pipeline.artifact import store
+from pipeline.artifact import filling, store
 from pipeline.compression.base import Answer
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.layers.blockwise import model_inputs
@@ -119,7 +119,7 @@ def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
     written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if written.get("quantization_config"):
         raise ConfigError(f"{said} is quantized by another program; give the float model it was made from")
-    cls = store.model_class((written.get("architectures") or [None])[0])
+    cls = filling.model_class((written.get("architectures") or [None])[0])
     if meta:
         for file in directory.glob("*.safetensors"):  # a file that was cut short shows so in its header
             with safe_open(file, "pt"):

@@ -11,28 +11,26 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pipeline
 from pipeline.artifact import manifest as manifests
 from pipeline.artifact import sparse
+from pipeline.artifact.filling import empty_model, fill_model, put_layers, take_dtypes, tie
 from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
 from pipeline.layers.blockwise import in_dtype_of
-from pipeline.layers.offload import OffloadError, beside, maps_file, offload
+from pipeline.layers.offload import OffloadError, beside
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.unfilled import to_be_filled
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 50 * 10**9
 """The largest file of weights; transformers 5 cuts there too."""
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes by their names in the header of a safetensors file."""
 VERSIONED = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -222,8 +218,8 @@ def load(
     manifest = manifests.read(directory)
     manifests.check_files(directory, manifest)
     try:
-        model = _empty_model(directory, manifest)
-        masks = _fill(model, directory, manifest, offload_to)
+        model = empty_model(directory, manifest)
+        masks = fill_model(model, directory, manifest, offload_to)
     except (ArtifactError, OffloadError):
         raise
     except Exception as error:  # whatever a hostile or altered file makes a library raise
@@ -262,131 +258,14 @@ def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
     manifests.check_files(Path(directory), manifest, contents=False)
     with torch.device("meta"):
         try:
-            model = _empty_model(Path(directory), manifest)
+            model = empty_model(Path(directory), manifest)
             if quantized:
-                _put_layers(model, manifest)
-            _take_dtypes(model, Path(directory), manifest)
-            _tie(model, manifest["tied"])
+                put_layers(model, manifest)
+            take_dtypes(model, Path(directory), manifest)
+            tie(model, manifest["tied"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{directory}: altered, {error}") from error
     return model
-
-
-def _take_dtypes(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> None:
-    """Give the floating-point tensors of `model`, on the meta device, the dtypes that those of the files have."""
-    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        with safe_open(directory / file, "pt") as stored:
-            names: list[str] = stored.keys()
-            for name in names:
-                tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
-                dtype = FLOATING.get(stored.get_slice(name).get_dtype())
-                if tensor is not None and dtype is not None:
-                    tensor.data = tensor.data.to(dtype)
-
-
-def _empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
-    """The model of the manifest's class and config.json, its weights not initialised."""
-    cls = model_class(manifest["model"].get("class"))
-    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    # Attention may name code on a hub; only torch's own kinds are taken, and only from the manifest.
-    for key in (
-        "quantization_config",
-        "auto_map",
-        "attn_implementation",
-        "_attn_implementation",
-        "experts_implementation",
-    ):
-        data.pop(key, None)
-    attention = manifest["model"].get("attention")
-    if attention not in ("eager", "sdpa"):
-        raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
-    config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
-    config._attn_implementation = attention
-    return cast("PreTrainedModel", to_be_filled(cls, config))
-
-
-def model_class(name: object) -> Any:
-    """The model class of the transformers package called `name`: nothing else can be named by an artifact.
-
-    Raises:
-        ArtifactError: no such class.
-    """
-    import transformers
-
-    found = None
-    if isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
-        found = getattr(transformers, name, None)
-    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    if not known or not found.__module__.startswith("transformers."):
-        raise ArtifactError(f"model class {name!r} is not a model of the transformers package")
-    return found
-
-
-def _put_layers(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Empty quantized layers of the manifest's kinds in place of the float ones."""
-    from pipeline.layers.schemes import empty_layer, replace
-
-    for name, record in manifest["layers"].items():
-        if record["scheme"] != "float":
-            layer = cast(nn.Linear, model.get_submodule(name))
-            quantized = empty_layer(record["scheme"], layer, **record["settings"])
-            quantized.sparse = bool(record["sparse"])
-            replace(model, name, quantized)
-
-
-def _fill(
-    model: PreTrainedModel, directory: Path, manifest: dict[str, Any], offload_to: Path | None
-) -> dict[str, Tensor]:
-    """Put the stored tensors into `model`, quantized layers in place of float ones. Returns the masks by layer.
-
-    Tensors lie in files in `offload_to`, where it is given.
-    """
-    from pipeline.layers.schemes import join_siblings
-
-    # In memory of its own, where torch aligns it: elsewhere a kernel may add in another order.
-    keep: Callable[[Tensor], Tensor] = torch.clone if offload_to is None else partial(offload, directory=offload_to)
-    made: Callable[[Tensor], Tensor] = Tensor.detach if offload_to is None else keep  # here, and so of its own already
-    tensors: dict[str, Tensor] = {}
-    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        maps_file()
-        with safe_open(directory / file, "pt") as stored:
-            names: list[str] = stored.keys()
-            tensors.update((name, keep(stored.get_tensor(name))) for name in names)
-    masks: dict[str, Tensor] = {}
-    for name, encoding in manifest["encodings"].items():
-        tensors[name], masks[name.rpartition(".")[0]] = map(made, _decoded(tensors, name, encoding))
-    _put_layers(model, manifest)
-    tied = manifest["tied"]
-    result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
-    if result.missing_keys or result.unexpected_keys:
-        raise ArtifactError(
-            f"{directory}: tensors {[*result.missing_keys, *result.unexpected_keys][:3]} do not fit the model"
-        )
-    _tie(model, tied)
-    join_siblings(model)
-    float_masks = {}
-    for name, record in manifest["layers"].items():
-        if record["scheme"] == "float":
-            weight = model.get_parameter(f"{name}.weight").detach()
-            float_masks[name] = masks[name] if name in masks else made(weight != 0)
-    return float_masks
-
-
-def _tie(model: nn.Module, tied: dict[str, str]) -> None:
-    """Parameters that are one again: {alias: the name under which it is stored}."""
-    for alias, kept in tied.items():
-        parent, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
-
-
-def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The stored form of a tensor that lies there as bitmask and values, and its mask."""
-    from pipeline.layers.packing import pack_int32
-
-    bits, shape = encoding["bits"], tuple(encoding["shape"])
-    dense, mask = sparse.decode(tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values"), shape, bits)
-    return (pack_int32(dense, bits) if encoding["packed"] else dense), mask
 
 
 def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:

@@ -210,19 +210,20 @@ class Meter:
 
 
 @contextmanager
-def measure_peak(device: str, alive: Iterable[Tensor] = ()) -> Iterator[Peak]:
+def measure_peak(device: str, alive: Iterable[Tensor] = (), unseen: int = 0) -> Iterator[Peak]:
     """`with measure_peak("cpu", model.parameters()) as peak: ...` and then `peak.bytes`.
 
     Args:
         device: 'cpu', 'cuda' or 'mps'.
         alive: tensors that exist at the start and belong to the phase (CPU only: accelerators know by themselves).
+        unseen: bytes that are there besides, behind no tensor (`bucket_bytes`).
 
     The events of a phase are kept until its end, about 1 KB an operator: measure hundreds of batches, not
     millions.
     """
     peak = Peak()
     meter = Meter(device)
-    meter.start(alive)
+    meter.start(alive, unseen)
     del alive  # or what the phase lets go of would stay
     try:
         yield peak
@@ -299,8 +300,10 @@ class MeasureTraining(lightning.Callback):
 
 
 def bucket_bytes(wrapped: Any) -> int:
-    """Bytes of the buckets in which `ddp` sends copies of the gradients: 0 where they are the gradients themselves."""
-    if not isinstance(wrapped, DistributedDataParallel) or wrapped.gradient_as_bucket_view:
+    """Bytes of the buckets in which `ddp` sends gradients: 0 where those that are there lie in them."""
+    if not isinstance(wrapped, DistributedDataParallel):
+        return 0
+    if wrapped.gradient_as_bucket_view and any(weight.grad is not None for weight in wrapped.parameters()):
         return 0
     told = wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
     sizes = told.get("rebuilt_bucket_sizes") or told["bucket_sizes"]

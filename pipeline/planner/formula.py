@@ -38,7 +38,7 @@ from pipeline.parallelism.sharding import dtype_of
 from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.live import STEP_DONE, Inner, Peak
-from pipeline.planner.ranks import GATHERED, Rank, part, split_layers
+from pipeline.planner.ranks import COMMUNICATION, GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
@@ -120,7 +120,9 @@ def training(
         account.mark(STEP_DONE)
     course = folding.unrolled()
     kept = course.held_at(STEP_DONE)
-    if memory.release_gradients or memory.step_in_backward:
+    if ranks.holding.buckets == "views":  # in which gradients lie once they are summed, and which stay without them
+        kept.pop(COMMUNICATION, None)
+    elif memory.release_gradients or memory.step_in_backward:
         kept.pop("gradients", None)
     return replace(course.peak(), kept=kept)
 

@@ -157,7 +157,7 @@ def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Leve
         attempt(found, "evaluate", lambda: plan_evaluation(config, task, data, found, level))
         if generates(config, task):
             attempt(found, "generate", lambda: plan_generation(config, task, data, found, level))
-    if not config.parallelism.distributed and "save" not in found.open:
+    if not config.parallelism.sharded and "save" not in found.open:  # else it is gathered
         plan_checkpoints(config, found, stage_input.shapes(config, data))
     if config.artifact is None:
         attempt(found, "what goes to disk", lambda: plan_disk(config, first, data, found))

@@ -294,6 +294,6 @@ for name, module in sorted(sys.modules.items()):
 
 def test_no_module_that_a_plan_imports_first_keeps_what_stood_in_for_a_function():
     # In a process that has imported nothing before: quantized layers of models in files stayed in memory for it.
-    code = LEFT.replace("PLACE", "'pipeline.planner.links'")
+    code = LEFT.replace("PLACE", "'pipeline.planner.unreal'")
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == ""

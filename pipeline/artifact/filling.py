@@ -1,0 +1,147 @@
+"""An artifact's files become a model again: its class and config, empty layers of its kinds, tensors in their places.
+
+No pickle is read, and only classes of transformers and layers of this program can be named.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pipeline.artifact import manifest as manifests
+from pipeline.artifact import sparse
+from pipeline.errors import ArtifactError
+from pipeline.layers.offload import maps_file, offload
+from pipeline.models.unfilled import to_be_filled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes by their names in the header of a safetensors file."""
+
+
+def empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
+    """The model of the manifest's class and config.json, its weights not initialised."""
+    cls = model_class(manifest["model"].get("class"))
+    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    # Attention may name code on a hub; only torch's own kinds are taken, and only from the manifest.
+    for key in (
+        "quantization_config",
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+    ):
+        data.pop(key, None)
+    attention = manifest["model"].get("attention")
+    if attention not in ("eager", "sdpa"):
+        raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
+    config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
+    config._attn_implementation = attention
+    return cast("PreTrainedModel", to_be_filled(cls, config))
+
+
+def model_class(name: object) -> Any:
+    """The model class of the transformers package called `name`: nothing else can be named by an artifact.
+
+    Raises:
+        ArtifactError: no such class.
+    """
+    import transformers
+
+    found = None
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        found = getattr(transformers, name, None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not known or not found.__module__.startswith("transformers."):
+        raise ArtifactError(f"model class {name!r} is not a model of the transformers package")
+    return found
+
+
+def put_layers(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Empty quantized layers of the manifest's kinds in place of the float ones."""
+    from pipeline.layers.schemes import empty_layer, replace
+
+    for name, record in manifest["layers"].items():
+        if record["scheme"] != "float":
+            layer = cast(nn.Linear, model.get_submodule(name))
+            quantized = empty_layer(record["scheme"], layer, **record["settings"])
+            quantized.sparse = bool(record["sparse"])
+            replace(model, name, quantized)
+
+
+def fill_model(
+    model: PreTrainedModel, directory: Path, manifest: dict[str, Any], offload_to: Path | None
+) -> dict[str, Tensor]:
+    """Put the stored tensors into `model`, quantized layers in place of float ones. Returns the masks by layer.
+
+    Tensors lie in files in `offload_to`, where it is given.
+    """
+    from pipeline.layers.schemes import join_siblings
+
+    # In memory of its own, where torch aligns it: elsewhere a kernel may add in another order.
+    keep: Callable[[Tensor], Tensor] = torch.clone if offload_to is None else partial(offload, directory=offload_to)
+    made: Callable[[Tensor], Tensor] = Tensor.detach if offload_to is None else keep  # here, and so of its own already
+    tensors: dict[str, Tensor] = {}
+    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
+        maps_file()
+        with safe_open(directory / file, "pt") as stored:
+            names: list[str] = stored.keys()
+            tensors.update((name, keep(stored.get_tensor(name))) for name in names)
+    masks: dict[str, Tensor] = {}
+    for name, encoding in manifest["encodings"].items():
+        tensors[name], masks[name.rpartition(".")[0]] = map(made, _decoded(tensors, name, encoding))
+    put_layers(model, manifest)
+    tied = manifest["tied"]
+    result = model.load_state_dict({**tensors, **{alias: tensors[kept] for alias, kept in tied.items()}}, assign=True)
+    if result.missing_keys or result.unexpected_keys:
+        raise ArtifactError(
+            f"{directory}: tensors {[*result.missing_keys, *result.unexpected_keys][:3]} do not fit the model"
+        )
+    tie(model, tied)
+    join_siblings(model)
+    float_masks = {}
+    for name, record in manifest["layers"].items():
+        if record["scheme"] == "float":
+            weight = model.get_parameter(f"{name}.weight").detach()
+            float_masks[name] = masks[name] if name in masks else made(weight != 0)
+    return float_masks
+
+
+def tie(model: nn.Module, tied: dict[str, str]) -> None:
+    """Parameters that are one again: {alias: the name under which it is stored}."""
+    for alias, kept in tied.items():
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(kept))
+
+
+def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The stored form of a tensor that lies there as bitmask and values, and its mask."""
+    from pipeline.layers.packing import pack_int32
+
+    bits, shape = encoding["bits"], tuple(encoding["shape"])
+    dense, mask = sparse.decode(tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values"), shape, bits)
+    return (pack_int32(dense, bits) if encoding["packed"] else dense), mask
+
+
+def take_dtypes(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> None:
+    """Give the floating-point tensors of `model`, on the meta device, the dtypes that those of the files have."""
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
+        with safe_open(directory / file, "pt") as stored:
+            names: list[str] = stored.keys()
+            for name in names:
+                tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
+                dtype = FLOATING.get(stored.get_slice(name).get_dtype())
+                if tensor is not None and dtype is not None:
+                    tensor.data = tensor.data.to(dtype)
