@@ -65,11 +65,13 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 del left[0]
             found.load = reading(config, model) if opens_in_memory(config, line) else None
             loaded = as_loaded(model)
+            if not chain.trains:  # what lay in files is read, but by an evaluation on a CPU
+                faked(loaded)
             found.stored = file_bytes(model_tensors(loaded, {}))
             if "generate" in left:
                 found.generate = traced_generation(config, loaded, task, PROMPT_TOKENS, chain.counting)
                 del left[0]
-            if not chain.trains:
+            if not opens_in_memory(config, line):
                 put_into_files(loaded)
             found.evaluate = traced_evaluation(config, loaded, task, data, chain.counting())
             del left[0]
@@ -158,7 +160,8 @@ def after(config: RunConfig) -> list[str]:
 def declare_left(config: RunConfig, data: DataBundle, chain: Chain, found: Links, model: nn.Module) -> None:
     """Enter what opens, evaluates and generates with `model`, which a chain leaves, by formula."""
     task = lookup.get(config.data.task)
-    if opens_in_memory(config, changing_stages(stages_of(config))):
+    in_memory = opens_in_memory(config, changing_stages(stages_of(config)))
+    if in_memory:
         found.load = reading(config, model)
     loaded = as_loaded(model)
     found.stored = file_bytes(model_tensors(loaded, {}))
@@ -166,4 +169,4 @@ def declare_left(config: RunConfig, data: DataBundle, chain: Chain, found: Links
     with unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
         if generates(config, task):
             found.generate = trace_generation(config, continued, task)
-        found.evaluate = trace_evaluation(config, loaded, task, data, in_files=not chain.trains)
+        found.evaluate = trace_evaluation(config, loaded, task, data, in_files=not in_memory)

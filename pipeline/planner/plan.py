@@ -256,19 +256,19 @@ def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle,
 def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """The evaluation of a model that no link changes: on one device, whoever trained it."""
     model = config.precision.convert(stage_input.shapes(config, data))
-    convolutions, in_files = convolutional(model), not stage_input.trains(changing_stages(stages_of(config)))
+    convolutions, in_files = convolutional(model), not opens_in_memory(config, changing_stages(stages_of(config)))
     peak = trace_evaluation(config, model, task, data, in_files=in_files)
-    enter(config, found, "evaluate", run_once(config, level), [peak], convolutions)
+    enter(config, found, "evaluate", source_of(config, level), [peak], convolutions)
 
 
 def plan_generation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """`job=generate` with the artifact of a model that no link changes."""
     model = config.precision.convert(stage_input.shapes(config, data))
     peak = trace_generation(config, model, task)
-    enter(config, found, "generate", run_once(config, level), [peak], convolutional(model))
+    enter(config, found, "generate", source_of(config, level), [peak], convolutional(model))
 
 
-def run_once(config: RunConfig, level: Level) -> str:
+def source_of(config: RunConfig, level: Level) -> str:
     """How an evaluation and a generation are known. They are run on fake tensors at either level, since blocks that are
     alike are computed once; the level's margin is what differs."""
     return "traced" if level == "trace" and config.device.kind() in TRACED else "computed"

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.app import compose
 from pipeline.artifact import store
@@ -17,8 +18,10 @@ from pipeline.layers import kernels
 from pipeline.layers.nf4 import _pairs
 from pipeline.memory.measure import measure_peak
 from pipeline.models.architecture import describe
+from pipeline.models.byte_tokenizer import byte_tokenizer
 from pipeline.planner import formula
 from pipeline.planner.links import declare_links, trace_links
+from pipeline.planner.plan import plan
 from pipeline.stage_input import base_model, context_of, stage_input, trains
 from pipeline.tasks import lookup
 from pipeline.walk import changing_stages, stages_of, teacher_tensors
@@ -290,6 +293,27 @@ for name, module in sorted(sys.modules.items()):
         if isinstance(value, Mock) or "<locals>" in getattr(value, "__qualname__", "") and value.__module__ == PLACE:
             print(name, key)
 """
+
+
+@pytest.mark.parametrize("level", ["trace", "formula"])
+@pytest.mark.parametrize("chain", [[], ["compression=int8"]], ids=["dense", "int8"])
+def test_weights_in_files_are_memory_where_a_gpu_or_a_generation_reads_them(chain, level, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    words = [
+        "model=hf", f"model.pretrained={tmp_path}", "trainer.max_steps=0", "job=plan", "plan.calibrate=false",
+        "data.sequence_length=32", "data.evaluation_tokens=1024", *chain,
+    ]  # fmt: skip
+    kinds = {}
+    for device in (["device=cpu"], ["device=cuda", "device.memory=80GiB"]):
+        config = compose([*words, *device])
+        phases = plan(config, config.data.open(config.model.tokenizer()), level=level).phases
+        kinds |= {(config.device.kind(), name): phases[name].kinds for name in ("evaluate", "generate")}
+    assert kinds["cpu", "evaluate"].get("weights", 0) == 0
+    read = {kinds[key]["weights"] for key in kinds if key != ("cpu", "evaluate")}
+    assert len(read) == 1
+    assert read.pop() > 0
 
 
 def test_no_module_that_a_plan_imports_first_keeps_what_stood_in_for_a_function():
