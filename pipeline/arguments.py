@@ -90,12 +90,12 @@ def quote(text: str) -> str:
     """`text` in Hydra's double quotes, such that the composed value is `text` itself, character for character."""
     text = escape_interpolation(text)
     text = re.sub(r'(\\*)"', lambda match: match[1] * 2 + '\\"', text)
-    return '"' + re.sub(r"\\+$", lambda match: match[0] * 2, text) + '"'
+    return '"' + re.sub(r"\\+\Z", lambda match: match[0] * 2, text) + '"'
 
 
 def unquote_raw(text: str) -> str:
     """The inverse of `quote`."""
-    text = re.sub(r"(\\+)$", lambda match: match[1][: len(match[1]) // 2], text[1:-1])
+    text = re.sub(r"(\\+)\Z", lambda match: match[1][: len(match[1]) // 2], text[1:-1])
     text = re.sub(r'(\\*)\\"', lambda match: match[1][: len(match[1]) // 2] + '"', text)
     return re.sub(r"(\\*)\\\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", text)
 

@@ -33,6 +33,7 @@ HOSTILE = [
     "12",
     "ünï ☃ 漢",
     "two\nlines\tand a tab",
+    "a backslash ends a line\\\n",
     " leading and trailing ",
     "# no comment",
     "@package: x",
@@ -68,7 +69,7 @@ def test_a_prompt_arrives_as_typed(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(TEXT)
+@given(TEXT.filter(lambda text: text != "???"))  # which says in Hydra that a value must be given
 def test_any_text_arrives_as_typed(text: str) -> None:
     assert arrives(text) == text
 
