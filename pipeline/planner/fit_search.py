@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,7 @@ class Search:
         def tried(place: int) -> Candidate:
             return one.with_values("trainer", evaluation_batch_size=sizes[place])
 
+        @cache
         def keeps(place: int) -> bool:
             lean = self.needs.phases(self.leanest(tried(place)).config, traced=False)
             within = all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean)
@@ -239,7 +240,6 @@ class Search:
         """Every candidate with its predicted seconds, in order of preference; and the rates that these are from."""
         variants = self.variants(base)
         config = base.config
-        here = config.device.memory is None and not config.device.problems(config.parallelism.devices)
         listed: list[tuple[Candidate, speed.Work | None]] = []
         hopeless: list[Rated] = []
         for variant in variants:
@@ -260,7 +260,7 @@ class Search:
                 self.miss(Looked([], [self.rated(Looked(hopeless, []).nearest().candidate, traced=True)]))
             )
         dtypes = {dtype for work in {id(work): work for _, work in listed}.values() if work for dtype in work.dtypes()}
-        rates = speed.rates_of(config.device.kind(), dtypes, here)
+        rates = speed.rates_of(config.device.kind(), dtypes, has_devices(config))
         found = [(one, 0.0 if work is None else self.seconds(one, work, rates)) for one, work in listed]
         largest_first = self.typed.fit.maximize == "micro_batch"
         found.sort(
@@ -382,7 +382,7 @@ class Search:
     def is_here(self, one: Rated) -> bool:
         """Whether the devices of a candidate are this machine's, and have the room."""
         device, parallelism = one.candidate.config.device, one.candidate.config.parallelism
-        if device.memory is not None or parallelism.nodes > 1 or device.problems(parallelism.devices):
+        if parallelism.nodes > 1 or not has_devices(one.candidate.config):
             return False
         sharing = parallelism.devices if device.kind() == "cpu" else 1
         return sharing * one.phase.bytes <= timing.free_memory(device.kind())
@@ -397,6 +397,11 @@ def budget_of(config: RunConfig) -> int:
             "tell how much memory it has"
         )
     return found
+
+
+def has_devices(config: RunConfig) -> bool:
+    """Whether what is planned for is this machine, and it has the devices of a node."""
+    return config.device.memory is None and not config.device.problems(config.parallelism.devices)
 
 
 def require_shapes(config: RunConfig, data: DataBundle) -> nn.Module:
