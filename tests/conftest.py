@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline import environment
-from pipeline.artifact import receipt
-from pipeline.tasks import causal_lm, image_classification
-from tests.receipts import Receipts
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of their own would fight for them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-environment.prepare()
+environment.prepare()  # as the line above, it is read when torch is imported: by all that follows
+
+from pipeline.artifact import receipt  # noqa: E402
+from pipeline.tasks import causal_lm, image_classification  # noqa: E402
+from tests.receipts import Receipts  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

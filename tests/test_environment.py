@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from pipeline import environment
 
@@ -35,3 +36,8 @@ def test_a_child_process_finds_this_package_before_what_its_user_added(monkeypat
     first, second = environment.child()["PYTHONPATH"].split(os.pathsep)
     assert os.path.isfile(f"{first}/pipeline/environment.py")
     assert second == "/theirs"
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="this process is the only one")
+def test_a_worker_of_several_computes_in_as_many_threads_as_the_processes_that_it_starts():
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
