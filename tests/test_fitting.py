@@ -1,6 +1,7 @@
 """What a fit leaves behind."""
 
 import gc
+import weakref
 from functools import partial
 from io import StringIO
 
@@ -39,6 +40,17 @@ def test_a_progress_bar_that_outlives_a_fit_keeps_neither_its_trainer_nor_the_op
     train(progress=progress)
     gc.collect()
     assert sum(type(thing) is lightning.Trainer for thing in gc.get_objects()) == before
+
+
+def test_a_progress_bar_that_outlives_a_fit_keeps_nothing_that_the_fit_held_beside_its_model(tmp_path):
+    _, train = ready(tmp_path, "trainer.max_steps=4")
+    progress = Progress({"train": 4}, "lines", target=Console(file=StringIO()))
+    teacher = torch.nn.Linear(4, 4)
+    gone = weakref.ref(teacher)
+    train(progress=progress, beside=teacher.parameters)
+    del teacher
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("precision", ["32", "16-mixed"])

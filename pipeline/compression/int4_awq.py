@@ -101,7 +101,7 @@ class Int4Awq(GroupQuantizer):
         from pipeline.layers.equalize import activation, is_homogeneous
         from pipeline.layers.holding import calibrated, largest
 
-        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        known = calibrated(model, context.architecture, context.calibration and context.calibration(), context.device)
         if known is None:
             return None
         between = activation(model)

@@ -59,7 +59,7 @@ class Int4Gptq(GroupQuantizer):
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import calibrated, largest
 
-        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        known = calibrated(model, context.architecture, context.calibration and context.calibration(), context.device)
         if known is None:
             return None
         solving = known.solving(7, gone=known.shrunk(self.layers(model, context), self.bits))

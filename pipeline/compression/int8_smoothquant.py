@@ -75,7 +75,7 @@ class Int8SmoothQuant(Int8Quantizer):
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import calibrated, largest
 
-        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        known = calibrated(model, context.architecture, context.calibration and context.calibration(), context.device)
         if known is None:
             return None
         magnitudes = known.wide + known.widened if known.gated else 0  # elsewhere of hidden states alone

@@ -73,7 +73,7 @@ class Int8Static(Quantizer):
         from pipeline.layers.holding import calibrated, largest
         from pipeline.layers.static import BINS
 
-        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        known = calibrated(model, context.architecture, context.calibration and context.calibration(), context.device)
         if known is None:
             return None
         layers = self.layers(model, context)

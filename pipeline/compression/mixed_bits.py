@@ -95,7 +95,7 @@ class MixedBits(Quantizer):
         from pipeline.layers.holding import calibrated, largest
 
         known, classes = (
-            calibrated(model, context.architecture, context.calibration and context.calibration()),
+            calibrated(model, context.architecture, context.calibration and context.calibration(), context.device),
             head_size(model),
         )
         if known is None or classes is None:

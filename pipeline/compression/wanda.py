@@ -83,7 +83,7 @@ class Wanda(Pruner):
     def memory(self, model: nn.Module, context: Context) -> dict[str, int] | None:
         from pipeline.layers.holding import calibrated, largest
 
-        known = calibrated(model, context.architecture, context.calibration and context.calibration())
+        known = calibrated(model, context.architecture, context.calibration and context.calibration(), context.device)
         if known is None:
             return None
         layers = self.layers(model, context)

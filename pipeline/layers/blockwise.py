@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import methodcaller
 from typing import Any, cast
 
 import torch
@@ -155,7 +156,7 @@ def _segments(
     names = [block.name for block in architecture.blocks]
     inside = {name: tuple(layer for layer in layers if layer.startswith(f"{name}.")) for name in names}
     place = place_of_model(model)
-    keep: Callable[[Tensor], Tensor] = Tensor.cpu if place is None else partial(offload, directory=place)
+    keep: Callable[[Tensor], Tensor] = methodcaller("cpu") if place is None else partial(offload, directory=place)
     chained = bool(batches) and any(inside.values()) and is_chain(model, names, batches[0], device)
     if chained:
         calls = _first_calls(model, names[0], batches, device, keep)

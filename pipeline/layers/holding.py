@@ -66,9 +66,14 @@ def masks(model: nn.Module, layers: Sequence[str]) -> int:
 
 
 class Calibrated:
-    """Moments of a method that goes block by block over calibration `batches` (blockwise.py), these on meta too."""
+    """Moments of a method that goes block by block over calibration `batches` (blockwise.py), these on meta too.
 
-    def __init__(self, model: nn.Module, architecture: Architecture, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    A GPU has of what waits between blocks the states that a block is given, and those that it gave for the last batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, batches: Sequence[Mapping[str, Tensor]], device: str
+    ) -> None:
         self.model, self.blocks = model, architecture.blocks
         first = next(model.parameters())
         self.itemsize, self.dtype = first.itemsize, first.dtype
@@ -80,10 +85,12 @@ class Calibrated:
         self.several = len(ids) > 1
         """Then the output for one batch is still there while the block runs on the next."""
         self.hidden, self.feed_forward = self._weight(self._block.feed_forward.down).shape  # type: ignore[union-attr]
+        self.on_cpu, self.all_tokens = device == "cpu", sum(rows.numel() for rows in ids)
+        there = self.all_tokens if self.on_cpu else self.tokens * min(2, len(self.blocks))
         self.base = {
             "weights": held(model),
-            "calibration": sum(rows.nbytes for rows in ids),
-            "hidden states": sum(rows.numel() for rows in ids) * self.hidden * self.itemsize,
+            "calibration": sum(rows.nbytes for rows in ids) if self.on_cpu else 0,
+            "hidden states": there * self.hidden * self.itemsize,
         }
 
     @property
@@ -154,7 +161,7 @@ class Calibrated:
         moved = sum(weights[name].nbytes for name in scaled)
         squares = sum(weights[name].shape[1] ** 2 for name in scaled) * self.wide
         whole = self.hessians() + (0 if self.several else self.feed_forward**2 * self.wide)
-        expected = min(-(-sample // self.tokens) * self.tokens, self.base["calibration"] // 8) * self.hidden
+        expected = min(-(-sample // self.tokens) * self.tokens, self.all_tokens) * self.hidden * self.on_cpu
         before = {**self.base, "statistics": whole + squares}
         down = self._weight(feed_forward.down)
         share = 1.0 if group_size is None else group_size / down.shape[1]
@@ -224,9 +231,11 @@ class Calibrated:
 
 
 def calibrated(
-    model: nn.Module, architecture: Architecture, batches: Iterable[Mapping[str, Tensor]] | None
+    model: nn.Module, architecture: Architecture, batches: Iterable[Mapping[str, Tensor]] | None, device: str
 ) -> Calibrated | None:
     """None where nothing is known of such a model, or of its calibration set."""
     held_out = list(batches or ())
     known = architecture.blocks and architecture.blocks[0].feed_forward is not None
-    return Calibrated(model, architecture, held_out) if known and held_out and "input_ids" in held_out[0] else None
+    return (
+        Calibrated(model, architecture, held_out, device) if known and held_out and "input_ids" in held_out[0] else None
+    )

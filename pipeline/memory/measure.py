@@ -286,6 +286,7 @@ class MeasureTraining(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop()
         self._finished = True
+        self.beside = tuple  # the progress bar asks for `skipped_steps` as long as it lives: a teacher is not to
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException

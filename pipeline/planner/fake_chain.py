@@ -33,6 +33,7 @@ from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.architecture import describe, positions
 from pipeline.planner import formula
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, put_into_files
+from pipeline.planner.gpu import on_host
 from pipeline.planner.live import Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
@@ -213,8 +214,9 @@ class Chain:
         if stage.method.needs_calibration:
             with unset_fake_temporarily():
                 batches = calibration_batches(self.config.calibration, self.data, self.tokenizer, positions(model))
-            context = replace(context, calibration=functools.cache(lambda: [fake_batch(batch) for batch in batches]))
-        context = replace(context, device="cpu")  # whose operators are traced, whatever the device
+            context = replace(
+                context, calibration=functools.cache(lambda: [on_host(self.config, fake_batch(b)) for b in batches])
+            )
         if stage.method.needs_teacher:
             context = replace(context, teacher=self.teacher(stage))
         opened = context.open_model

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.planner import scratch
-from pipeline.planner.live import COUNTING, FILES, Inner
+from pipeline.planner.live import COUNTING, FILES, HOST, Inner
 from pipeline.planner.workspaces import workspace
 from pipeline.precision import cpu_kernels
 from pipeline.schema import RunConfig
@@ -223,5 +223,6 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         if config is not None and config.device.kind() == "cuda" and config.precision.weight_dtype == torch.float64:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # a GPU has no other kernel for float64
         stack.callback(FILES.clear)
+        stack.callback(HOST.clear)
         stack.callback(lambda: [live.forget() for live in tuple(COUNTING)])
         yield mode

@@ -25,6 +25,7 @@ from pipeline.planner.evaluation import trace_evaluation, traced_evaluation
 from pipeline.planner.fake_chain import Chain, Links, as_loaded, give_masks, twin
 from pipeline.planner.fakes import faked, kernels_of, put_into_files
 from pipeline.planner.generation import generates, trace_generation, traced_generation
+from pipeline.planner.gpu import as_on_device
 from pipeline.planner.live import Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
@@ -97,6 +98,12 @@ def declare_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
     """The same by formula, for a model of any size: what the methods themselves say that `prepare` and `finalize` hold,
     where they know, the fits of those that have the task's loss, and what the chain leaves, where no values decide what
     that is. It takes a second or two for 8B weights."""
+    with as_on_device(config):
+        return declared_links(config, data, tokenizer)
+
+
+def declared_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links:
+    """To be called within `as_on_device`."""
     found = Links()
     first, *links = changing_stages(stages_of(config))
     model: nn.Module | None = stage_input.shapes(config, data)

@@ -28,6 +28,8 @@ COUNTING: weakref.WeakSet[Any] = weakref.WeakSet()
 """Each `Live` that there is."""
 FILES: dict[int, torch.UntypedStorage] = {}
 """Storages of fake tensors that stand for such in files, by address."""
+HOST: dict[int, torch.UntypedStorage] = {}
+"""And for such in the memory of a GPU's host, where a plan is a GPU's."""
 SAMPLES = 200
 """Moments of a phase that a plan keeps, for its plot."""
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from pipeline.planner.live import DEVICE, FILES, Block, Inner, Live, device_of
+from pipeline.planner.live import DEVICE, FILES, HOST, Block, Inner, Live, device_of
 
 aten = torch.ops.aten
 COPIES = frozenset({aten.clone.default, aten._to_copy.default})
@@ -35,7 +35,7 @@ SHRINKS = 1e-6
 
 class Supposing(Live):  # type: ignore[no-untyped-call]
     """Counts as `Live` does, but no storage that an operator was only given (what was there before is somebody else's,
-    unless it is said by `hold`), and none in `FILES`."""
+    unless it is said by `hold`), and none in `FILES` or `HOST`."""
 
     def __init__(self, inner: Inner | None = None, workspace: int = 0) -> None:
         super().__init__(inner, workspace)
@@ -55,7 +55,7 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         super()._release(key)
 
     def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
-        if (operator and _key(tensor) in self._given) or _key(tensor) in FILES:
+        if (operator and _key(tensor) in self._given) or _key(tensor) in FILES or _key(tensor) in HOST:
             return None
         return super()._note(tensor, operator, kind)
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeline.layers import kernels, offload, pulse
 from pipeline.planner.fakes import tracing
+from pipeline.planner.gpu import as_on_device
 from pipeline.planner.live import FILES
 from pipeline.schema import RunConfig
 
@@ -54,6 +55,7 @@ def unreal(config: RunConfig) -> Iterator[None]:
         mock.patch.object(kernels, "peak", _peak),
         mock.patch.object(offload, "_written", written),
         mock.patch.object(offload, "_place", place),
+        as_on_device(config),
     ):
         yield
 
