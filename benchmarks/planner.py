@@ -2,8 +2,9 @@
 
 Each config runs in a process of its own, which writes its predictions (traced, and by the formula) before it trains:
 then its model is opened, the stage that trains, the links of the chain, all that is written, and what was stored is
-read back and evaluated, measured by the allocator's events as in every run. A config is its number's: the same on every
-machine. Configs that the rules refuse are drawn anew; what could not be predicted is listed as failed.
+read back, evaluated, and goes on from a prompt, measured by the allocator's events as in every run. A config is its
+number's: the same on every machine. Configs that the rules refuse are drawn anew; what could not be predicted is listed
+as failed.
 
     python benchmarks/planner.py --configs 200 --out DIR      # goes on where DIR was left
     python benchmarks/planner.py --configs 200 --out DIR --report
@@ -30,7 +31,7 @@ environment.prepare()
 from pipeline.app import compose
 from pipeline.errors import ConfigError
 
-PHASES = ("load", "train", "compress", "save", "evaluate")
+PHASES = ("load", "train", "compress", "save", "evaluate", "generate")
 COMMON = [
     "trainer=smoke", "trainer.max_steps=4", "trainer.evaluate_every=0", "trainer.checkpoint_every=100", "device=cpu",
     "plan.calibrate=false",  # what is compared is the plan, not what this machine has learned
@@ -127,12 +128,16 @@ def settings(draw: random.Random, link: str) -> list[str]:
 
 def one(number: int, out: Path) -> None:
     """Predict, write, run, measure, write."""
+    import torch
+
     from pipeline.artifact import store
     from pipeline.memory.measure import measure_peak
+    from pipeline.planner.generation import Prompt
     from pipeline.planner.plan import plan
     from pipeline.report.progress import Progress
     from pipeline.report.result import new_result
     from pipeline.tasks import lookup
+    from pipeline.tasks.causal_lm import PROMPT_TOKENS
     from pipeline.walk import Run, begin, changing_stages, enter_peak, evaluate, preflight, stages_of, walk
 
     words = drawn(number)
@@ -149,7 +154,7 @@ def one(number: int, out: Path) -> None:
         return
     for level in ("trace", "formula"):
         started = time.process_time()
-        planned = plan(config, data, level=level)
+        planned = plan(compose([*words, "job=plan"]), data, level=level)  # which has generation in it
         found[level] = {name: phase.bytes for name, phase in planned.phases.items()}
         found[f"{level}_open"] = planned.open
         found[f"{level}_seconds"] = time.process_time() - started
@@ -166,6 +171,14 @@ def one(number: int, out: Path) -> None:
         with measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak:
             evaluate(run, after)
         enter_peak(run.result, "evaluate", peak)
+        if hasattr(task, "generate"):
+            with (
+                measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
+                config.precision.evaluation_context(run.device),
+                torch.inference_mode(),
+            ):
+                task.generate(after, Prompt(PROMPT_TOKENS), "", config.generate.max_new_tokens, 0.0, 0)
+            enter_peak(run.result, "generate", peak)
         found["measured"] = run.result["memory"]["measured"]
         found["parameters"] = sum(weight.numel() for weight in after.parameters())
     write(out, number, found)

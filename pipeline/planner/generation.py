@@ -82,7 +82,7 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
     live.phase = "activations"
     try:
         with live, folded(model, blocks, folding), replaying(live), config.precision.evaluation_context("cpu"):
-            task.generate(model, _Prompt(prompt), "", tokens, config.generate.temperature, 0)
+            task.generate(model, Prompt(prompt), "", tokens, config.generate.temperature, 0)
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,7 +96,7 @@ def _cached(cache: Any) -> list[Tensor]:
     return [value for values in layers for value in values if isinstance(value, Tensor)]
 
 
-class _Prompt:
+class Prompt:
     """In place of a tokenizer: a prompt of so many tokens, and no token at which a text ends."""
 
     eos_token_id = bos_token_id = None
