@@ -119,7 +119,7 @@ class Folding:
             for event in folded.events[number : number + 1]:
                 block, sign, _ = event
                 events += [event] * (1 + (copies.pop(id(block), 0) if sign < 0 and number not in own else 0))
-        return Timeline(events, marks)
+        return Timeline(events, marks, folded.cuda)
 
 
 @contextmanager

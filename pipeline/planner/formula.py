@@ -75,6 +75,7 @@ def training(
     blocks = [block.name for block in architecture.blocks]
     split_layers(model, architecture, ranks.tensor_ranks)
     account = Account(inner)
+    account.timeline.cuda = config.device.kind() == "cuda"
     with ExitStack() as stack:
         stack.enter_context(tracing(config))
         step = steps(config, faked(model), stage.fit.lr, inner)

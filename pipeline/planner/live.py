@@ -8,6 +8,7 @@ seen, but for those in `inner`, and the workspaces of matrix products.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pipeline.layers.quantized import QuantizedLayer
+from pipeline.planner.pool import pooled
 from pipeline.planner.workspaces import BIASED, PRODUCTS, WITH_BIAS, WORKSPACES
 
 Inner = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -34,6 +36,8 @@ SAMPLES = 200
 """Moments of a phase that a plan keeps, for its plot."""
 
 
+ROUNDING = "rounding of CUDA's pool"
+"""What blocks take beside the tensors in them: a kind in a plan."""
 STEP_DONE = "step is done"
 """Marks what a fit keeps between two steps."""
 DEVICE = torch.ops.prim.device.default
@@ -63,11 +67,12 @@ Event = tuple[Block, int, str]
 
 @dataclass
 class Timeline:
-    """Allocations and releases in order."""
+    """Allocations and releases in order. `cuda`: by the pool of torch for CUDA, which gives blocks of certain sizes."""
 
     events: list[Event] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)
     """(number of events before it, name) of moments that were marked."""
+    cuda: bool = False
 
     def since(self, mark: str) -> range:
         """Events from the first mark of that name on."""
@@ -84,19 +89,24 @@ class Timeline:
     def peak(self, span: range | None = None) -> Peak:
         """The largest sum of live bytes within `span` (all events if None), and what it is made of."""
         span = range(len(self.events)) if span is None else span
-        held, highest, at = 0, -1, -1
-        for number, (block, sign, _) in enumerate(self.events[: span.stop]):
-            held += sign * block.bytes
-            if number >= span.start and held > highest:
+        highest, at = 0, -1
+        for number, held in enumerate(self._held(span.stop)):
+            # What is there when it begins counts, and is said to be of the event before.
+            if number >= span.start - 1 and (held > highest or at < 0):
                 highest, at = held, number
-        before = sum(sign * block.bytes for block, sign, _ in self.events[: span.start])
-        if before >= highest:
-            highest, at = before, span.start - 1
         kinds: dict[str, int] = {}
         for block, sign, _ in self.events[: at + 1]:
             kinds[block.kind] = kinds.get(block.kind, 0) + sign * block.bytes
+        if rest := highest - sum(kinds.values()):
+            kinds[ROUNDING] = rest
         operator = self.events[at][2] if at >= 0 else ""
         return Peak(highest, {kind: held for kind, held in kinds.items() if held}, operator, self.course(span))
+
+    def _held(self, stop: int) -> Iterable[int]:
+        """Bytes after each event before number `stop`."""
+        if self.cuda:
+            return (held for held, _ in pooled(self.events[:stop]))
+        return itertools.accumulate(sign * block.bytes for block, sign, _ in self.events[:stop])
 
     def course(self, span: range, samples: int = SAMPLES) -> Course:
         """Live bytes by kind at no more than `samples` moments within `span`: of each stretch of equally many events
@@ -166,7 +176,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, inner: Inner | None = None, workspace: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.timeline = Timeline()
+        self.timeline = Timeline(cuda=workspace > 0)
         self.phase = "other"
         """What storages that appear now are for, unless somebody says."""
         self._inner = inner

@@ -50,7 +50,7 @@ NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
 """And where a CPU computes in 16 bits, in so large a phase that operators may be too large to be tried (`scratch`)."""
 SHARDED = 0.3
 """And of ranks that gather what they share (fsdp, ZeRO 3): what was measured varied from run to run by as much."""
-ON_GPU, COMPRESSED_ON_GPU = 0.08, 0.15
+ON_GPU, COMPRESSED_ON_GPU = 0.05, 0.15
 """And on a GPU, whose kernels are supposed to hold what a CPU's hold, but for workspaces of matrix products; and of
 links and what they leave there: of ten recorded on an H200 -10% to +3%, with the plans mended on these same ten."""
 TRACED = ("cpu", "cuda")

@@ -9,10 +9,12 @@ fits best is taken and split; what is freed joins its free neighbours, and stays
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pipeline.planner.live import Event
+if TYPE_CHECKING:
+    from pipeline.planner.live import Event
 
 MIN_BLOCK = 512
 SMALL = 1 << 20
@@ -125,12 +127,20 @@ class Pool:
         piece.free = True
 
 
-def reserved(events: Iterable[Event]) -> int:
-    """The most that a pool, empty at first, takes from the device for what is allocated and released in order."""
-    pool, pieces = Pool(), dict[int, Piece]()
+def pooled(events: Iterable[Event]) -> Iterator[tuple[int, int]]:
+    """(bytes of the blocks in use, bytes taken from the device) after each event, of a pool that is empty at first.
+
+    One block of a timeline may be there several times, as those of layers that are alike.
+    """
+    pool, pieces = Pool(), dict[int, list[Piece]]()
     for block, sign, _ in events:
         if sign > 0 and block.bytes:
-            pieces[id(block)] = pool.allocate(block.bytes)
-        elif sign < 0 and id(block) in pieces:
-            pool.release(pieces.pop(id(block)))
-    return pool.reserved
+            pieces.setdefault(id(block), []).append(pool.allocate(block.bytes))
+        elif sign < 0 and pieces.get(id(block)):
+            pool.release(pieces[id(block)].pop())
+        yield pool.allocated, pool.reserved
+
+
+def reserved(events: Iterable[Event]) -> int:
+    """The most that a pool takes from the device for what is allocated and released in order."""
+    return max((taken for _, taken in pooled(events)), default=0)

@@ -105,7 +105,9 @@ def trace_training(
         steps = min(STEPS, stage.fit.steps)
         peak = traced_fit(config, stage, model, task, architecture, batch, live, steps, since=steps - 1)
         if config.device.kind() == "cuda":  # whose pool keeps what steps before took
-            peak = replace(peak, reserved=reserved(with_another_step(live.timeline, steps - 1)))
+            longer = Timeline(with_another_step(live.timeline, steps - 1), live.timeline.marks, cuda=True)
+            most = longer.peak(longer.since(f"step {steps - 1}"))
+            peak = replace(most, course=peak.course, kept=peak.kept, reserved=reserved(longer.events))
         return peak
 
 
