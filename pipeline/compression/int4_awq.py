@@ -105,10 +105,14 @@ class Int4Awq(GroupQuantizer):
         if known is None:
             return None
         between = activation(model)
-        trying = known.trying(
-            self.layers(model, context), between is None or is_homogeneous(between), SEARCH_TOKENS, self.group_size
-        )
-        return largest([known.running(known.hessians(), known.widened + known.wide), *trying])
+        homogeneous = between is None or is_homogeneous(between)
+        trying = known.trying(self.layers(model, context), homogeneous, SEARCH_TOKENS, self.group_size)
+        # Magnitudes of the inner rows are looked at only where scales can pass to them.
+        magnitudes = known.wide if homogeneous or known.gated else 0
+        running = known.running(known.hessians(), known.widened + magnitudes)
+        nearest = known.nearest(self.layers(model, context), SEARCH_TOKENS)
+        running["activations"] += nearest.pop("activations")
+        return largest([{**running, **nearest}, *trying])
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
         assert context.calibration is not None

@@ -144,6 +144,12 @@ class Calibrated:
             {**base, "activations": product, "working set": 2 * weight.numel() * self.wide},
         ]
 
+    def nearest(self, layers: Sequence[str], sample: int) -> Terms:
+        """What AWQ has from its beginning on: integers rounded to nearest, what a block gives for so many tokens."""
+        tokens = min(-(-sample // self.tokens) * self.tokens, self.all_tokens) if self.on_cpu else 0
+        rounded = sum(weight.numel() for weight in self.inside(layers).values())
+        return {"activations": tokens * self.hidden * self.itemsize, "working set": rounded}
+
     def trying(self, layers: Sequence[str], homogeneous: bool, sample: int, group_size: int | None) -> list[Terms]:
         """AWQ has its statistics; and with scales moved ranges of the largest layer are narrowed, and a block runs with
         integers that are tried, beside the best ones so far.
@@ -157,11 +163,11 @@ class Calibrated:
         scaled = {name for name in weights if name != feed_forward.down or homogeneous or self.gated}
         if attention and attention.value == attention.query:
             scaled.discard(attention.output)
-        rounded = sum(weight.numel() for weight in weights.values())
+        first = self.nearest(layers, sample)
+        rounded, expected = first["working set"], first["activations"]
         moved = sum(weights[name].nbytes for name in scaled)
         squares = sum(weights[name].shape[1] ** 2 for name in scaled) * self.wide
         whole = self.hessians() + (0 if self.several else self.feed_forward**2 * self.wide)
-        expected = min(-(-sample // self.tokens) * self.tokens, self.all_tokens) * self.hidden * self.on_cpu
         before = {**self.base, "statistics": whole + squares}
         down = self._weight(feed_forward.down)
         share = 1.0 if group_size is None else group_size / down.shape[1]
@@ -171,18 +177,18 @@ class Calibrated:
         return [
             {
                 **self.base,
-                "activations": expected * self.itemsize,
+                "activations": expected,
                 "statistics": whole + means,
                 "working set": rounded,
             },
             {
                 **before,
-                "activations": expected * self.itemsize,
+                "activations": expected,
                 "working set": rounded + moved + int(copies * down.numel() * self.wide),
             },
             {
                 **before,
-                "activations": inner + expected * self.itemsize,
+                "activations": inner + expected,
                 "working set": 2 * rounded + moved + rounded * self.itemsize,
             },
         ]
