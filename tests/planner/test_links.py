@@ -285,12 +285,13 @@ import sys
 from unittest.mock import Mock
 from pipeline.app import compose
 from pipeline.planner.plan import plan
-config = compose(["model=gpt_nano", "model.layers=1", "device=cpu", "compression=[magnitude,int8]"])
-found = plan(config, config.data.open(config.model.tokenizer()))
-assert found.phases["compress"].source == "traced", found.open
+for device in (["device=cpu"], ["device=cuda", "device.memory=80GiB"]):
+    config = compose(["job=plan", "model=gpt_nano", "model.layers=1", *device, "compression=[magnitude,int8]"])
+    found = plan(config, config.data.open(config.model.tokenizer()))
+    assert found.phases["compress"].source == "traced", found.open
 for name, module in sorted(sys.modules.items()):
     for key, value in vars(module).items() if name.startswith("pipeline.") else ():
-        if isinstance(value, Mock) or "<locals>" in getattr(value, "__qualname__", "") and value.__module__ == PLACE:
+        if isinstance(value, Mock) or "<locals>" in getattr(value, "__qualname__", "") and value.__module__ in PLACES:
             print(name, key)
 """
 
@@ -318,6 +319,6 @@ def test_weights_in_files_are_memory_where_a_gpu_or_a_generation_reads_them(chai
 
 def test_no_module_that_a_plan_imports_first_keeps_what_stood_in_for_a_function():
     # In a process that has imported nothing before: quantized layers of models in files stayed in memory for it.
-    code = LEFT.replace("PLACE", "'pipeline.planner.unreal'")
+    code = LEFT.replace("PLACES", "('pipeline.planner.unreal', 'pipeline.planner.gpu')")
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == ""
