@@ -90,7 +90,8 @@ class Timeline:
         """The largest sum of live bytes within `span` (all events if None), and what it is made of."""
         span = range(len(self.events)) if span is None else span
         highest, at = 0, -1
-        for number, held in enumerate(self._held(span.stop)):
+        totals = list(self._held(span.stop))
+        for number, held in enumerate(totals):
             # What is there when it begins counts, and is said to be of the event before.
             if number >= span.start - 1 and (held > highest or at < 0):
                 highest, at = held, number
@@ -100,7 +101,7 @@ class Timeline:
         if rest := highest - sum(kinds.values()):
             kinds[ROUNDING] = rest
         operator = self.events[at][2] if at >= 0 else ""
-        return Peak(highest, {kind: held for kind, held in kinds.items() if held}, operator, self.course(span))
+        return Peak(highest, {kind: held for kind, held in kinds.items() if held}, operator, self._course(span, totals))
 
     def _held(self, stop: int) -> Iterable[int]:
         """Bytes after each event before number `stop`."""
@@ -108,20 +109,22 @@ class Timeline:
             return (held for held, _ in pooled(self.events[:stop]))
         return itertools.accumulate(sign * block.bytes for block, sign, _ in self.events[:stop])
 
-    def course(self, span: range, samples: int = SAMPLES) -> Course:
-        """Live bytes by kind at no more than `samples` moments within `span`: of each stretch of equally many events
-        the one with the largest sum, so that no peak is lost."""
+    def _course(self, span: range, totals: Sequence[int]) -> Course:
+        """Live bytes by kind at no more than `SAMPLES` moments within `span`: of each stretch of equally many events
+        the one with the largest sum, so that no peak is lost. `totals`: bytes after each event."""
         held: dict[str, int] = {}
         highest: dict[int, tuple[int, dict[str, int]]] = {}
-        stretch = max(1, -(-len(span) // samples))
+        stretch = max(1, -(-len(span) // SAMPLES))
         for number, (block, sign, _) in enumerate(self.events[: span.stop]):
             held[block.kind] = held.get(block.kind, 0) + sign * block.bytes
             if number < span.start:
                 continue
-            at, total = (number - span.start) // stretch, sum(held.values())
+            at, total = (number - span.start) // stretch, totals[number]
             if at not in highest or total > highest[at][0]:
-                highest[at] = (total, dict(held))
-        kinds = {kind: [held.get(kind, 0) for _, held in highest.values()] for kind in held}
+                rest = total - sum(held.values())
+                highest[at] = (total, {**held, ROUNDING: rest} if rest else dict(held))
+        names = dict.fromkeys(kind for _, held in highest.values() for kind in held)
+        kinds = {kind: [held.get(kind, 0) for _, held in highest.values()] for kind in names}
         moments = [((number - span.start) // stretch, name) for number, name in self.marks if number in span]
         return Course({kind: course for kind, course in kinds.items() if any(course)}, moments)
 

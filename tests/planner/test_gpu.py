@@ -96,6 +96,7 @@ def test_a_block_of_cudas_pool_that_is_not_split_counts_whole():
     peak = Timeline(events, cuda=True).peak()  # 20 MiB are taken for the first, and left whole to the second
     assert peak.bytes == 23 * mib
     assert peak.kinds == {"weights": 19 * mib, "other": 3 * mib, ROUNDING: mib}
+    assert max(map(sum, zip(*peak.course.kinds.values(), strict=True))) == peak.bytes
 
 
 # Of Wanda more was measured than anything here explains, and of distillation's evaluation a teacher that stayed.
