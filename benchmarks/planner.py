@@ -152,9 +152,10 @@ def one(number: int, out: Path) -> None:
     except ConfigError as error:  # what only shapes tell: no config that runs
         write(out, number, {**found, "refused": error.problems[0]})
         return
+    asked_to_plan = compose([*words, "job=plan"])  # whose plan has generation in it
     for level in ("trace", "formula"):
         started = time.process_time()
-        planned = plan(compose([*words, "job=plan"]), data, level=level)  # which has generation in it
+        planned = plan(asked_to_plan, data, level=level)
         found[level] = {name: phase.bytes for name, phase in planned.phases.items()}
         found[f"{level}_open"] = planned.open
         found[f"{level}_seconds"] = time.process_time() - started

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeline.layers import float8, kernels
-from pipeline.planner.live import HOST
+from pipeline.planner.live import HOST, storage_key, uncounted
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch
 
@@ -40,7 +40,7 @@ def as_on_gpu() -> Iterator[None]:
         moved = tensor
         if place == "cpu":
             moved = hosted(tensor)
-        elif place is not None and torch.device(place).type == "cuda" and key(tensor) in HOST:
+        elif place is not None and torch.device(place).type == "cuda" and storage_key(tensor) in HOST:
             moved = torch.empty_like(tensor)
         return plain(moved, *args, **kwargs) if args or kwargs else moved
 
@@ -69,19 +69,11 @@ def as_on_gpu() -> Iterator[None]:
 
 def hosted(tensor: Tensor) -> Tensor:
     """`tensor` in the host's memory, which does not count."""
-    if key(tensor) in HOST:
-        return tensor
-    made = torch.empty(0, dtype=tensor.dtype)
-    HOST[key(made)] = made.untyped_storage()
-    return made.resize_(tensor.shape)
+    return tensor if storage_key(tensor) in HOST else uncounted(tensor, tensor.dtype, HOST)
 
 
 def on_host(config: RunConfig, batch: Batch) -> Batch:
     """`batch`, of fake tensors, in the host's memory from now on, if the device of `config` has its own."""
     if config.device.kind() == "cuda":
-        HOST.update({key(tensor): tensor.untyped_storage() for tensor in batch.values()})
+        HOST.update({storage_key(tensor): tensor.untyped_storage() for tensor in batch.values()})
     return batch
-
-
-def key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

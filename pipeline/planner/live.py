@@ -158,6 +158,18 @@ def device_of(tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def storage_key(tensor: Tensor) -> int:
+    """What the storage behind a fake tensor is known by, as long as it lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def uncounted(tensor: Tensor, dtype: torch.dtype, place: dict[int, torch.UntypedStorage]) -> Tensor:
+    """A fake tensor of the shape of `tensor` in `FILES` or in `HOST`: entered there before it has any bytes."""
+    made = torch.empty(0, dtype=dtype)
+    place[storage_key(made)] = made.untyped_storage()
+    return made.resize_(tensor.shape)
+
+
 def by_kind(model: nn.Module) -> dict[str, list[Tensor]]:
     """A model's own tensors. What a quantized layer holds in its weight's place is weights too, though no parameter."""
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLayer)]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from pipeline.planner.live import DEVICE, FILES, HOST, Block, Inner, Live, device_of
+from pipeline.planner.live import DEVICE, FILES, HOST, Block, Inner, Live, device_of, storage_key
 
 aten = torch.ops.aten
 COPIES = frozenset({aten.clone.default, aten._to_copy.default})
@@ -55,7 +55,8 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         super()._release(key)
 
     def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
-        if (operator and _key(tensor) in self._given) or _key(tensor) in FILES or _key(tensor) in HOST:
+        key = storage_key(tensor)
+        if (operator and key in self._given) or key in FILES or key in HOST:
             return None
         return super()._note(tensor, operator, kind)
 
@@ -71,18 +72,18 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         if func is aten.bincount.default:  # whose number of bins is a value
             least = (kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0)
             func, args, kwargs = aten.zeros.default, ([least],), {"dtype": torch.int64}
-        given = {_key(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {storage_key(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
         self._given = given
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func in COPIES:
             if args[0].dtype == out.dtype:
                 # By a number, since the next storage may get the key of a source that is let go.
-                self._origins[_key(out)] = self._origins.setdefault(_key(args[0]), next(self._numbers))
-                self._copies.add(_key(out))
+                self._origins[storage_key(out)] = self._origins.setdefault(storage_key(args[0]), next(self._numbers))
+                self._copies.add(storage_key(out))
         elif func in COUNTS and args[0].dtype == torch.bool:
-            self._counted[_key(out)] = args[0].numel()
+            self._counted[storage_key(out)] = args[0].numel()
         elif func.namespace == "aten" and "linalg" in func.__name__ and isinstance(out, tuple):
-            self._codes |= {_key(part) for part in out if part.dtype == torch.int32}
+            self._codes |= {storage_key(part) for part in out if part.dtype == torch.int32}
         return out
 
     def _value(self, scalar: Tensor) -> bool | int | float:
@@ -91,7 +92,7 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
         if scalar.dtype.is_floating_point:
             self._read += 1
             return SMALL / (1 + SHRINKS * self._read)
-        key = _key(scalar)
+        key = storage_key(scalar)
         if key in self._codes:
             return 0
         if key in self._counted:
@@ -102,11 +103,7 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
     def _equal(self, one: Tensor, other: Tensor) -> bool:
         if one.shape != other.shape:
             return False
-        first, second = _key(one), _key(other)
+        first, second = storage_key(one), storage_key(other)
         if first not in self._copies and second not in self._copies:
             return True
         return self._origins.get(first) == self._origins.get(second)
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

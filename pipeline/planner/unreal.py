@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pipeline.layers import kernels, offload, pulse
 from pipeline.planner.fakes import tracing
 from pipeline.planner.gpu import as_on_device
-from pipeline.planner.live import FILES
+from pipeline.planner.live import FILES, storage_key, uncounted
 from pipeline.schema import RunConfig
 
 
@@ -26,7 +26,7 @@ def unreal(config: RunConfig) -> Iterator[None]:
     kernels.choose(torch.device("cpu"), torch.float32, 1)  # which kernel is exact here is found by trying it, for good
 
     def address(tensor: Tensor) -> int:
-        return int(tensor.untyped_storage()._cdata) + int(tensor.storage_offset()) * tensor.itemsize
+        return storage_key(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
     def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         # torch would copy the bytes behind a tensor that has an address.
@@ -36,12 +36,10 @@ def unreal(config: RunConfig) -> Iterator[None]:
         return cast(Tensor, memo[id(tensor)])
 
     def written(tensor: Tensor, directory: Path, dtype: torch.dtype) -> Tensor:
-        made = torch.empty(0, dtype=dtype)
-        FILES[made.untyped_storage()._cdata] = made.untyped_storage()
-        return made.resize_(tensor.shape)
+        return uncounted(tensor, dtype, FILES)
 
     def place(tensor: Tensor) -> Path | None:
-        return Path() if tensor.untyped_storage()._cdata in FILES else None
+        return Path() if storage_key(tensor) in FILES else None
 
     # Only names that no other module takes for its own: one first imported meanwhile would keep what stands in for it.
     with (
