@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import LeanfitError
-from pipeline.layers.sparsity import MASK
+from pipeline.layers.structure import shapes_of
 from pipeline.models.base import Architecture
 from pipeline.models.unfilled import on_meta
 
@@ -86,7 +86,7 @@ def depth_problem(model: nn.Module, architecture: Architecture, kept: Sequence[i
     except Exception as error:  # whatever a model's class makes of a config it was not meant for
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{kind} cannot be built with {len(kept)} blocks: {first}"
-    if _shapes(twin) != _shapes(model, _stack(architecture), kept):
+    if shapes_of(twin) != _kept_shapes(model, _stack(architecture), kept):
         return f"{kind} with {len(kept)} blocks has other layers than those of its blocks {list(kept)}"
     return None
 
@@ -120,11 +120,9 @@ def _count(config: Any, total: int, kept: Sequence[int]) -> bool:
     return bool(counts)
 
 
-def _shapes(model: nn.Module, stack: str = "", kept: Sequence[int] | None = None) -> dict[str, torch.Size]:
-    """Shapes of what is stored, by name, masks left out; with `kept`, of those blocks alone, numbered anew."""
-    found = {name: value.shape for name, value in model.state_dict().items() if name.rpartition(".")[2] != MASK}
-    if kept is None:
-        return found
+def _kept_shapes(model: nn.Module, stack: str, kept: Sequence[int]) -> dict[str, torch.Size]:
+    """Shapes of what is stored with the blocks `kept` alone, numbered anew."""
+    found = shapes_of(model)
     places = {str(old): str(new) for new, old in enumerate(kept)}
     renamed = {}
     for name, shape in found.items():

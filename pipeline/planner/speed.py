@@ -29,6 +29,9 @@ from pipeline.fitting import micro_batch_size
 from pipeline.memory.saving import KEPT
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
+from pipeline.parallelism.sharding import Columns, tensor_parallel_plan
+from pipeline.planner import communication
+from pipeline.planner.communication import Model, Sums, sent_of
 from pipeline.planner.fakes import fake_batch, faked, sixteen_bit, tracing
 from pipeline.planner.live import Live
 from pipeline.planner.trained import adapted
@@ -71,10 +74,6 @@ class Rates:
     """Whether operators begin while others still run: then a start only counts where the work is shorter."""
 
 
-LINKS = {"cuda": 200e9, "cpu": 2e9, "mps": 2e9, "tpu": 100e9}
-"""Bytes a second between devices of one machine: assumed."""
-NETWORK = 10e9
-"""Between machines: assumed."""
 DISK = {"host": 12e9, "disk": 1e9}
 """Of PCI Express to the host, of a local disk: assumed."""
 now = time.perf_counter
@@ -91,12 +90,16 @@ ASSUMED = {
 
 
 class Operators(Live):  # type: ignore[no-untyped-call]
-    """Lists the operators that run under it, in a FakeTensorMode; `part` says which part of a step it is."""
+    """Lists the operators that run under it, in a FakeTensorMode; `part` says which part of a step it is.
+
+    `forward`, `backward`: what tensor parallelism would sum over its ranks of what passes by.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__(sixteen_bit if kind == "cpu" else None)
         self.part: Part = "rest"
         self.found: list[Operator] = []
+        self.forward, self.backward = Sums(), Sums()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -141,8 +144,8 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
 
 def passes(
     config: RunConfig, stage: Stage, model: nn.Module, task: Task, architecture: Architecture, batch: Batch
-) -> list[Operator]:
-    """The operators of the forward and backward pass of one micro batch, without any saving of memory.
+) -> Operators:
+    """The forward and backward pass of one micro batch, without any saving of memory.
 
     Args:
         model: on the meta device, as the fit of `stage` begins with it; it is filled with fake tensors in place.
@@ -160,7 +163,7 @@ def passes(
                 loss.backward()  # type: ignore[no-untyped-call]
         finally:
             takes_off()
-    return operators.found
+    return operators
 
 
 def stepping(config: RunConfig, stage: Stage, model: nn.Module) -> list[Operator]:
@@ -184,7 +187,8 @@ def stepping(config: RunConfig, stage: Stage, model: nn.Module) -> list[Operator
 
 @contextmanager
 def _parts(model: nn.Module, architecture: Architecture, operators: Operators) -> Iterator[None]:
-    """Says to `operators` when the forward pass enters and leaves the blocks, and when it comes to the head."""
+    """Says to `operators` when the forward pass enters and leaves the blocks, when it comes to the head, and what goes
+    into and comes out of layers that tensor parallelism splits."""
 
     def enter(part: Part) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -192,7 +196,17 @@ def _parts(model: nn.Module, architecture: Architecture, operators: Operators) -
 
         return hook
 
+    def goes_in(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        operators.backward = operators.backward.and_one(inputs[0].nbytes)
+
+    def comes_out(_: nn.Module, __: Any, output: Tensor) -> None:
+        operators.forward = operators.forward.and_one(output.nbytes)
+
     handles = []
+    for name, how in tensor_parallel_plan(architecture).items():
+        layer = model.get_submodule(name)
+        split = isinstance(how, Columns)
+        handles.append(layer.register_forward_pre_hook(goes_in) if split else layer.register_forward_hook(comes_out))
     for block in architecture.blocks:
         module = model.get_submodule(block.name)
         handles += [module.register_forward_pre_hook(enter("blocks")), module.register_forward_hook(enter("rest"))]
@@ -208,17 +222,12 @@ def _parts(model: nn.Module, architecture: Architecture, operators: Operators) -
 @dataclass(frozen=True)
 class Work:
     """What training has to do: the operators for micro batches of one sample and of two, those of an optimizer step;
-    and bytes that do not grow with the batch."""
+    and what of the model is sent between ranks."""
 
     one: Sequence[Operator]
     two: Sequence[Operator]
     step: Sequence[Operator]
-    weights: int
-    """Bytes of all weights."""
-    gradients: int
-    """Bytes of the gradients of those that are trained."""
-    trained: int
-    """How many tensors are trained."""
+    model: Model
     known: dict[Any, dict[str, float]] = field(default_factory=dict, compare=False)
 
     @property
@@ -268,29 +277,29 @@ class Workbook:
     def __init__(self, build: Callable[[], nn.Module], task: Task, sample: Batch) -> None:
         self.build, self.task, self.sample = build, task, sample
         self._passes: dict[Any, tuple[list[Operator], list[Operator]]] = {}
+        self._sums: dict[Any, tuple[Sums, Sums]] = {}
         self._steps: dict[Any, list[Operator]] = {}
 
     def work(self, config: RunConfig, stage: Stage) -> Work:
         """The work of the fit of `stage`."""
         base = (config.precision, config.adapter, repr(link_under_adapters(config)))
         if base not in self._passes:
-            one, two = (self._listed(config, stage, samples) for samples in (1, 2))
+            first, second = (self._listed(config, stage, samples) for samples in (1, 2))
+            self._sums[base] = first.forward, first.backward
+            one, two = first.found, second.found
             if len(one) != len(two):  # kernels chosen by the batch: as of two samples
                 one = [operator._replace(flops=operator.flops / 2, bytes=operator.bytes / 2) for operator in two]
             self._passes[base] = one, two
         if (key := (*base, config.optimizer)) not in self._steps:
             self._steps[key] = stepping(config, stage, self.model(config, stage))
-        model = self.model(config, stage)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        weights = sum(weight.nbytes for weight in model.parameters())
-        gradients = sum(weight.nbytes for weight in trained)
-        return Work(*self._passes[base], self._steps[key], weights, gradients, len(trained))
+        sent = sent_of(self.model(config, stage), *self._sums[base])
+        return Work(*self._passes[base], self._steps[key], sent)
 
     def model(self, config: RunConfig, stage: Stage) -> nn.Module:
         """What the fit begins with, on the meta device."""
         return adapted(config, stage, self.build())
 
-    def _listed(self, config: RunConfig, stage: Stage, samples: int) -> list[Operator]:
+    def _listed(self, config: RunConfig, stage: Stage, samples: int) -> Operators:
         model = self.model(config, stage)
         batch = {name: torch.cat([tensor] * samples) for name, tensor in self.sample.items()}
         return passes(config, stage, model, self.task, describe(model), batch)
@@ -313,48 +322,24 @@ def step_seconds(config: RunConfig, work: Work, rates: Rates, activations: int =
         once += cost["not kept"] + 2 * work.in_blocks * rates.watched
     if memory.loss_chunks > 1:
         once += cost["head"] + 3 * (memory.loss_chunks - 1) * work.in_head * rates.start  # forward, again, backward
-    total = accumulation * once + (accumulation - 1) * 3 * work.gradients / rates.bandwidth
+    total = accumulation * once + (accumulation - 1) * 3 * work.model.gradients / rates.bandwidth
     if memory.step_in_backward:
-        total += work.trained * rates.step
+        total += len(work.model.trained) * rates.step
     if config.trainer.grad_clip is not None:
-        total += 3 * work.gradients / rates.bandwidth
+        total += 3 * work.model.gradients / rates.bandwidth
     total += cost["step"] / (parallelism.ranks if parallelism.sharded else 1)  # each rank steps its own
     total *= shared
     if memory.activation_offload != "none":
         total += accumulation * 2 * activations / DISK[memory.activation_offload]
     if memory.optimizer_offload != "none":
         total += sum(operator.bytes for operator in work.step) / DISK[memory.optimizer_offload]
-    return total + communication(config, work, accumulation) / link(config)
+    return total + communication.seconds(config, work.model, total)
 
 
 def _cost(operator: Operator, rates: Rates, split: int) -> float:
     rate = rates.flops.get(operator.dtype, rates.flops["float32"])
     busy = max(operator.flops / rate, operator.bytes / rates.bandwidth) / split
     return max(busy, rates.start) if rates.asynchronous else busy + rates.start
-
-
-def communication(config: RunConfig, work: Work, accumulation: int) -> float:
-    """Bytes that a rank sends in a step: ring algorithms send 2 (N - 1) / N of a sum's, half of that of a gather's.
-
-    Gradients alone (`ddp`); weights gathered in each forward pass, where they were let go in each backward pass, and
-    gradients summed to shards (`fsdp`); activations of two layers a block each way (`tp`) are taken as the weights'.
-    """
-    parallelism = config.parallelism
-    if not parallelism.distributed or parallelism.ranks == 1:
-        return 0.0
-    share = (parallelism.ranks - 1) / parallelism.ranks
-    if not parallelism.sharded:
-        return 2 * share * work.gradients
-    gathers = 2 if getattr(parallelism, "reshard", True) else 1
-    if parallelism.name == "deepspeed":
-        stage = getattr(parallelism, "stage", 2)
-        return share * ((2 if stage == 3 else 1) * work.weights + accumulation * work.gradients)
-    return share * accumulation * (gathers * work.weights + work.gradients)
-
-
-def link(config: RunConfig) -> float:
-    """Bytes a second between the ranks."""
-    return NETWORK if config.parallelism.nodes > 1 else LINKS[config.device.kind()]
 
 
 def rates_of(kind: str, dtypes: Iterable[str], here: bool) -> Rates:
