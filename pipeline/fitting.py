@@ -284,6 +284,7 @@ def quiet_lightning() -> Iterator[None]:
             ".*Checkpoint directory .* exists.*",
             ".*returned a view tensor. An in-place op.*",  # blocks of OPT under FSDP; nothing writes in place
             ".*treespec, LeafSpec.*",  # lightning's own use of a deprecated torch name
+            ".*`srun` command is available.*",  # ranks are started by `parallelism.launcher`
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

@@ -1,6 +1,7 @@
 """What a fit leaves behind."""
 
 import gc
+import os
 import weakref
 from functools import partial
 from io import StringIO
@@ -165,3 +166,11 @@ def test_generators_are_seeded_as_torch_seeds_them(device: str) -> None:
     seed_generators(1_000_003, torch.device(device))
     assert torch.equal(torch.rand(3), expected[0])
     assert torch.equal(torch.rand(3, device=device), expected[1])
+
+
+def test_a_fit_where_slurm_is_installed_does_not_ask_to_be_started_by_it(tmp_path, monkeypatch):
+    srun = tmp_path / "srun"
+    srun.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    _, train = ready(tmp_path, "trainer.max_steps=1")
+    train()  # a warning is an error here
