@@ -1,7 +1,8 @@
-"""What holds for every test: the program's own process settings, receipts without their imports, no log left open."""
+"""What holds for every test: the program's own process settings, programs without their imports, no log left open."""
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,9 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 environment.prepare()  # as the line above, it is read when torch is imported: by all that follows
 
-from pipeline.artifact import receipt  # noqa: E402
 from pipeline.tasks import causal_lm, image_classification  # noqa: E402
-from tests.receipts import Receipts  # noqa: E402
+from tests import forks  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +41,20 @@ def _few_rounds_of_speed() -> None:
         task.SPEED_SECONDS = 0.0
 
 
-@pytest.fixture(scope="session")
-def receipts() -> Iterator[Receipts]:
-    started = Receipts()
-    yield started
-    started.close()
+@pytest.fixture(autouse=True, scope="session")
+def _real_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Programs of the project come without the seconds that imports take."""
+    real, base = sys.executable, tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all workers, as long as what started them lives
+        sys.executable = str(forks.interpreter(base.parent / "forks", os.getppid()))
+    else:
+        sys.executable = str(forks.interpreter(base / "forks", os.getpid()))
+    yield real
+    sys.executable = real
 
 
 @pytest.fixture(autouse=True)
-def _quick_receipts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs inside tests get their receipts from a forked process; those marked `started_receipt` from a started one."""
-    if request.node.get_closest_marker("started_receipt") is None:
-        monkeypatch.setattr(receipt, "check", request.getfixturevalue("receipts").check)
+def _started(request: pytest.FixtureRequest, _real_interpreter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of tests marked `started` are started."""
+    if request.node.get_closest_marker("started") is not None:
+        monkeypatch.setattr(sys, "executable", _real_interpreter)

@@ -408,6 +408,7 @@ class TestRunDirectory:
         assert log.read_text().count("GPU available") == 2
 
 
+@pytest.mark.started
 class TestProgram:
     """As a process of its own: what is imported, what is printed."""
 

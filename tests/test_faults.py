@@ -23,6 +23,7 @@ from pipeline import checkpoints
 from pipeline.app import main
 from pipeline.heartbeat import unpack
 
+pytestmark = pytest.mark.started  # processes are found by their command lines and environments
 ROOT = Path(__file__).resolve().parent.parent
 SOON = 30
 """Seconds in which all of a run must be gone."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.started
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = """
 import os, signal, sys

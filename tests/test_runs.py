@@ -428,6 +428,7 @@ def test_an_image_classifier_is_trained_and_compressed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.started
 def test_what_is_printed_is_clean_in_a_pipe(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "run.py"), *TINY, "compression=int8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -311,7 +311,7 @@ def test_above_a_size_weights_are_sharded_as_transformers_does(sharded):
     assert receipt.examine(directory).ok
 
 
-@pytest.mark.started_receipt
+@pytest.mark.started
 def test_quantized_shards_open_everywhere_too(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD_BYTES", 10_000)
     model = quantized(opt(), "w4")
@@ -438,7 +438,7 @@ def test_annotations_and_publishing(artifact, tmp_path):
     assert {f["name"] for f in store.files(artifact)} >= {"manifest.json", "model.safetensors", "config.json"}
 
 
-@pytest.mark.started_receipt
+@pytest.mark.started
 def test_the_receipt_of_a_fresh_process(artifact, tmp_path):
     good = receipt.check(artifact)
     assert good.ok, good.problems
