@@ -284,6 +284,7 @@ def quiet_lightning() -> Iterator[None]:
             ".*Checkpoint directory .* exists.*",
             ".*returned a view tensor. An in-place op.*",  # blocks of OPT under FSDP; nothing writes in place
             ".*treespec, LeafSpec.*",  # lightning's own use of a deprecated torch name
+            ".*`srun` command is available on your system but is not used.*",  # `parallelism` says who starts ranks
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
