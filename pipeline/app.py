@@ -314,6 +314,7 @@ def task() -> None:
         source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
         composed = provenance.compose(source, overrides, job.job.config_name or "config")
         config = decoded(composed, overrides, sweep, quiet=False)
+        _started_once(config)  # submitit starts as many as hydra.launcher.tasks_per_node says
         _outcome.resumable = config.job in ("run", "compress") and not sweep
         _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
         from pipeline.runner import run

@@ -30,6 +30,7 @@ from pipeline.heartbeat import Watch, read_files
 from pipeline.interrupts import PARENT, parent
 from pipeline.nodes import Call, Follower, Leader, address
 from pipeline.parallelism.base import Meeting, Parallelism
+from pipeline.preemption import stop_file
 from pipeline.schema import RunConfig
 
 HANDED_ON = ("OMP_NUM_THREADS", *environment.WAITING, "PYTHONPATH", PARENT)
@@ -148,7 +149,8 @@ class Ranks:
     def run(self, place: Meeting, resume: bool, told: Callable[[], str | None]) -> tuple[int, str | None]:
         """Start them and wait: (exit code, why they were ended before they did). `told`: why they should be."""
         config, parallelism = self.config, self.config.parallelism
-        for file in self.files:
+        stop = stop_file(self.run_dir, self.stage)
+        for file in (*self.files, stop):
             file.unlink(missing_ok=True)
         mode = "resume" if resume else "fresh"
         worker = [sys.executable, "-m", "pipeline.worker", str(self.run_dir), self.stage.name, mode]
@@ -161,9 +163,10 @@ class Ranks:
             with self.log.open("ab") as log:
                 shown = subprocess.DEVNULL if config.sweep else None
                 command = parallelism.command(worker, place)
-                code, ended = supervise(command, variables, shown, log, watch, told, passes_on=parallelism.passes_on)
+                asked = None if parallelism.passes_on else stop
+                code, ended = supervise(command, variables, shown, log, watch, told, asked)
         finally:
-            for file in self.files:
+            for file in (*self.files, stop):
                 file.unlink(missing_ok=True)
         self.told = self.log.read_bytes()[start:].decode("utf-8", "replace")
         if code < 0 and ended is None:
@@ -181,13 +184,13 @@ def supervise(
     log: IO[bytes],
     watch: Watch,
     told: Callable[[], str | None],
-    *,
-    passes_on: bool = False,
+    asked: Path | None,
 ) -> tuple[int, str | None]:
     """Run what starts the ranks to its end: (its exit code, why it was ended). Whatever stops this process stops them.
 
-    Ranks are first asked, by what starts them where it `passes_on` a SIGTERM: they end their step and save it. What is
-    left of them after that is killed.
+    Ranks are first asked: they end their step and save it. Those of this machine get a SIGTERM, those of others look
+    for the file `asked`; without one, what starts them gets the SIGTERM, and passes it on. What is left of them after
+    that is killed.
     """
     process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log, preexec_fn=ended_with_parent())
     clock, before = 0.0, time.monotonic()
@@ -206,9 +209,10 @@ def supervise(
             watch.kill()  # a launcher that was killed itself leaves its ranks behind
         return process.returncode, why
     except BaseException:
-        if passes_on:
+        if asked is None:
             process.terminate()
         else:
+            asked.touch()
             watch.signal(signal.SIGTERM)
         end(process, watch, GRACE)
         raise
@@ -260,6 +264,14 @@ def killed(told: str, suspicion: str) -> str | None:
         *re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", told, re.DOTALL),  # torchrun
         *re.findall(r"process rank (\d+) with PID .*? exited on\s+signal ()(\d+)", told, re.DOTALL),  # Open MPI
     ]
+    # srun, until it ends the others itself; its words for a signal are those of strsignal(3).
+    by_srun = re.split(r"srun: .*(?:Terminating StepId|Job step aborted)", told)[0]
+    signals = {signal.strsignal(number): str(int(number)) for number in signal.Signals}
+    for rank, words in re.findall(r"srun: error: \S+: tasks? (\d+)[\d,-]*: ([A-Z][A-Za-z ]*[a-z])", by_srun):
+        if words == "Out Of Memory":
+            return f"rank {rank} was killed by SIGKILL (out of memory)"
+        if words in signals:
+            found.append((rank, "", signals[words]))
     for rank, *code in found:
         number = -int(code[0]) if code[0] else int(code[1])
         if number > 0 and number != signal.SIGTERM:  # with which a launcher itself stops the ranks that are left

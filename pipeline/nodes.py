@@ -187,7 +187,7 @@ def leading(config: RunConfig, directory: Path) -> Iterator[Leader | None]:
     if not parallelism.needs_followers:
         yield None
         return
-    host, port = address(parallelism)
+    host, port = _known(parallelism)
     where = f"{host}:{port}"
     try:
         store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
@@ -284,9 +284,10 @@ def joined(config: RunConfig) -> Follower:
     """The follower that this process is, once node 0 is there.
 
     Raises:
+        ConfigError: no machine has node 0's name.
         LeanfitError: node 0 does not come.
     """
-    host, port = address(config.parallelism)
+    host, port = _known(config.parallelism)
     where = f"{host}:{port}"
     _say(f"node {config.parallelism.own_node} waits for node 0 at {where}")
     deadline = time.monotonic() + JOIN
@@ -306,6 +307,20 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _known(parallelism: Parallelism) -> tuple[str, int]:
+    """`address`, of a machine whose name is known here. Raises ConfigError: waiting would not make it known."""
+    host, port = address(parallelism)
+    try:
+        socket.getaddrinfo(host, port)
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_AGAIN:  # which a name server may get over
+            rendezvous = getattr(parallelism, "rendezvous", None)
+            said = f"parallelism.rendezvous={rendezvous or 'null'}"
+            name = host if rendezvous else f"{host}, as SLURM calls node 0"
+            raise ConfigError(f"{said}: no machine is known by the name {name}; use HOST:PORT of node 0") from error
+    return host, port
 
 
 def address(parallelism: Parallelism) -> tuple[str, int]:

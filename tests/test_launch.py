@@ -35,8 +35,9 @@ class Asked(Watch):
 
 
 def supervise(command: list[str], watch: Watch, log: Path, told: Any = lambda: None) -> tuple[int, str | None]:
+    asked = log.with_name("asked")
     with log.open("ab") as file:
-        return launch.supervise(command, dict(os.environ), subprocess.DEVNULL, file, watch, told)
+        return launch.supervise(command, dict(os.environ), subprocess.DEVNULL, file, watch, told, asked)
 
 
 def test_time_in_which_the_program_itself_was_stopped_does_not_count(
@@ -81,6 +82,7 @@ def test_a_signal_asks_the_ranks_first_and_gives_them_time(tmp_path: Path, monke
     try:
         with pytest.raises(SystemExit):
             supervise(["sleep", "60"], watch, tmp_path / "log")
+        assert (tmp_path / "asked").exists(), "for ranks on other machines"
     finally:
         signal.signal(signal.SIGTERM, before)
     assert rank.wait(timeout=5) == -signal.SIGKILL, "it ignores SIGTERM, so it was given a second and killed"

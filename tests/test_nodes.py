@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -199,6 +201,26 @@ def leading_without_look(config: RunConfig, directory: Path, node: threading.Thr
     return Context()
 
 
+def test_a_name_that_no_machine_has_is_not_waited_for(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SLURM_JOB_NODELIST", "n[1-2].invalid"), ("SLURM_JOB_ID", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+
+    def unknown(*_: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(nodes.socket, "getaddrinfo", unknown)
+    by_slurm, by_hand = (
+        replace(config, parallelism=replace(config.parallelism, rendezvous=said)) for said in (None, "typo:1")
+    )
+    with pytest.raises(ConfigError, match=r"rendezvous=null: no machine is known by the name n1.*, as SLURM calls"):
+        lead(by_slurm, tmp_path)
+    with pytest.raises(ConfigError, match=r"rendezvous=typo:1: no machine is known by the name typo; use HOST:PORT"):
+        joined(by_hand)
+
+
 def test_slurm_says_where_node_0_is(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert address(config.parallelism) == ("127.0.0.1", 1)
     for name, value in (("SLURM_JOB_NODELIST", "gpu[003-006,9]"), ("SLURM_JOB_ID", "1234567"), ("SLURM_STEP_ID", "2")):
@@ -234,6 +256,15 @@ def test_a_program_that_mpirun_starts_in_copies_is_refused(
         "error: a launcher has started this program 4 times, which starts its ranks itself; start it"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_of_a_sweep_that_is_started_in_copies_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As submitit does with hydra.launcher.tasks_per_node=2."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    words = ["device=cpu", "trainer=smoke", "trainer.max_steps=0", "trainer.seed=0", f"hydra.sweep.dir={tmp_path}"]
+    assert app.main(["-m", *words]) == 1
+    error = json.loads((tmp_path / "0" / "result.json").read_text())["error"]
+    assert error["message"].startswith("a launcher has started this program 2 times")
 
 
 def test_another_node_makes_no_run_of_its_own_and_ends_as_the_first(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import preemption
 from pipeline.errors import LeanfitError
+from pipeline.interrupts import PARENT, parent
 from pipeline.preemption import StopAfterStep
 
 
@@ -107,19 +108,42 @@ def test_a_fit_that_nobody_stops_saves_nothing_more() -> None:
     assert (module.begun, saved) == (8, [])
 
 
-def test_a_second_signal_counts_at_once() -> None:
-    def twice() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+def twice() -> None:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
 
+
+def test_a_second_signal_counts_at_once() -> None:
     saved = list[int]()
     with pytest.raises(Stopped):
         fit(Module(2, twice), saved)
     assert saved == []
 
 
-def test_a_step_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_told_once_more_by_what_started_it_still_saves_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PARENT, parent())
+    saved = list[int]()
+    with pytest.raises(Stopped):
+        fit(Module(2, twice), saved)
+    assert saved == [3]
+
+
+def test_a_rank_on_another_machine_than_the_program_is_told_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PARENT, "elsewhere 1")
+    file, saved = tmp_path / "stop", list[int]()
+    with pytest.raises(Stopped) as stopped:
+        fit(Module(2, file.touch), saved, file=file)
+    assert stopped.value.args == (signal.SIGTERM,)
+    assert saved == [3]
+
+
+@pytest.mark.parametrize("of_ranks", [False, True])
+def test_a_step_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, of_ranks: bool) -> None:
+    if of_ranks:
+        monkeypatch.setenv(PARENT, parent())
     monkeypatch.setattr(preemption, "PATIENCE", 0.2)
 
     def slow() -> None:

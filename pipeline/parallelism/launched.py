@@ -127,7 +127,8 @@ class Launched(Parallelism):
         if self.launcher == "mpirun":
             return ["env", *MPI_SETTINGS, "mpirun", "-n", str(self.ranks), *rank]
         per_node = [f"--nodes={self.nodes}", f"--ntasks={self.ranks}", f"--ntasks-per-node={self.devices}"]
-        return ["srun", *per_node, "--kill-on-bad-exit=1", *rank]
+        # Where srun has started this program itself, ranks would wait for what its step holds, without end.
+        return ["srun", *per_node, "--overlap", "--kill-on-bad-exit=1", *rank]
 
     def place(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Raises LeanfitError where the launcher's variables are missing."""
@@ -148,7 +149,6 @@ class Launched(Parallelism):
 
 def started_in_copies(environ: Mapping[str, str]) -> int:
     """How many times a launcher of ranks has started this very program; 1 where none has."""
-    worlds = [names[0][2] for names in PLACES.values()] + ["PMI_SIZE"]
-    if "SLURM_STEP_ID" not in environ:
-        worlds.remove("SLURM_NTASKS")  # of a job whose script is one process
+    # SLURM_NTASKS is the job's where its script, or an interactive step of salloc, is one process.
+    worlds = ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
     return max([1, *(int(environ[name]) for name in worlds if environ.get(name, "").isdecimal())])

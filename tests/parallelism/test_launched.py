@@ -47,7 +47,8 @@ def test_mpirun_and_srun_start_the_ranks_of_all_nodes_and_hand_variables_on(laun
     started = command[command.index(launcher) :]
     assert started[-6:] == WORKER
     assert {"MASTER_ADDR=n1", "MASTER_PORT=5000", "LEANFIT_PARENT=n1 3"} <= set(started[started.index("env") :])
-    counts = {"mpirun": [["-n", "8"]], "srun": [["--nodes=2"], ["--ntasks=8"], ["--ntasks-per-node=4"]]}[launcher]
+    per_node = [["--nodes=2"], ["--ntasks=8"], ["--ntasks-per-node=4"], ["--overlap"]]
+    counts = {"mpirun": [["-n", "8"]], "srun": per_node}[launcher]
     assert all(set(words) <= set(started) for words in counts)
 
 
@@ -126,7 +127,9 @@ def test_a_program_that_a_launcher_of_ranks_started_is_recognised():
     assert (
         started_in_copies({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) == 1
     )  # a script of sbatch, which is one process
-    assert started_in_copies({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}) == 4
+    interactive = {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    assert started_in_copies(interactive) == 1  # a shell of salloc -n 4 with LaunchParameters=use_interactive_step
+    assert started_in_copies({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}) == 4
 
 
 TORCHRUN = """
@@ -139,6 +142,12 @@ Failures:
   exitcode  : {} (pid: 8)
 """
 OPEN_MPI = "mpirun noticed that process rank 2 with PID 0 on node n1 exited on signal 11 (Segmentation fault)."
+SRUN = """
+srun: error: n2: task 1: {}
+srun: launch/slurm: _step_signal: Terminating StepId=18.0
+slurmstepd-n1: error: *** STEP 18.0 ON n1 CANCELLED AT 2026-11-29T14:37:07 ***
+srun: error: n1: task 0: {}
+"""
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,10 @@ OPEN_MPI = "mpirun noticed that process rank 2 with PID 0 on node n1 exited on s
         (TORCHRUN.format(-15), None),  # torchrun's own way to end the others
         (TORCHRUN.format(1), None),
         (OPEN_MPI, "rank 2 was killed by SIGSEGV"),
+        (SRUN.format("Killed", "Exited with exit code 1"), "rank 1 was killed by SIGKILL (perhaps)"),
+        (SRUN.format("Segmentation fault (core dumped)", "Terminated"), "rank 1 was killed by SIGSEGV"),
+        (SRUN.format("Out Of Memory", "Terminated"), "rank 1 was killed by SIGKILL (out of memory)"),
+        (SRUN.format("Exited with exit code 1", "Killed"), None),  # by srun, as it did not end
         ("", None),
     ],
 )
