@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import warnings
 import weakref
 from functools import partial
 from io import StringIO
@@ -48,7 +49,9 @@ def test_where_slurm_is_installed_a_fit_does_not_warn_that_srun_has_not_started_
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     _, train = ready(tmp_path, "trainer.max_steps=1")
-    train(progress=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*srun")
+        train()
 
 
 def test_a_progress_bar_that_outlives_a_fit_keeps_nothing_that_the_fit_held_beside_its_model(tmp_path):
