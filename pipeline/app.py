@@ -64,6 +64,8 @@ class Outcome:
     """The signal that ended the run."""
     resumable: bool = False
     """Whether what runs is a job that `resume` can go on with, once it left something to go on from."""
+    composed: provenance.Composition | None = None
+    """What the command line says, where it is a single run."""
 
 
 _outcome = Outcome()
@@ -150,8 +152,15 @@ def check(
     Raises:
         ConfigError: every problem, one line each.
     """
+    return _checked(overrides, source, sweep, quiet, config_name)[0]
+
+
+def _checked(
+    overrides: Sequence[str], source: provenance.Loader, sweep: bool, quiet: bool, config_name: str
+) -> tuple[RunConfig, provenance.Composition]:
     try:
-        return decoded(provenance.compose(source, overrides, config_name), overrides, sweep, quiet)
+        composed = provenance.compose(source, overrides, config_name)
+        return decoded(composed, overrides, sweep, quiet), composed
     except ConfigError as error:
         raise ConfigError([*error.problems, *_further(error.problems, overrides, source, config_name, sweep)]) from None
 
@@ -234,7 +243,8 @@ def _check_all(args: Namespace, source: provenance.Loader, sweep: bool) -> RunCo
     whose jobs can."""
     name = args.config_name or "config"
     if not sweep:
-        return check(args.overrides, source, config_name=name)
+        config, _outcome.composed = _checked(args.overrides, source, sweep=False, quiet=True, config_name=name)
+        return config
     found: dict[str, None] = {}
     for overrides in _jobs(args.overrides, source):
         try:
@@ -300,7 +310,7 @@ def launch(_: DictConfig) -> None:
 
 
 def task() -> None:
-    """Check the job's config again where it runs, copy its recipes, hand it to the runner, record how it ended."""
+    """Check the job's config where it runs, copy its recipes, hand it to the runner, record how it ended."""
     environment.prepare()  # a launcher of other processes (joblib, submitit) comes in here
     job = HydraConfig.get()
     run_dir, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
@@ -311,8 +321,10 @@ def task() -> None:
         if not any(line.startswith("resume=") for line in overrides):
             # What an earlier run left in this directory says nothing of this one, however it ends.
             (run_dir / "result.json").unlink(missing_ok=True)
-        source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
-        composed = provenance.compose(source, overrides, job.job.config_name or "config")
+        composed = None if sweep else _outcome.composed
+        if composed is None:  # a sweep's job may be in a process of its own
+            source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
+            composed = provenance.compose(source, overrides, job.job.config_name or "config")
         config = decoded(composed, overrides, sweep, quiet=False)
         _started_once(config)  # submitit starts as many as hydra.launcher.tasks_per_node says
         _outcome.resumable = config.job in ("run", "compress") and not sweep
