@@ -114,6 +114,13 @@ class SaveLast(Checkpoint):
             self.saved = trainer.global_step
             trainer.save_checkpoint(self.path)
 
+    def save_alone(self, trainer: lightning.Trainer) -> None:
+        """As `save`, by a rank that has all of the model, while the others wait for it elsewhere or are gone."""
+        if trainer.global_step != self.saved:
+            self.saved = trainer.global_step
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.path)
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved = trainer.global_step
 
@@ -387,9 +394,10 @@ def fit(
     parts.append(meter)
     saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside, measured=not config.parallelism.sharded)
     parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
-    # Ranks run out of memory one by one, and steps in backward change weights before a step is whole.
-    if config.fit.on_oom == "adapt" and not (config.parallelism.distributed or config.memory.step_in_backward):
-        parts.append(SaveWhereMemoryEnds(saver.save))
+    # Ranks run out of memory one by one, so shards cannot be put together; steps in backward change weights before a
+    # step is whole.
+    if config.fit.on_oom == "adapt" and not (config.parallelism.sharded or config.memory.step_in_backward):
+        parts.append(SaveWhereMemoryEnds(saver.save_alone))
     every = config.trainer.evaluate_every
     if every:
         parts.append(

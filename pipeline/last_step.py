@@ -1,7 +1,8 @@
 """Where memory runs out within a step, the last whole one is saved first, so that nothing is computed twice.
 
 Until the optimizer begins, weights and its state are those of the last whole step. What else moves on within a step,
-counts of micro batches, the place in the data, sums of callbacks and running statistics, is noted after each.
+counts of micro batches, the place in the data, sums of callbacks and running statistics, is noted after each. Of ranks
+with a copy of the model each, the one whose memory ends saves: none of the others gets past the sum of gradients.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def versions(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class SaveWhereMemoryEnds(lightning.Callback):
-    """Calls `save`, which writes a checkpoint, with the last whole step. On one device; to be the last callback."""
+    """Calls `save`, which writes a checkpoint without other ranks, with the last whole step. It stands last."""
 
     def __init__(self, save: Callable[[lightning.Trainer], None]) -> None:
         self.save = save

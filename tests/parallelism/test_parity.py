@@ -71,14 +71,14 @@ CASES = {
 }
 
 
-def train(directory, config, resume=False):
-    """Stage 0's fit of this very process (one rank of many, or the only one)."""
+def train(directory, config, **settings):
+    """Stage 0's fit of this very process (one rank of many, or the only one), with `settings` of `fit`."""
     directory.mkdir(parents=True, exist_ok=True)
     line = stages_of(config)
     tokenizer = config.model.tokenizer() or byte_tokenizer()
     data = config.data.open(tokenizer)
     model, context = prepared(config, directory, data, tokenizer, line, line[0])
-    fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, directory, resume=resume)
+    fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, directory, **settings)
 
 
 def outcome(directory):
