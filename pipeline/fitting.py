@@ -58,7 +58,7 @@ class Fitted:
     """What this fit took, up to its last checkpoint, before it was interrupted and resumed."""
     reserved_bytes: int | None = None
     saving_bytes: int | None = None
-    """The peak while the last checkpoint was written; None where it is gathered from shards."""
+    """The peak while the last checkpoint was written; of several ranks that of the first, which holds most."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -81,10 +81,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class SaveLast(Checkpoint):
     """`last.ckpt` every `every` optimizer steps and after the last, at the one point where a step is wholly done."""
 
-    def __init__(
-        self, path: Path, every: int, last: int, beside: Callable[[], Iterable[torch.Tensor]], *, measured: bool
-    ) -> None:
-        self.path, self.every, self.last, self.beside, self.measured = path, every, last, beside, measured
+    def __init__(self, path: Path, every: int, last: int, beside: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self.path, self.every, self.last, self.beside = path, every, last, beside
         self.peak_bytes: int | None = None
         self.saved = -1
         self.started = time.perf_counter()
@@ -100,7 +98,7 @@ class SaveLast(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self.last and self.measured:  # steps are measured no more by then
+        if step == self.last:  # steps are measured no more by then
             alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
             with measure_peak(pl_module.device.type, alive, bucket_bytes(trainer.strategy.model)) as peak:
                 self.save(trainer)
@@ -392,7 +390,7 @@ def fit(
         parts.append(compiling)
     parts += levers(config, model, callbacks)
     parts.append(meter)
-    saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside, measured=not config.parallelism.sharded)
+    saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside)
     parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
     # Ranks run out of memory one by one, so shards cannot be put together; steps in backward change weights before a
     # step is whole.

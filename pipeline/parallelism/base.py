@@ -100,6 +100,12 @@ class Parallelism:
         return Holding()
 
     @property
+    def saves(self) -> Literal["whole", "gathered", "parts", "engine"]:
+        """How a checkpoint is written, for the planner: the first rank has it whole, or it is put together there; each
+        rank writes its part; or an engine has ways of its own."""
+        return "whole"
+
+    @property
     def joins_store(self) -> bool:
         """Whether the ranks expect torch's TCPStore to be there already where they meet."""
         return False

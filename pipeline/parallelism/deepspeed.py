@@ -46,6 +46,10 @@ class DeepSpeed(Launched):
             master=self.stage < 3,
         )
 
+    @property
+    def saves(self) -> Literal["engine"]:
+        return "engine"
+
     def problems(self) -> list[str]:
         found = super().problems()
         if importlib.util.find_spec("deepspeed") is None:

@@ -20,6 +20,10 @@ class OnMesh(Parallelism):
 
     checkpoint: Literal["full", "sharded"]
 
+    @property
+    def saves(self) -> Literal["gathered", "parts"]:
+        return "gathered" if self.checkpoint == "full" else "parts"
+
     def strategy(self, device: str) -> Strategy:
         """Raises ConfigError for a device between whose copies nothing can be sent."""
         from pipeline.parallelism.sharding import MeshStrategy

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import dtype_of
 from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
+from pipeline.planner.gathering import saving
 from pipeline.planner.live import STEP_DONE, Inner, Peak
 from pipeline.planner.ranks import COMMUNICATION, GATHERED, Rank, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
@@ -73,6 +74,7 @@ def training(
     inner, workspace = kernels_of(config)
     workspaces = 2 * workspace + WITH_BIAS if workspace else 0
     blocks = [block.name for block in architecture.blocks]
+    whole = copy.deepcopy(model) if ranks.sharded else None
     split_layers(model, architecture, ranks.tensor_ranks)
     account = Account(inner)
     account.timeline.cuda = config.device.kind() == "cuda"
@@ -123,9 +125,25 @@ def training(
     kept = course.held_at(STEP_DONE)
     if ranks.holding.buckets == "views":  # in which gradients lie once they are summed, and which stay without them
         kept.pop(COMMUNICATION, None)
-    elif memory.release_gradients or memory.step_in_backward:
+    elif (memory.release_gradients or memory.step_in_backward or rank.engine) and not rank.gradients_stay:
         kept.pop("gradients", None)
-    return replace(course.peak(), kept=kept)
+    saved = written(config, stage.fit.lr, whole, architecture, kept) if whole else None
+    return replace(course.peak(), kept=kept, saving=saved)
+
+
+def written(
+    config: RunConfig, lr: float, model: nn.Module, architecture: Architecture, kept: Mapping[str, int]
+) -> Mapping[str, int]:
+    """Bytes by kind on the first rank, at most, while ranks write `last.ckpt` that keep `kept` between two steps.
+
+    `model`: on the meta device, whole; it is filled with fake tensors in place.
+    """
+    with tracing():
+        optimizer = config.optimizer.build(faked(model), lr)
+        config.precision.prepare_training(model, optimizer)
+        state = stepped(optimizer, lambda shape: shape, inside).tensors
+    on_cpu = config.device.kind() == "cpu"
+    return saving(config.parallelism, model, architecture, state, kept, on_cpu=on_cpu)
 
 
 def once(model: nn.Module) -> Callable[[], None]:
@@ -164,11 +182,11 @@ def steps(config: RunConfig, model: nn.Module, lr: float, inner: Inner | None) -
     config.precision.prepare_training(model, optimizer)
     found = stepped(optimizer, lambda shape: part(shape, holding.state), inner)
     if holding.on_host != "nothing":
-        return Stepped([], 0, found.alone)
+        return replace(found, state=[], at_work=0)
     if config.memory.optimizer_offload != "none":
         # One weight is stepped at a time, where its state is: on a CPU in mapped files, else in the host's memory.
         alone = max(found.alone.values()) if config.device.kind() == "cpu" else 0
-        return Stepped([size for size in found.state if size < SMALLEST], alone, found.alone)
+        return replace(found, state=[size for size in found.state if size < SMALLEST], at_work=alone)
     return found
 
 

@@ -141,7 +141,8 @@ class Course:
 class Peak:
     """`bytes` live at once, of which kinds, and the operator that was running; `course`: how it came, where traced.
     `reserved`: what CUDA's pool takes from the device for it (`pool`), where that is known. `kept`: bytes by kind that
-    a fit keeps when a step is done, where it is traced."""
+    a fit keeps when a step is done, where it is traced. `saving`: and at most while ranks write its checkpoint; None:
+    what is kept is written as it lies there."""
 
     bytes: int
     kinds: Mapping[str, int]
@@ -149,6 +150,7 @@ class Peak:
     course: Course | None = None
     reserved: int | None = None
     kept: Mapping[str, int] | None = None
+    saving: Mapping[str, int] | None = None
 
 
 def device_of(tensor: Tensor) -> torch.device:

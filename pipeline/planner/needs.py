@@ -87,10 +87,13 @@ class Needs:
 
     def phases(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
         """Every phase of the run that can be predicted."""
-        return {**self.others(config, traced), **self.training(config, traced)}
+        found = {**self.others(config, traced)}
+        for name, phase in self.training(config, traced).items():
+            found[name] = max(phase, found.get(name, phase), key=lambda one: one.bytes)
+        return found
 
     def training(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
-        """Stage 0's fit, and the evaluation in its middle."""
+        """Stage 0's fit, the evaluation in its middle, and its checkpoint where ranks put that together."""
         if stages_of(config)[0].fit is None:
             return {}
         traced = traced and untraceable(config) is None
@@ -98,6 +101,9 @@ class Needs:
         found = {"train": known(config, "train", peak, source, self.convolutional(config))}
         if (beside := self.validation(config)) is not None:
             found["validate"] = beside_fit(config, beside, peak)
+        if peak.saving is not None:
+            writing = Peak(sum(peak.saving.values()), peak.saving, "")
+            found["save"] = known(config, "save", writing, source, self.convolutional(config))
         return found
 
     def worst(self, config: RunConfig, traced: bool) -> Worst:

@@ -41,17 +41,26 @@ def part(shape: torch.Size, ranks: int) -> torch.Size:
     return torch.Size((math.ceil(shape[0] / ranks), *shape[1:]))
 
 
+def split_dimensions(model: nn.Module, architecture: Architecture) -> dict[str, int]:
+    """{name of a weight that tensor parallelism splits: along which dimension}."""
+    return {
+        f"{name}.{key}": placement.dim
+        for name, style in tensor_parallel_plan(architecture).items()
+        for key, _ in model.get_submodule(name).named_parameters(recurse=False)
+        if isinstance(placement := style.PLACEMENTS[key], Shard)
+    }
+
+
 def split_layers(model: nn.Module, architecture: Architecture, ranks: int) -> None:
     """The layers that tensor parallelism splits, as one of so many ranks has them; in place, on the meta device."""
     if ranks == 1:
         return
-    for name, style in tensor_parallel_plan(architecture).items():
-        layer = model.get_submodule(name)
-        for key, weight in list(layer.named_parameters(recurse=False)):
-            placement, kept = style.PLACEMENTS[key], list(weight.shape)
-            if isinstance(placement, Shard):
-                kept[placement.dim] //= ranks
-                layer.register_parameter(key, nn.Parameter(weight.new_empty(kept), weight.requires_grad))
+    for name, dimension in split_dimensions(model, architecture).items():
+        weight, (layer, _, key) = model.get_parameter(name), name.rpartition(".")
+        kept = list(weight.shape)
+        kept[dimension] //= ranks
+        split = nn.Parameter(weight.new_empty(kept), weight.requires_grad)
+        model.get_submodule(layer).register_parameter(key, split)
     for block in architecture.blocks:
         if block.attention:
             module = model.get_submodule(block.attention.output.rpartition(".")[0])
@@ -112,7 +121,12 @@ class Rank:
     def gradients_stay(self) -> bool:
         """Gradients live in buffers that are there for good."""
         views = self.holding.buckets == "views" and not self.accumulates
-        return views or (self.holding.bucket is not None and self.holding.weights > 1)
+        return views or (self.engine and self.holding.weights > 1)
+
+    @property
+    def engine(self) -> bool:
+        """DeepSpeed steps, which lets go of gradients as it has."""
+        return self.holding.bucket is not None
 
     def fill(self) -> None:
         """Gradients, as they are held between backward passes."""
@@ -120,8 +134,8 @@ class Rank:
             if self.holding.gathers or self.accumulates or self.gradients_stay:
                 self.have("gradients", self.part(self.trained, self.holding.gradients), "gradients")
             return
-        if self.holding.bucket is not None and not self.accumulates:
-            return  # DeepSpeed lets go of them after its step
+        if self.engine and not self.accumulates:
+            return
         if not self.accumulates and not self.gradients_stay:  # nothing is added to them
             self.have("gradients", sum(grad_bytes(weight) for weight in self.trained), "gradients")
             return

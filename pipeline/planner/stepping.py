@@ -30,11 +30,13 @@ Shape = tuple[int, torch.Size, torch.dtype, torch.dtype]
 @dataclass(frozen=True)
 class Stepped:
     """Bytes. `state`: sizes of its tensors, of all weights; `at_work`: beside it, while all weights are stepped;
-    `alone`: while one weight is, by the weight's id."""
+    `alone`: while one weight is, by the weight's id. `tensors`: shapes and dtypes of its state, by its id, in the order
+    of the optimizer."""
 
     state: Sequence[int]
     at_work: int
     alone: Mapping[int, int]
+    tensors: Mapping[int, Sequence[tuple[torch.Size, torch.dtype]]]
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -60,11 +62,14 @@ def stepped(
     samples = {shape: _sample(shape) for shape in counts}
     state: list[int] = []
     alone: dict[Shape, int] = {}
+    tensors: dict[Shape, list[tuple[torch.Size, torch.dtype]]] = {}
     for shape, sample in samples.items():
         with _only(optimizer, groups, {sample: shape[0]}):
             _step(optimizer, inner, OPERATORS)
             alone[shape] = _step(optimizer, inner, OPERATORS)
-        sizes = [storage.nbytes() for storage in storages(_tensors(optimizer.state[sample]))]
+        made = _tensors(optimizer.state[sample])
+        tensors[shape] = [(tensor.shape, tensor.dtype) for tensor in made]
+        sizes = [storage.nbytes() for storage in storages(made)]
         state += counts[shape] * sizes
     # Whether weights are stepped at once or in turn, when what one held may be let go as the next one has made its own.
     largest = max(alone, key=lambda shape: alone[shape])
@@ -73,7 +78,12 @@ def stepped(
         work = _step(optimizer, inner, ALIKE * OPERATORS)
     if work > (ALIKE - 1) * alone[largest] > 0:
         work = sum(counts[shape] * size for shape, size in alone.items())
-    return Stepped(state, work, {weight: alone[shape] for weight, shape in shapes.items()})
+    return Stepped(
+        state,
+        work,
+        {weight: alone[shape] for weight, shape in shapes.items()},
+        {weight: tensors[shape] for weight, shape in shapes.items()},
+    )
 
 
 def _sample(shape: Shape) -> nn.Parameter:

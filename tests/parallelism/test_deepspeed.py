@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.parallelism.deepspeed import DeepSpeed
 from pipeline.parallelism.zero import engine_config, kinds_of_state
 from pipeline.registry import conf_root
-from tests.parallelism.test_parity import COMMON, LEVERS, outcome, train
+from tests.parallelism.test_parity import COMMON, LEVERS, check_saving, outcome, train
 from tests.ranks import made_by_ranks
 
 engine = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs leanfit[deepspeed]")
@@ -90,6 +90,13 @@ def test_in_bfloat16_they_train_as_one_device_does_in_bfloat16(case, ranks, alon
     expected, one = alone(*(word for word in ROUNDED[case] if word.startswith("precision")))
     torch.testing.assert_close(losses, expected, rtol=2e-2, atol=0)
     assert {name: weight.dtype for name, weight in weights.items()} == {name: one[name].dtype for name in one}
+
+
+@engine
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*(f"stage {number}" for number in (1, 2, 3)), *ROUNDED])
+def test_what_a_checkpoint_takes_is_planned(case, ranks):
+    check_saving({**CASES, **ROUNDED}[case], ranks / case)
 
 
 @engine

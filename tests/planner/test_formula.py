@@ -132,7 +132,12 @@ RANKED = {
     "ddp, gradients let go of": ["parallelism=ddp", "memory.release_gradients=true"],
     "tp": ["parallelism=tp"],
     "fsdp": ["parallelism=fsdp"],
-}
+    "fsdp, parts": ["parallelism=fsdp", "parallelism.checkpoint=sharded", "precision=bf16-true"],
+    "fsdp, no state": [
+        "parallelism=fsdp", "optimizer=sgd", "optimizer.momentum=0.0", "optimizer.nesterov=false",
+        "memory.release_gradients=true",
+    ],
+}  # fmt: skip
 
 
 def ranked(name, count):
@@ -147,11 +152,12 @@ def test_a_rank_holds_what_was_computed(name, tmp_path_factory):
     measured = told["peak_bytes"]
     found = trained(ranked(name, 2))
     computed = found.bytes
-    if name.startswith("ddp"):
-        assert sum(found.kept.values()) == pytest.approx(told["saving_bytes"], rel=0.01)
-    else:  # a checkpoint is gathered, which is not planned
-        assert told["saving_bytes"] is None
-    if name != "fsdp":
+    saved = sum((found.saving or found.kept).values())
+    if name == "tp":  # as below, of what is gathered
+        assert 0.99 * saved < told["saving_bytes"] < 1.2 * saved
+    else:
+        assert saved == pytest.approx(told["saving_bytes"], rel=0.05 if name.startswith("fsdp") else 0.01)
+    if not name.startswith("fsdp"):
         assert computed == pytest.approx(measured, rel=0.1)
     else:  # what gloo's threads let go of is not among the allocator's events, so the measured sum drifts upwards
         assert 0.95 * computed < measured < 1.8 * computed
