@@ -81,20 +81,20 @@ def sent_of(model: nn.Module, forward: Sums, backward: Sums) -> Model:
 
 
 class Traffic(NamedTuple):
-    """What a rank sends: bytes, in so many collectives."""
+    """What a rank sends: bytes, in so many collectives, among `span` neighbouring ranks at most."""
 
     bytes: float = 0.0
     starts: float = 0.0
-
-    def seconds(self, rate: float, start: float) -> float:
-        return self.bytes / rate + self.starts * start
+    span: int = 1
 
 
 class Sent(NamedTuple):
-    """What a rank sends in a step: what others may compute meanwhile, and what they wait for."""
+    """What a rank sends in a step: of weights and gradients, between replicas of shards (others may compute during
+    both), and of activations, which are waited for."""
 
-    covered: Traffic = Traffic()
-    waited: Traffic = Traffic()
+    shards: Traffic = Traffic()
+    replicas: Traffic = Traffic()
+    activations: Traffic = Traffic()
 
 
 def sent(config: RunConfig, model: Model) -> Sent:
@@ -108,16 +108,16 @@ def sent(config: RunConfig, model: Model) -> Sent:
         return Sent()
     if not ranks.sharded:
         gradients = _compressed(ranks, model, config.precision.weight_dtype)
-        return Sent(Traffic(2 * _share(ranks.ranks) * gradients, math.ceil(gradients / BUCKET)))
+        return Sent(Traffic(2 * _share(ranks.ranks) * gradients, math.ceil(gradients / BUCKET), ranks.ranks))
     held, stored = ranks.holding, config.precision.weight_dtype
     if held.bucket is not None:  # DeepSpeed's
         gathers = 2 if held.weights > 1 else 1
         starts = gathers * model.units + accumulation * math.ceil(model.gradients / (held.bucket * stored.itemsize))
         spread = gathers * model.weights + accumulation * model.gradients
-        return Sent(Traffic(_share(ranks.ranks) * spread, starts))
-    waited = _tensor_parallel(config, model, accumulation)
+        return Sent(Traffic(_share(ranks.ranks) * spread, starts, ranks.ranks))
+    activations = _tensor_parallel(config, model, accumulation)
     if ranks.data_ranks == 1:
-        return Sent(waited=waited)
+        return Sent(activations=activations)
     gathers = 1 if held.keeps else 2
     replicas = ranks.data_ranks // held.weights
     # What is not in a block is whole on each tensor rank, is kept for the backward pass, and so gathered once.
@@ -125,17 +125,27 @@ def sent(config: RunConfig, model: Model) -> Sent:
     weights *= _narrowed(held.gathered_in, stored)
     gradients = model.gradients - model.block_gradients + model.block_gradients / ranks.tensor_ranks
     gradients *= _narrowed(held.summed_in or held.gathered_in, stored)
-    starts = gathers * (model.units - 1) + 1 + model.units * (2 if replicas > 1 else 1)
-    moved = _share(held.weights) * (weights + gradients) + 2 * _share(replicas) * gradients / held.weights
-    return Sent(Traffic(accumulation * moved, accumulation * starts), waited)
+    starts = gathers * (model.units - 1) + 1 + model.units
+    moved = _share(held.weights) * (weights + gradients)
+    within = Traffic(accumulation * moved, accumulation * starts, held.weights * ranks.tensor_ranks)
+    if replicas == 1:
+        return Sent(within, activations=activations)
+    between = 2 * _share(replicas) * gradients / held.weights
+    return Sent(within, Traffic(accumulation * between, accumulation * model.units, ranks.ranks), activations)
 
 
 def seconds(config: RunConfig, model: Model, computing: float) -> float:
-    """What communication adds to `computing` seconds of a step."""
+    """What communication adds to `computing` seconds of a step. Neighbouring ranks are on one machine."""
     kind = config.device.kind()
-    link = (NETWORK, NETWORK_START) if config.parallelism.nodes > 1 else (LINKS[kind], STARTS[kind])
-    covered, waited = (traffic.seconds(*link) for traffic in sent(config, model))
-    return waited + (max(0.0, covered - computing) if kind == "cuda" else covered)
+
+    def taken(traffic: Traffic) -> float:
+        near = traffic.span <= config.parallelism.devices
+        rate, start = (LINKS[kind], STARTS[kind]) if near else (NETWORK, NETWORK_START)
+        return traffic.bytes / rate + traffic.starts * start
+
+    shards, replicas, activations = map(taken, sent(config, model))
+    covered = shards + replicas
+    return activations + (max(0.0, covered - computing) if kind == "cuda" else covered)
 
 
 def _tensor_parallel(config: RunConfig, model: Model, accumulation: int) -> Traffic:
@@ -148,7 +158,7 @@ def _tensor_parallel(config: RunConfig, model: Model, accumulation: int) -> Traf
         again = model.forward.count - (model.units - 1)
     moved = model.forward.bytes * (1 + again / model.forward.count) + model.backward.bytes
     count = model.forward.count + again + model.backward.count
-    return Traffic(accumulation * 2 * _share(ranks) * micro * moved, accumulation * count)
+    return Traffic(accumulation * 2 * _share(ranks) * micro * moved, accumulation * count, ranks)
 
 
 def _share(ranks: int) -> float:

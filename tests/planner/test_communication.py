@@ -88,12 +88,14 @@ def test_collectives_of_a_micro_batch_are_those_that_the_strategy_calls(words, w
     with Collectives() as called, config.precision.plugin("cpu").forward_context():
         task.loss(model, next(iter(evaluation_loader(data.train, micro)))).backward()
     tensor = called.bytes.pop("all_reduce", 0) * (ranks.tensor_ranks - 1) / ranks.tensor_ranks
-    assert said.waited == Traffic(tensor, called.calls.pop("all_reduce", 0))
+    assert said.activations[:2] == (tensor, called.calls.pop("all_reduce", 0))
     replicas = getattr(ranks, "replicas", 1)
     between = called.bytes.pop("allreduce_", 0) * (replicas - 1) / replicas
+    assert said.replicas.bytes == pytest.approx(between, rel=within)
+    assert said.replicas.starts == called.calls.pop("allreduce_", 0)
     shards = ranks.data_ranks // replicas
-    assert said.covered.starts == called.calls.total()
-    assert said.covered.bytes == pytest.approx(called.bytes.total() * (shards - 1) / shards + between, rel=within)
+    assert said.shards.starts == called.calls.total()
+    assert said.shards.bytes == pytest.approx(called.bytes.total() * (shards - 1) / shards, rel=within)
 
 
 def sent(*overrides, model=None):
@@ -107,19 +109,19 @@ def sent(*overrides, model=None):
 
 
 def test_copies_send_their_gradients_once_a_step_as_they_are_compressed():
-    whole = Traffic(2 * 3000, 1)
-    assert sent("parallelism=ddp").covered == whole
-    assert sent("parallelism=ddp", "trainer.micro_batch_size=1").covered == whole
-    assert sent("parallelism=ddp", "parallelism.gradient_compression=float16").covered.bytes == whole.bytes / 2
+    whole = Traffic(2 * 3000, 1, 4)
+    assert sent("parallelism=ddp").shards == whole
+    assert sent("parallelism=ddp", "trainer.micro_batch_size=1").shards == whole
+    assert sent("parallelism=ddp", "parallelism.gradient_compression=float16").shards.bytes == whole.bytes / 2
     factors = sent("parallelism=ddp", "parallelism.gradient_compression=powersgd", "parallelism.powersgd_rank=2")
-    assert factors.covered.bytes == pytest.approx(whole.bytes * 2 * 110 / 1000)
+    assert factors.shards.bytes == pytest.approx(whole.bytes * 2 * 110 / 1000)
     useless = sent("parallelism=ddp", "parallelism.gradient_compression=powersgd", "parallelism.powersgd_rank=5")
-    assert useless.covered == whole
+    assert useless.shards == whole
 
 
 def test_shards_are_sent_in_each_micro_batch_and_one_device_sends_nothing():
-    once, often = (sent("parallelism=fsdp", f"trainer.micro_batch_size={size}").covered for size in (4, 1))
-    assert often == Traffic(4 * once.bytes, 4 * once.starts)
+    once, often = (sent("parallelism=fsdp", f"trainer.micro_batch_size={size}").shards for size in (4, 1))
+    assert often == Traffic(4 * once.bytes, 4 * once.starts, 4)
     assert sent("parallelism=single", "parallelism.devices=1") == communication.Sent()
 
 
