@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as lightning
 import torch
@@ -116,8 +117,9 @@ class SaveLast(Checkpoint):
         """As `save`, by a rank that has all of the model, while the others wait for it elsewhere or are gone."""
         if trainer.global_step != self.saved:
             self.saved = trainer.global_step
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.path)
+            write = trainer.strategy.checkpoint_io.save_checkpoint
+            with mock.patch.multiple(trainer.strategy, save_checkpoint=write, barrier=lambda *_: None):
+                trainer.save_checkpoint(self.path)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved = trainer.global_step

@@ -15,7 +15,7 @@ from pipeline.memory.measure import measure_peak
 from pipeline.memory.offload import ActivationOffload, Files, Host, offload_optimizer, unpack
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.optimizers.stepping import step_in_backward, step_one_by_one
-from tests.parallelism.test_parity import COMMON, outcome, train
+from tests.parallelism.test_parity import COMMON, FITTED, outcome, train
 from tests.tiny import llama, opt
 
 MIB = 1 << 20
@@ -285,7 +285,7 @@ def test_a_fit_is_the_same_fit_and_is_resumed_from_either_checkpoint(tmp_path, e
         losses, weights = outcome(tmp_path / name)
         assert torch.equal(losses, expected[0])
         assert_same(weights.values(), expected[1].values())
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"checkpoints", "metrics.csv"}
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"checkpoints", "metrics.csv", FITTED}
 
 
 @pytest.mark.gpu
