@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import signal
 import socket
@@ -23,6 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline import environment
 from pipeline.chain import Stage
+from pipeline.device.cpu import cores
 from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import LeanfitError
 from pipeline.fitting import Fitted
@@ -154,7 +154,7 @@ class Ranks:
             file.unlink(missing_ok=True)
         mode = "resume" if resume else "fresh"
         worker = [sys.executable, "-m", "pipeline.worker", str(self.run_dir), self.stage.name, mode]
-        threads = max(1, (os.cpu_count() or 1) // parallelism.devices)
+        threads = max(1, cores() // parallelism.devices)
         variables = {"OMP_NUM_THREADS": str(threads), **environment.child(), PARENT: parent()}
         place = replace(place, variables={name: variables[name] for name in HANDED_ON if name in variables})
         watch = Watch(lambda: [*self.beats(), *self.elsewhere()], config.trainer.rank_timeout)

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from pipeline import launch
+from pipeline.app import compose
 from pipeline.heartbeat import Beat, Phase, Watch, pack
 from pipeline.parallelism.base import Meeting
+from pipeline.walk import stages_of
 from tests.parallelism.test_strategies import choice
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
@@ -108,3 +110,22 @@ def test_a_process_inside_a_job_of_slurm_reads_its_place_from_what_started_it(
     for variable in ("SLURM_NTASKS", "SLURM_JOB_ID"):
         monkeypatch.setenv(variable, "2")
     assert type(choice(name).environment()).__name__ == reads
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(6, "3"), (1, "1")])
+def test_ranks_share_the_cores_that_the_program_may_use(
+    cores: int, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container, or a job of a scheduler, these are fewer than the machine has."""
+    given: dict[str, str] = {}
+
+    def supervise(command: list[str], variables: dict[str, str], *_: Any) -> tuple[int, None]:
+        given.update(variables)
+        return 0, None
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(launch, "supervise", supervise)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = compose(["parallelism=ddp", "parallelism.devices=2", "device=cpu"])
+    launch.Ranks(config, stages_of(config)[0], tmp_path, range(2)).run(Meeting("127.0.0.1", 1), False, lambda: None)
+    assert given["OMP_NUM_THREADS"] == threads
