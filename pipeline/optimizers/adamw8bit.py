@@ -7,7 +7,7 @@ is plain tensors; no kernel is compiled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
@@ -32,6 +32,9 @@ class AdamW8bit(Optimizer):
     eps: Annotated[float, Gt(0)]
     block_size: Annotated[int, Ge(16)]
     min_elements: Annotated[int, Ge(0)]
+
+    def of_parts(self, ranks: int) -> AdamW8bit:
+        return replace(self, min_elements=-(-self.min_elements // ranks))
 
     def build(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         from pipeline.optimizers.blockwise import AdamWBlockwise

@@ -36,6 +36,10 @@ class Optimizer:
         Raises ValueError where nothing can be trained.
         """
 
+    def of_parts(self, ranks: int) -> Optimizer:
+        """What treats one of so many equal parts of a weight as this treats the weight. For the planner."""
+        return self
+
     def problems(self) -> list[str]:
         """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
         return []

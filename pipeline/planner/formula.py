@@ -178,7 +178,7 @@ def on_disk(config: RunConfig, model: nn.Module) -> dict[str, int]:
 def steps(config: RunConfig, model: nn.Module, lr: float, inner: Inner | None) -> Stepped:
     """What the optimizer of a fit holds here."""
     holding = config.parallelism.holding
-    optimizer = config.optimizer.build(model, lr)
+    optimizer = config.optimizer.of_parts(holding.state).build(model, lr)
     config.precision.prepare_training(model, optimizer)
     found = stepped(optimizer, lambda shape: part(shape, holding.state), inner)
     if holding.on_host != "nothing":

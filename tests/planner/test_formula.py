@@ -126,6 +126,13 @@ def test_a_model_of_eight_billion_parameters_on_eight_gpus_that_are_not_here():
     assert peak.bytes < 10e6
 
 
+def test_small_weights_that_are_spread_have_the_state_of_small_weights():
+    words = [*SHORT, "model=gpt_nano", "optimizer=adamw8bit", "optimizer.min_elements=10000", "trainer.batch_size=8"]
+    sharded = trained([*words, "parallelism=fsdp", "parallelism.devices=2"])
+    state = trained(words).kinds["optimizer state"]
+    assert sharded.kinds["optimizer state"] == pytest.approx(state / 2, rel=0.01)
+
+
 RANKED = {
     "ddp": ["parallelism=ddp"],
     "ddp, micro batches": ["parallelism=ddp", "trainer.micro_batch_size=1"],
