@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.app import compose
-from tests.parallelism.test_parity import COMMON, DOUBLE, outcome, train, two
+from tests.parallelism.test_parity import COMMON, DOUBLE, assert_same_weights, outcome, train, two
 from tests.parallelism.test_shards import BYTES, QLORA, alone, single
 from tests.ranks import made_by_ranks
 
@@ -62,10 +62,7 @@ def test_a_fit_goes_from_one_device_to_two_and_back_as_if_it_had_stayed(case, en
     losses, weights = outcome(ended[case])
     expected, one = alone(LEGS[case])
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
-    for name, weight in one.items():
-        if not name.endswith("k_proj.bias"):
-            margin = 1e-10 * weight.abs().max().item()
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=margin, msg=name)
+    assert_same_weights(weights, one, 1e-10)
 
 
 if __name__ == "__main__":

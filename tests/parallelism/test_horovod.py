@@ -12,7 +12,7 @@ from pipeline.app import compose
 from pipeline.arguments import parse
 from pipeline.errors import ConfigError
 from pipeline.schema import decode_run
-from tests.parallelism.test_parity import COMMON, DOUBLE, LEVERS, outcome, train
+from tests.parallelism.test_parity import COMMON, DOUBLE, LEVERS, assert_same_weights, outcome, train
 from tests.ranks import made_by_ranks
 
 built = pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is built by hand")
@@ -65,11 +65,7 @@ def test_its_ranks_train_as_one_device_does(count, case, alone, tmp_path_factory
         torch.testing.assert_close(losses, expected, rtol=3e-3, atol=0)
         return
     torch.testing.assert_close(losses, expected, rtol=near, atol=0)
-    assert weights.keys() == one.keys()
-    for name, weight in one.items():
-        if not name.endswith("k_proj.bias"):  # see test_parity
-            margin = max(near, 1e-3 if near > 1e-6 else 0) * weight.abs().max().item()
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=margin, msg=name)
+    assert_same_weights(weights, one, max(near, 1e-3 if near > 1e-6 else 0))
 
 
 @built

@@ -16,7 +16,7 @@ from pipeline.app import compose
 from pipeline.checkpoints import read
 from pipeline.parallelism.shards import local
 from pipeline.precision.scaling import Scaler
-from tests.parallelism.test_parity import COMMON, DOUBLE, LLAMA, four, outcome, train, two
+from tests.parallelism.test_parity import COMMON, DOUBLE, LLAMA, assert_same_weights, four, outcome, train, two
 from tests.ranks import made_by_ranks
 
 QLORA = ["adapter=lora", "compression=nf4"]
@@ -93,11 +93,7 @@ def test_shards_train_as_one_device_does(devices, case, alone, tmp_path_factory)
     assert len(losses) == 20
     double = "precision=64-true" in overrides
     torch.testing.assert_close(losses, expected, rtol=1e-10 if double else 1e-5, atol=0)
-    assert weights.keys() == one.keys()
-    for name, weight in one.items():
-        if not name.endswith("k_proj.bias"):  # see test_parity
-            margin = (1e-10 if double else 2e-3) * weight.abs().max().item()
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=margin, msg=name)
+    assert_same_weights(weights, one, 1e-10 if double else 2e-3)
     if "adapter=lora" not in overrides and "adapter=dora" not in overrides:
         assert losses[-1] < losses[0]
 
