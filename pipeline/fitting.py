@@ -115,11 +115,9 @@ class SaveLast(Checkpoint):
 
     def save_alone(self, trainer: lightning.Trainer) -> None:
         """As `save`, by a rank that has all of the model, while the others wait for it elsewhere or are gone."""
-        if trainer.global_step != self.saved:
-            self.saved = trainer.global_step
-            write = trainer.strategy.checkpoint_io.save_checkpoint
-            with mock.patch.multiple(trainer.strategy, save_checkpoint=write, barrier=lambda *_: None):
-                trainer.save_checkpoint(self.path)
+        write = trainer.strategy.checkpoint_io.save_checkpoint
+        with mock.patch.multiple(trainer.strategy, save_checkpoint=write, barrier=lambda *_: None):
+            self.save(trainer)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved = trainer.global_step

@@ -48,14 +48,14 @@ def watch_parent() -> None:
     launcher = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == launcher and (host != socket.gethostname() or _lives(int(program))):
+        while os.getppid() == launcher and (host != socket.gethostname() or lives(int(program))):
             time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

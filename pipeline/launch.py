@@ -218,13 +218,13 @@ def supervise(
         raise
 
 
-def ended_with_parent() -> Callable[[], None] | None:
+def ended_with_parent(by: int = signal.SIGTERM) -> Callable[[], None] | None:
     """What a child calls first, so that the system stops it when this process is gone: Linux only. Ranks look for
     themselves; mpirun was seen to stay after all of them had ended."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, by)
 
 
 def end(process: subprocess.Popen[bytes], watch: Watch, grace: float) -> None:

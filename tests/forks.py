@@ -31,7 +31,6 @@ IMPORTED = (
 )  # fmt: skip
 SCRIPTS = (ROOT / "run.py", ROOT / "tests" / "ranks.py")
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-PR_SET_PDEATHSIG = 1
 
 
 def interpreter(place: Path, session: int) -> Path:
@@ -125,6 +124,7 @@ def serve(place: str, session: int) -> None:
     import transformers
 
     from pipeline.artifact import receipt
+    from pipeline.interrupts import lives
 
     for module in IMPORTED:
         importlib.import_module(module)
@@ -144,14 +144,6 @@ def serve(place: str, session: int) -> None:
                 keep(line)
             line.close()
     os._exit(0)  # without the seconds that it takes to take everything down
-
-
-def lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def keep(line: socket.socket) -> None:
@@ -180,7 +172,6 @@ def keep(line: socket.socket) -> None:
 def be(asked: dict, streams: list[int]) -> None:
     """A whole program."""
     import atexit
-    import ctypes
     import random
     import runpy
     import threading
@@ -188,10 +179,13 @@ def be(asked: dict, streams: list[int]) -> None:
 
     import torch
 
+    from pipeline.device.cpu import cores
+    from pipeline.launch import ended_with_parent
+
     code = 1
     try:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if bound := ended_with_parent(signal.SIGKILL):
+            bound()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -199,7 +193,7 @@ def be(asked: dict, streams: list[int]) -> None:
         os.environ.update(asked["environment"])
         os.chdir(asked["cwd"])
         sys.executable = asked["interpreter"]
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores()))
         random.seed()
         for name in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
             if name and name not in sys.path:

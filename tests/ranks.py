@@ -1,7 +1,8 @@
 """A test file run as a script by several ranks over gloo, once for all workers of pytest that want what it leaves.
 
-As a script this is what starts them: `SCRIPT COUNT DIRECTORY`. Ranks are forked from a process that has imported what
-takes seconds, and are told who they are as torchrun tells its own. Linux and macOS.
+As a script this is what starts them: `SCRIPT COUNT DIRECTORY`. Ranks are forked from it, which is forked itself from a
+process that has imported what takes seconds (`tests/forks.py`), and are told who they are as torchrun tells its own.
+Linux and macOS.
 """
 
 import os
@@ -39,11 +40,6 @@ def made_by_ranks(script, count, factory):
 
 def start(script, count, directory):
     """Whether all ranks ended well; where one does not, the others are killed."""
-    import transformers.models.gpt2.modeling_gpt2
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import pipeline.worker  # noqa: F401
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

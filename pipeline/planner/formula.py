@@ -138,12 +138,16 @@ def written(
 
     `model`: on the meta device, whole; it is filled with fake tensors in place.
     """
+    state, on_cpu = of_whole_weights(config, model, lr).tensors, config.device.kind() == "cpu"
+    return saving(config.parallelism, model, architecture, state, kept, on_cpu=on_cpu)
+
+
+def of_whole_weights(config: RunConfig, model: nn.Module, lr: float) -> Stepped:
+    """What the optimizer makes of `model`, which is on the meta device, and is filled with fake tensors in place."""
     with tracing():
         optimizer = config.optimizer.build(faked(model), lr)
         config.precision.prepare_training(model, optimizer)
-        state = stepped(optimizer, lambda shape: shape, inside).tensors
-    on_cpu = config.device.kind() == "cpu"
-    return saving(config.parallelism, model, architecture, state, kept, on_cpu=on_cpu)
+        return stepped(optimizer, lambda shape: shape, inside)
 
 
 def once(model: nn.Module) -> Callable[[], None]:
@@ -165,11 +169,7 @@ def on_disk(config: RunConfig, model: nn.Module) -> dict[str, int]:
     """
     held = held_tensors(model)
     saved = {id(tensor): tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in held}
-    twin = copy.deepcopy(model)
-    with tracing():
-        optimizer = config.optimizer.build(faked(twin), config.optimizer.lr)
-        config.precision.prepare_training(twin, optimizer)
-        state = stepped(optimizer, lambda shape: shape, inside).state
+    state = of_whole_weights(config, copy.deepcopy(model), config.optimizer.lr).state
     sizes = [tensor.nbytes for tensor in saved.values()] + list(state)
     checkpoint = sum(sizes) + RECORD * len(sizes)
     return {"checkpoint": checkpoint, "artifact": file_bytes(model_tensors(config.adapter.merge(model), {}))}
