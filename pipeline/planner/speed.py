@@ -276,8 +276,7 @@ class Workbook:
 
     def __init__(self, build: Callable[[], nn.Module], task: Task, sample: Batch) -> None:
         self.build, self.task, self.sample = build, task, sample
-        self._passes: dict[Any, tuple[list[Operator], list[Operator]]] = {}
-        self._sums: dict[Any, tuple[Sums, Sums]] = {}
+        self._passes: dict[Any, tuple[list[Operator], list[Operator], Sums, Sums]] = {}
         self._steps: dict[Any, list[Operator]] = {}
 
     def work(self, config: RunConfig, stage: Stage) -> Work:
@@ -285,15 +284,14 @@ class Workbook:
         base = (config.precision, config.adapter, repr(link_under_adapters(config)))
         if base not in self._passes:
             first, second = (self._listed(config, stage, samples) for samples in (1, 2))
-            self._sums[base] = first.forward, first.backward
             one, two = first.found, second.found
             if len(one) != len(two):  # kernels chosen by the batch: as of two samples
                 one = [operator._replace(flops=operator.flops / 2, bytes=operator.bytes / 2) for operator in two]
-            self._passes[base] = one, two
+            self._passes[base] = one, two, first.forward, first.backward
         if (key := (*base, config.optimizer)) not in self._steps:
             self._steps[key] = stepping(config, stage, self.model(config, stage))
-        sent = sent_of(self.model(config, stage), *self._sums[base])
-        return Work(*self._passes[base], self._steps[key], sent)
+        one, two, forward, backward = self._passes[base]
+        return Work(one, two, self._steps[key], sent_of(self.model(config, stage), forward, backward))
 
     def model(self, config: RunConfig, stage: Stage) -> nn.Module:
         """What the fit begins with, on the meta device."""
