@@ -8,6 +8,7 @@ as failed.
 
     python benchmarks/planner.py --configs 200 --out DIR      # goes on where DIR was left
     python benchmarks/planner.py --configs 200 --out DIR --report
+    python benchmarks/planner.py --configs 60 --out DIR --devices 2   # ranks: ddp, fsdp, tp, deepspeed; 4: fsdp_tp too
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ MARGINS = {"gpt": 0.01, "llama": 0.01, "efficientnet": 0.05}
 """What was set as the goal, whatever the precision."""
 
 
-def drawn(number: int) -> list[str]:
+def drawn(number: int, devices: int) -> list[str]:
     """The overrides of config `number`: the same everywhere, and such as the rules let run."""
     draw = random.Random(number)
     while True:
-        words = [*COMMON, *attempt(draw)]
+        words = [*COMMON, *attempt(draw, devices)]
         try:
             compose(words)
         except ConfigError:
@@ -52,12 +53,12 @@ def drawn(number: int) -> list[str]:
         return words
 
 
-def attempt(draw: random.Random) -> list[str]:
-    """One config from all groups, valid or not."""
+def attempt(draw: random.Random, devices: int) -> list[str]:
+    """One config from all groups, valid or not; `parallelism` where there are several devices."""
     language = draw.random() < 0.8
     words = transformer(draw) if language else convolutions(draw)
     micro = draw.choice((1, 2, 4, 8))
-    words += [f"trainer.micro_batch_size={micro}", f"trainer.batch_size={micro * draw.choice((1, 1, 2, 4))}"]
+    words += [f"trainer.micro_batch_size={micro}", f"trainer.batch_size={micro * draw.choice((1, 1, 2, 4)) * devices}"]
     words += [f"trainer.grad_clip={draw.choice(('1.0', '1.0', 'null'))}"]
     words += [f"precision={draw.choice(('32', '32', '16-mixed', 'bf16-mixed', 'bf16-true', '16-true', '64-true'))}"]
     optimizer = draw.choice(("adamw", "adamw", "sgd", "adafactor", "muon", "adamw8bit"))
@@ -73,7 +74,29 @@ def attempt(draw: random.Random) -> list[str]:
     if language:
         words += [f"memory.loss_chunks={draw.choice((1, 1, 2, 4))}"]
         words += [f"adapter={draw.choice(('none', 'none', 'none', 'lora', 'dora'))}"]
+    if devices > 1:
+        words += [f"parallelism.devices={devices}", *ranks(draw, devices)]
     return [*words, *chain(draw, language)]
+
+
+def ranks(draw: random.Random, devices: int) -> list[str]:
+    """A choice of `parallelism` with some of its settings."""
+    name = draw.choice(("ddp", "fsdp", "fsdp", "fsdp", "tp", "deepspeed", *(["fsdp_tp"] * 2 if devices == 4 else [])))
+    words = [f"parallelism={name}"]
+    if name == "ddp":
+        words += [f"parallelism.bucket_view={draw.choice(('true', 'false'))}"]
+        words += [f"parallelism.gradient_compression={draw.choice(('none', 'none', 'float16'))}"]
+    if name == "deepspeed":
+        words += [f"parallelism.stage={draw.choice((1, 2, 3))}"]
+    if name in ("fsdp", "fsdp_tp"):
+        words += [f"parallelism.reshard={draw.choice(('true', 'false'))}"]
+        words += [f"parallelism.parameter_dtype={draw.choice(('null', 'null', 'bfloat16'))}"]
+        words += [f"parallelism.reduce_dtype={draw.choice(('null', 'null', 'float32'))}"]
+    if name == "fsdp":
+        words += [f"parallelism.replicas={draw.choice((1, 1, 2))}"]
+    if name in ("fsdp", "fsdp_tp", "tp"):
+        words += [f"parallelism.checkpoint={draw.choice(('full', 'sharded'))}"]
+    return words
 
 
 def transformer(draw: random.Random) -> list[str]:
@@ -126,7 +149,7 @@ def settings(draw: random.Random, link: str) -> list[str]:
     return words
 
 
-def one(number: int, out: Path) -> None:
+def one(number: int, out: Path, devices: int) -> None:
     """Predict, write, run, measure, write."""
     import torch
 
@@ -134,13 +157,15 @@ def one(number: int, out: Path) -> None:
     from pipeline.memory.measure import measure_peak
     from pipeline.planner.generation import Prompt
     from pipeline.planner.plan import plan
+    from pipeline.recipes import lock_text
     from pipeline.report.progress import Progress
     from pipeline.report.result import new_result
+    from pipeline.schema import values_of
     from pipeline.tasks import lookup
     from pipeline.tasks.causal_lm import PROMPT_TOKENS
     from pipeline.walk import Run, begin, changing_stages, enter_peak, evaluate, preflight, stages_of, walk
 
-    words = drawn(number)
+    words = drawn(number, devices)
     config = compose(words)
     tokenizer = config.model.tokenizer()
     data, task = config.data.open(tokenizer), lookup.get(config.data.task)
@@ -161,6 +186,8 @@ def one(number: int, out: Path) -> None:
         found[f"{level}_seconds"] = time.process_time() - started
     write(out, number, found)
     with tempfile.TemporaryDirectory() as place:
+        lock = Path(place, "recipe.lock.yaml")  # where ranks read their config
+        lock.write_text(lock_text(values_of(config), config.choices, None), encoding="utf-8")
         run = Run(
             config, Path(place), task, data, tokenizer, [], Progress({}, "silent", task.unit), new_result("run", [], {})
         )
@@ -256,6 +283,8 @@ def plot(points: dict[str, list[tuple[int, int]]], out: Path) -> None:
             [m / 1e6 for _, m in pairs], [p / 1e6 for p, _ in pairs], "o" if level == "trace" else "x",
             color=colour, markersize=4, alpha=0.7, linestyle="none", label=f"{level}, {len(pairs)} phases",
         )  # fmt: skip
+    if not points:
+        return
     ends = [
         min(m for pairs in points.values() for _, m in pairs) / 1e6,
         max(m for p in points.values() for _, m in p) / 1e6,
@@ -278,12 +307,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, choices=(1, 2, 4), help="processes that train together")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one is not None:
-        one(arguments.one, arguments.out)
+        one(arguments.one, arguments.out, arguments.devices)
         return
     numbers = range(arguments.first, arguments.first + arguments.configs)
     waiting = [number for number in numbers if not (arguments.out / f"{number}.json").exists()]
@@ -292,6 +322,7 @@ def main() -> None:
         while waiting and len(running) < arguments.jobs:
             number = waiting.pop(0)
             command = [sys.executable, __file__, "--out", str(arguments.out), "--one", str(number)]
+            command += ["--devices", str(arguments.devices)]
             child = {**environment.child(), "OMP_NUM_THREADS": "1"}
             running[number] = subprocess.Popen(command, env=child, stderr=subprocess.PIPE, text=True)
         for number, process in list(running.items()):
@@ -299,7 +330,7 @@ def main() -> None:
                 said = process.stderr.read() if process.stderr else ""
                 if process.returncode:
                     file = arguments.out / f"{number}.json"
-                    words = {"number": number, "words": drawn(number), "trace": {}, "formula": {}}
+                    words = {"number": number, "words": drawn(number, arguments.devices), "trace": {}, "formula": {}}
                     found = json.loads(file.read_text()) if file.exists() else words
                     write(arguments.out, number, {**found, "error": (said.strip().splitlines() or ["?"])[-1][:200]})
                 del running[number]

@@ -14,13 +14,16 @@ import os
 import threading
 import time
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as lightning
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
@@ -67,6 +70,9 @@ class Trace:
     freed unseen: when their address is in use again, it reports the release of a size that is long gone. Only what was
     allocated within this trace, by address, is therefore taken off again. About a microsecond an allocation.
 
+    Between processes gloo's threads hold what was sent some microseconds longer than whoever waited for it. What they
+    let go of last nobody reports, so whoever waits waits a little longer while a trace records.
+
     The events that were recorded take little room, what the profiler makes of them at the end a hundredfold: long loops
     call `layers.pulse.pulse`, at which they are added up and forgotten.
     """
@@ -75,6 +81,7 @@ class Trace:
         self._base = 0
         self._watched: list[Any] = []
         self._sum = Sum()
+        self._waiting = ExitStack()
 
     def start(self, alive: Iterable[Tensor], unseen: int = 0) -> None:
         held = [storage for storage in storages(alive) if storage not in IN_FILES]
@@ -82,12 +89,14 @@ class Trace:
         self._watched = [weakref.finalize(storage, _mark_release, storage.nbytes()) for storage in held]
         del held
         self._sum, self._thread = Sum(), threading.get_ident()
+        self._waiting.enter_context(waiting_longer())
         self._record()
         pulse.listeners.append(self._renew)
 
     def stop(self) -> int:
         """The peak in bytes: what was alive at the start, and the largest sum of allocations less releases since."""
         pulse.listeners.remove(self._renew)
+        self._waiting.close()
         self._add_up()
         for watched in self._watched:
             watched.detach()
@@ -118,7 +127,32 @@ class Trace:
 
 RENEWED_AFTER = 0.2
 """Seconds."""
+LONGER = 0.001
+"""Seconds; gloo's threads need some microseconds, on a busy processor more."""
 RELEASED = "leanfit released "
+
+
+@contextmanager
+def waiting_longer() -> Iterator[None]:
+    """Whoever waits for a collective gives gloo's threads the time to let go of it first."""
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    from torch.distributed import _functional_collectives as functional
+
+    def longer(wait: Callable[..., Any]) -> Callable[..., Any]:
+        def waits(*args: Any, **kwargs: Any) -> Any:
+            done = wait(*args, **kwargs)
+            time.sleep(LONGER)
+            return done
+
+        return waits
+
+    with (
+        mock.patch.object(dist.Work, "wait", longer(dist.Work.wait)),
+        mock.patch.object(functional, "wait_tensor", longer(functional.wait_tensor)),
+    ):
+        yield
 
 
 def _mark_release(size: int) -> None:
@@ -137,11 +171,16 @@ def _events(roots: list[Any]) -> list[Any]:
 
 
 class Sum:
-    """The running sum of bytes allocated less those released, and its peak, at least 0."""
+    """The running sum of bytes allocated less those released, and its peak, at least 0.
+
+    Of a block that a thread without a profiler lets go of, as gloo's may, no release is reported: it is over, at the
+    latest, when another block lies where it was.
+    """
 
     def __init__(self) -> None:
         self.held = self.peak = 0
         self._sizes: dict[int, int] = {}
+        self._places: list[int] = []  # addresses of `_sizes` in their order
         self._mapped = False
 
     def add(self, events: Iterable[Any]) -> None:
@@ -152,15 +191,28 @@ class Sum:
                 if self._mapped:  # a file: neither this nor its release counts
                     self._mapped = False
                 elif block.alloc_size > 0:
-                    self._sizes[block.ptr] = block.alloc_size
+                    self._place(block.ptr, block.alloc_size)
                     self.held += block.alloc_size
                     self.peak = max(self.peak, self.held)
-                else:
-                    self.held -= self._sizes.pop(block.ptr, 0)
+                elif block.ptr in self._sizes:
+                    self._remove(bisect_left(self._places, block.ptr))
             elif event.name == MAPS:
                 self._mapped = True
             elif event.name.startswith(RELEASED):
                 self.held -= int(event.name.removeprefix(RELEASED))
+
+    def _place(self, start: int, size: int) -> None:
+        at = bisect_left(self._places, start)
+        if at and self._places[at - 1] + self._sizes[self._places[at - 1]] > start:
+            at -= 1
+            self._remove(at)
+        while at < len(self._places) and self._places[at] < start + size:
+            self._remove(at)
+        self._places.insert(at, start)
+        self._sizes[start] = size
+
+    def _remove(self, at: int) -> None:
+        self.held -= self._sizes.pop(self._places.pop(at))
 
 
 @contextmanager

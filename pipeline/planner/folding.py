@@ -88,10 +88,15 @@ class Pattern:
 
 @dataclass
 class Folding:
-    """The account of a folded pass; `around` is told where a block that is computed begins and ends."""
+    """The account of a folded pass.
+
+    `around` is told where each block begins and ends, computed or not; what it does is done once. `within`: where the
+    backward pass of one that is computed ends; what it does its likes do too.
+    """
 
     account: Live
     around: Around = lambda *_: None
+    within: Callable[[nn.Module], None] = lambda _: None
     patterns: dict[Any, Pattern] = field(default_factory=dict)
     repeats: list[tuple[int, Pattern, bool]] = field(default_factory=list)
     """(number of events before it, of which pattern, whether it is the backward pass)."""
@@ -147,6 +152,7 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     key = (_kind(block), torch.is_grad_enabled(), str(spec), *(_alike(leaf) for leaf in leaves))
     folding.account.phase = "activations"
+    folding.around(block, False, True)
     pattern = folding.patterns.get(key)
     if pattern is None:
         folding.patterns[key] = pattern = Pattern()
@@ -154,9 +160,10 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
     else:
         folding.repeats.append((folding.now(), pattern, False))
         anchor = torch.empty(0, requires_grad=any(like.requires_grad for like in _tensors(pattern)))
-        made = iter(_StandIn.apply(folding, pattern, anchor, *inputs))  # type: ignore[no-untyped-call]
+        made = iter(_StandIn.apply(folding, block, pattern, anchor, *inputs))  # type: ignore[no-untyped-call]
         assert pattern.spec is not None
         out = tree_unflatten([next(made) if isinstance(leaf, Like) else leaf for leaf in pattern.leaves], pattern.spec)
+    folding.around(block, False, False)
     folding.account.phase = "logits and loss"  # unless another block follows
     return out
 
@@ -166,9 +173,7 @@ def _computed(
 ) -> Any:
     """What the block gives; `pattern` learns what it does, now and in the backward pass."""
     started = folding.now()
-    folding.around(block, False, True)
     out = forward()
-    folding.around(block, False, False)
     pattern.forward = range(started, folding.now())
     leaves, pattern.spec = tree_flatten(out)
     pattern.leaves = [_alike(leaf) for leaf in leaves]
@@ -179,16 +184,17 @@ def _computed(
     def begin(gradient: Tensor) -> None:
         pattern.between.append(block_of(gradient))
         if pattern.began is None:
-            pattern.began = folding.now()
             folding.around(block, True, True)
+            pattern.began = folding.now()
 
     def end(gradient: Tensor) -> None:
         nonlocal left
         pattern.between.append(block_of(gradient))
         left -= 1
         if left == 0:
-            folding.around(block, True, False)
+            folding.within(block)
             pattern.ended = folding.now()
+            folding.around(block, True, False)
 
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -229,8 +235,10 @@ class _StandIn(torch.autograd.Function):
     """Outputs like those of the pattern's block, connected to the inputs as the block's are."""
 
     @staticmethod
-    def forward(ctx: Any, folding: Folding, pattern: Pattern, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.folding, ctx.pattern = folding, pattern
+    def forward(
+        ctx: Any, folding: Folding, block: nn.Module, pattern: Pattern, anchor: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.folding, ctx.block, ctx.pattern = folding, block, pattern
         ctx.save_for_backward(*inputs)  # they live until the backward pass, as with the block itself
         likes = _tensors(pattern)
         made = [torch.empty(like.shape, dtype=like.dtype) for like in likes]
@@ -240,7 +248,10 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         folding: Folding = ctx.folding
+        folding.around(ctx.block, True, True)
         folding.repeats.append((folding.now(), ctx.pattern, True))
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
         made = [torch.empty_like(given) if needs else None for given, needs in needed]
-        return (None, None, None, *made)
+        if any(gradient is not None for gradient in made):
+            folding.around(ctx.block, True, False)
+        return (None, None, None, None, *made)

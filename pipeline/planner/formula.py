@@ -87,7 +87,7 @@ def training(
         stack.callback(apply_activation_checkpointing(model, blocks, memory.activation_checkpointing))
         model.train()
         rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu)
-        folding = Folding(account, rank.around)
+        folding = Folding(account, rank.around, rank.within)
         context = own() if own else None
         stack.enter_context(account)
         rank.enter(sum(step.state), kept=not (memory.release_gradients or memory.step_in_backward))

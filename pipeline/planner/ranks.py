@@ -3,22 +3,24 @@
 The choice of parallelism says what is spread (`Holding`); here is the order of events. Weights that are spread are put
 together for each block, as torch's FSDP2 does it:
 
-    forward   a buffer of the block's weights arrives, weights are copied out; they go, the buffer stays a block long
+    forward   a buffer of the block's weights arrives, weights are copied out; they go, the buffer stays until that of
+              the next block is there
     backward  the weights again, while those of the next block arrive already; whole gradients are copied into a
               buffer, which is summed over the ranks into this rank's part, and stays a block long
 
-Between processes on a CPU gloo has a copy of each buffer for a moment. Where its threads are the last to hold one, the
-release is not among the allocator's events, so that measured peaks of these ranks may be some blocks too high.
+Between processes on a CPU gloo has a copy of each buffer for a moment.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
+from torch.utils._pytree import tree_leaves
 
 from pipeline.models.base import Architecture
 from pipeline.parallelism.base import Holding
@@ -93,8 +95,10 @@ class Rank:
         self.accumulates, self.on_cpu = accumulates, on_cpu
         self.weights = list(model.parameters())
         self.trained = [weight for weight in self.weights if weight.requires_grad]
-        self.blocks = {model.get_submodule(name) for name in blocks}
-        inside = {id(weight) for block in self.blocks for weight in block.parameters()}
+        modules = [model.get_submodule(name) for name in blocks]
+        self.numbers = {block: number for number, block in enumerate(modules)}
+        self.blocks = [list(block.parameters()) for block in modules]
+        inside = {id(weight) for block in self.blocks for weight in block}
         self.outside = [weight for weight in self.weights if id(weight) not in inside]
         self.guests: dict[str, list[Tensor]] = {}
 
@@ -146,38 +150,61 @@ class Rank:
     def forward(self) -> None:
         """What is put together until the backward pass is over: all but the blocks; with ZeRO what may live at once."""
         if self.holding.gathers:
-            self.gather(self.whole(self.outside), "outside")
-            self.drop("arrived")
+            self.gather(self.outside)
+            self.copy_out(self.outside, "outside")
+            self.watch()
         elif self.holding.weights > 1:
             whole = sum(weight.numel() for weight in self.weights)
             self.have("arrived", min(whole, ZERO_PREFETCHED) * self.dtype.itemsize, COMMUNICATION)
             self.have("outside", min(whole, ZERO_LIVE) * self.dtype.itemsize, GATHERED)
             self.drop("arrived")
 
-    def around(self, block: nn.Module, backward: bool, begins: bool) -> None:
-        """See `folding.Around`."""
-        if not self.holding.gathers or block not in self.blocks:  # a teacher is whole on each rank
-            return
-        weights = list(block.parameters())
-        whole, summed = self.whole(weights), self.summed(weights)
-        if begins and not backward:
-            self.gather(whole, "block")
-        elif not backward:
+    def watch(self) -> None:
+        """The last block's buffer stays until the model has run. Then, as soon as its output has a gradient, the last
+        block's weights are gathered, before anything else of the backward pass."""
+
+        def ended(model: nn.Module, given: Any, output: Any) -> None:
+            seen.remove()
             self.drop("arrived")
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(lambda _: self.fetch(len(self.blocks) - 1))  # type: ignore[no-untyped-call]
+
+        seen = self.model.register_forward_hook(ended)
+
+    def fetch(self, number: int) -> None:
+        """Gather the weights of a block for its backward pass, unless they are there."""
+        if number >= 0 and not self.holding.keeps and not self.guests.get("arrived"):
+            self.gather(self.blocks[number])
+
+    def around(self, block: nn.Module, backward: bool, begins: bool) -> None:
+        """See `folding.Folding`."""
+        number = self.numbers.get(block)
+        if not self.holding.gathers or number is None:  # a teacher is whole on each rank
+            return
+        weights, name = self.blocks[number], f"block {number}"
+        if begins and not backward:
+            before = self.guests.pop("arrived", None)
+            self.gather(weights)
+            self.copy_out(weights, name)
+            del before
+        elif not backward:
             if not self.holding.keeps:
-                self.drop("block")
+                self.drop(name)
         elif begins:
             if not self.holding.keeps:
-                self.gather(whole, "block")
+                self.fetch(number)
+                self.copy_out(weights, name)
                 self.drop("arrived")
-            self.have("sums of the block before", summed, COMMUNICATION)
-            if not self.holding.keeps:
-                self.have("next", whole, COMMUNICATION)
-                self.briefly(whole)
+            self.fetch(number - 1)
         else:
-            self.drop("block", "sums of the block before")
-            self.reduce(weights)
-            self.drop("next")
+            self.drop(name)
+            self.send(weights)
+
+    def within(self, block: nn.Module) -> None:
+        """See `folding.Folding`."""
+        if self.holding.gathers and block in self.numbers:
+            self.reduce(self.blocks[self.numbers[block]])
 
     def backward(self) -> None:
         """Before the backward pass; gradients of the step before are freed where it is the first one of a step."""
@@ -195,10 +222,17 @@ class Rank:
     def finish(self) -> None:
         """After the backward pass."""
         if self.holding.gathers:
+            for number, weights in reversed([*enumerate(self.blocks)]):  # one whose input has no gradient
+                if self.guests.get(f"block {number}"):
+                    self.drop(f"block {number}")
+                    self.reduce(weights)
+                    self.send(weights)
+            self.drop("outside")
             self.reduce(self.outside)
+            self.send(self.outside)
         elif self.holding.bucket is not None:
             self.reduce_buckets()
-        self.drop("outside", "block", "sent")
+        self.drop("outside", "arrived", "sums", "sent")
 
     def reduce_buckets(self) -> None:
         """A copy of the bucket is sent; what this rank steps of it is kept."""
@@ -218,23 +252,40 @@ class Rank:
         assert self.holding.bucket is not None
         return min(self.holding.bucket, sum(weight.numel() for weight in self.trained))
 
-    def gather(self, size: int, name: str) -> None:
+    def gather(self, weights: Sequence[nn.Parameter]) -> None:
+        """Whole weights arrive in one buffer, from a copy of this rank's part where its dtype or its place differs."""
+        if self.holding.weights == 1:  # a group of one sends nothing
+            return
+        size = self.whole(weights)
         self.have("arrived", size, COMMUNICATION)
+        if self.converts or self.holding.on_host == "all":
+            self.have("own part", size // self.holding.weights, COMMUNICATION)
         self.briefly(size)
-        self.have(name, size, GATHERED)
+        self.drop("own part")
+
+    def copy_out(self, weights: Sequence[nn.Parameter], name: str) -> None:
+        self.have(name, self.whole(weights), GATHERED)
+
+    @property
+    def converts(self) -> bool:
+        """Weights are gathered in another dtype than they have between steps."""
+        return any(weight.dtype != self.dtype for weight in self.weights)
 
     def reduce(self, weights: Sequence[nn.Parameter]) -> None:
-        """Whole gradients become this rank's part."""
+        """Whole gradients give way to this rank's part."""
         trained = [weight for weight in weights if weight.grad is not None]
-        size = self.summed(trained)
-        self.have("sums", size, COMMUNICATION)
         for weight in trained:
             weight.grad = None
-        self.have("part", self.part(trained, self.holding.gradients), "gradients")
-        self.briefly(size)
         if not self.accumulates:
-            self.guests.setdefault("gradients", []).extend(self.guests["part"])
-        self.drop("sums", "part")
+            self.have("gradients", self.part(trained, self.holding.gradients), "gradients")
+
+    def send(self, weights: Sequence[nn.Parameter]) -> None:
+        """Gradients in one buffer, which are summed over the ranks, and stay until those of the next block are sent."""
+        self.drop("sums")
+        size = self.summed(weights)
+        self.have("sums", size, COMMUNICATION)
+        if self.holding.gradients > 1:
+            self.briefly(size)
 
     def have(self, name: str, size: int, kind: str) -> None:
         """So many bytes until `drop(name)`."""
@@ -250,11 +301,16 @@ class Rank:
             self.account.guest(size, COMMUNICATION)
 
     def whole(self, weights: Iterable[nn.Parameter]) -> int:
-        return sum(weight.nbytes for weight in weights)
+        """Bytes of weights that are put together of equal parts."""
+        return sum(self.padded(weight) * weight.itemsize for weight in weights)
 
     def summed(self, weights: Iterable[nn.Parameter]) -> int:
         dtype = dtype_of(self.holding.summed_in)
-        return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights if weight.requires_grad)
+        return sum(self.padded(weight) * (dtype or weight.dtype).itemsize for weight in weights if weight.requires_grad)
+
+    def padded(self, weight: Tensor) -> int:
+        """Elements of a weight, rounded up to equal parts."""
+        return part(weight.shape, self.holding.weights).numel() * self.holding.weights
 
     def part(self, weights: Iterable[nn.Parameter], ranks: int) -> int:
         """Bytes of this rank's parts, in the dtype that weights have between steps; 0 where the host has them."""
