@@ -70,6 +70,10 @@ def sharded(config: RunConfig) -> list[str]:
         ]
         unfit = choice(config, "optimizer")
         found.append(f"{said}: {unfit} steps whole {whole}; use optimizer={' or '.join(fitting)}")
+    kernel = getattr(config.optimizer, "implementation", None)
+    if kernel in ("fused", "foreach") and config.parallelism.tensor_ranks > 1:
+        taken = f"optimizer.implementation={kernel} takes weights that are split alike"
+        found.append(f"{said} leaves some weights whole; {taken}: use optimizer.implementation=auto or plain")
     first = next(iter(config.chain.items()), None)
     if config.adapter.trains and first and first[1].holds_adapters and config.parallelism.tensor_ranks > 1:
         held = f"those of compression.{first[0]}, beside which adapter={choice(config, 'adapter')} trains,"

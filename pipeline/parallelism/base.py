@@ -41,7 +41,8 @@ class Holding:
 
     `weights`, `gradients`, `state`: over how many ranks each is spread; 1: it is whole on each. `gathers`: weights are
     put together a block at a time, in `gathered_in`, and gradients summed in `summed_in` (None: the weights' dtype);
-    with `keeps` they stay from the forward pass to the backward pass. `on_host`: what of all that is spread lies in the
+    with `keeps` they stay from the forward pass to the backward pass. `copies`: then the sums are summed once more,
+    between copies of the shards. `on_host`: what of all that is spread lies in the
     host's memory. `buckets`: gradients are copied into buffers to be sent, or with "views" live in them; `sent_in`: and
     copies in that dtype are on their way. `bucket`: elements of DeepSpeed's one buffer for gradients. `master`: the
     optimizer steps a spread copy of the weights.
@@ -54,6 +55,7 @@ class Holding:
     gathered_in: GatherDtype | None = None
     summed_in: GatherDtype | None = None
     keeps: bool = False
+    copies: bool = False
     on_host: Literal["nothing", "state", "all"] = "nothing"
     buckets: Literal["none", "views", "copies"] = "none"
     sent_in: GatherDtype | None = None

@@ -42,7 +42,8 @@ class FullySharded(OnMesh):
         parts = self.ranks // self.replicas
         return Holding(
             weights=parts, gradients=parts, state=parts, gathers=True, gathered_in=self.parameter_dtype,
-            summed_in=self.reduce_dtype, keeps=not self.reshard, on_host="all" if self.offload else "nothing",
+            summed_in=self.reduce_dtype, keeps=not self.reshard, copies=self.replicas > 1,
+            on_host="all" if self.offload else "nothing",
         )  # fmt: skip
 
     def problems(self) -> list[str]:

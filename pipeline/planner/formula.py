@@ -127,19 +127,19 @@ def training(
         kept.pop(COMMUNICATION, None)
     elif (memory.release_gradients or memory.step_in_backward or rank.engine) and not rank.gradients_stay:
         kept.pop("gradients", None)
-    saved = written(config, stage.fit.lr, whole, architecture, kept) if whole else None
+    saved = written(config, stage.fit.lr, whole, architecture, kept, step.at_work) if whole else None
     return replace(course.peak(), kept=kept, saving=saved)
 
 
 def written(
-    config: RunConfig, lr: float, model: nn.Module, architecture: Architecture, kept: Mapping[str, int]
+    config: RunConfig, lr: float, model: nn.Module, architecture: Architecture, kept: Mapping[str, int], at_work: int
 ) -> Mapping[str, int]:
     """Bytes by kind on the first rank, at most, while ranks write `last.ckpt` that keep `kept` between two steps.
 
-    `model`: on the meta device, whole; it is filled with fake tensors in place.
+    `model`: on the meta device, whole; it is filled with fake tensors in place. `at_work`: of the optimizer there.
     """
     state, on_cpu = of_whole_weights(config, model, lr).tensors, config.device.kind() == "cpu"
-    return saving(config.parallelism, model, architecture, state, kept, on_cpu=on_cpu)
+    return saving(config.parallelism, model, architecture, state, kept, at_work, on_cpu=on_cpu)
 
 
 def of_whole_weights(config: RunConfig, model: nn.Module, lr: float) -> Stepped:

@@ -85,6 +85,7 @@ def saving(
     architecture: Architecture,
     state: Mapping[int, Sequence[tuple[torch.Size, torch.dtype]]],
     kept: Mapping[str, int],
+    at_work: int = 0,
     *,
     on_cpu: bool,
 ) -> Terms:
@@ -94,13 +95,14 @@ def saving(
         model: whole, on the meta device or of fake tensors.
         state: shapes and dtypes of the optimizer's tensors, of a whole weight, by the weight's id; in its order.
         kept: bytes by kind that a rank keeps between two steps.
+        at_work: bytes that the optimizer takes beside its state while it steps this rank's parts.
     """
     dimensions = split_dimensions(model, architecture) if parallelism.tensor_ranks > 1 else {}
     checkpoint = Checkpoint.of(model, dimensions, state)
     written = {"gathered": gathered, "parts": in_parts, "engine": by_engine}[parallelism.saves]
     moments = [*written(parallelism, checkpoint, on_cpu)]
     if parallelism.saves != "engine" and not checkpoint.state and "gradients" not in kept:
-        moments.append(stepped_for_a_state(parallelism, checkpoint, on_cpu))
+        moments.append({**stepped_for_a_state(parallelism, checkpoint, on_cpu), "optimizer step": at_work})
     most = largest([{}, *moments])
     kinds = {kind: kept.get(kind, 0) + most.get(kind, 0) for kind in (*kept, *most)}
     return {kind: size for kind, size in kinds.items() if size}

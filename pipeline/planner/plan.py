@@ -49,11 +49,6 @@ CONVOLUTIONS = 0.05
 """And where there are convolutions, whose kernels take scratch space: large ones are not tried for it."""
 NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
 """And where a CPU computes in 16 bits, in so large a phase that operators may be too large to be tried (`scratch`)."""
-SHARDED = 0.3
-"""And of ranks that gather what they share (fsdp, ZeRO 3): what was measured varied from run to run by as much."""
-PUT_TOGETHER = 0.2
-"""And of a checkpoint that ranks on a CPU put together, for the same cause: of 90 runs three quarters were within 1% of
-the plan, the others up to 12% above it, and 5% below."""
 ON_GPU, COMPRESSED_ON_GPU = 0.05, 0.15
 """And on a GPU, whose kernels are supposed to hold what a CPU's hold, but for workspaces of matrix products; and of
 links and what they leave there: of ten recorded on an H200 -10% to +3%, with the plans mended on these same ten."""
@@ -241,7 +236,7 @@ def plan_checkpoints(config: RunConfig, found: Plan, model: nn.Module) -> None:
     enter(config, found, "save", "computed" if computed else "traced", writing, convolutional(model))
     if found.capacity is not None and puts_together(config) and config.device.memory is None:
         others = max((sum(kinds.values()) - kinds.get(CHECKPOINT, 0) for kinds in written), default=0)
-        spare = found.capacity - int(others * (1 + PUT_TOGETHER))
+        spare = found.capacity - int(others * (1 + MARGINS["computed"]))
         found.left["save"] = (config.parallelism.devices - 1) * max(0, spare)
 
 
@@ -345,10 +340,7 @@ def beside_fit(config: RunConfig, bare: Phase, train: Peak) -> Phase:
 
 def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: bool) -> Phase:
     """The peak of a phase with its margin, corrected by what earlier runs of its kind measured on this machine."""
-    gathers = config.parallelism.sharded and source == "computed" and phase == "train"
-    margin = max(MARGINS[source], CONVOLUTIONS if convolutions else 0.0, SHARDED if gathers else 0.0)
-    if phase == "save" and puts_together(config):
-        margin = max(margin, PUT_TOGETHER)
+    margin = max(MARGINS[source], CONVOLUTIONS if convolutions else 0.0)
     narrow = config.device.kind() == "cpu" and config.precision.dtype in ("float16", "bfloat16")
     if narrow and peak.bytes > scratch.LARGEST:
         margin = max(margin, NARROW_CONVOLUTIONS if convolutions else NARROW)

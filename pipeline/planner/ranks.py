@@ -134,7 +134,7 @@ class Rank:
 
     def fill(self) -> None:
         """Gradients, as they are held between backward passes."""
-        if self.holding.gradients > 1:
+        if self.holding.gradients > 1 or self.holding.gathers:
             if self.holding.gathers or self.accumulates or self.gradients_stay:
                 self.have("gradients", self.part(self.trained, self.holding.gradients), "gradients")
             return
@@ -232,7 +232,7 @@ class Rank:
             self.send(self.outside)
         elif self.holding.bucket is not None:
             self.reduce_buckets()
-        self.drop("outside", "arrived", "sums", "sent")
+        self.drop("outside", "arrived", "sums", "sum", "sent")
 
     def reduce_buckets(self) -> None:
         """A copy of the bucket is sent; what this rank steps of it is kept."""
@@ -284,8 +284,13 @@ class Rank:
         self.drop("sums")
         size = self.summed(weights)
         self.have("sums", size, COMMUNICATION)
+        wide = dtype_of(self.holding.summed_in)
+        if self.accumulates or any((wide or weight.dtype) != self.dtype for weight in weights):  # else this is what `reduce` keeps
+            self.have("sum", size // self.holding.gradients, COMMUNICATION)
         if self.holding.gradients > 1:
             self.briefly(size)
+        if not self.holding.copies:  # between which it may still be on its way
+            self.drop("sum")
 
     def have(self, name: str, size: int, kind: str) -> None:
         """So many bytes until `drop(name)`."""

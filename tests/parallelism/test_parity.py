@@ -157,8 +157,7 @@ def test_compressed_gradients_train_nearly_as_whole_ones(kind, alone, tmp_path_f
 
 
 def check_saving(overrides, directory):
-    """What the first rank held while it wrote the last checkpoint is what was planned; gloo's threads let go of some
-    of it unseen."""
+    """What the first rank held while it wrote the last checkpoint is what was planned."""
     config = compose([*COMMON, *overrides, "plan.calibrate=false"])
     save = plan(config, config.data.open(config.model.tokenizer() or byte_tokenizer())).phases["save"]
     assert 0.95 * save.bytes < Fitted.read(directory / FITTED).saving_bytes < save.most

@@ -7,7 +7,7 @@ from torch import nn
 from pipeline.app import compose
 from pipeline.models.base import Architecture
 from pipeline.planner.gathering import CHECKPOINT, TOLD, saving
-from pipeline.planner.plan import PUT_TOGETHER, plan
+from pipeline.planner.plan import MARGINS, plan
 from pipeline.planner.ranks import COMMUNICATION
 
 SHORT = ["model=gpt_nano", "trainer=smoke", "device=cpu", "plan.calibrate=false", "parallelism.devices=2"]
@@ -75,10 +75,10 @@ def test_a_checkpoint_that_one_of_several_processes_puts_together_may_use_what_o
     found = plan(config, config.data.open(config.model.tokenizer()))
     save, train = found.phases["save"], found.phases["train"]
     assert save.kinds[CHECKPOINT] > 0.9 * found.disk["checkpoint"] * (1 if strategy == "fsdp" else 0.5)
-    assert save.margin == PUT_TOGETHER
+    assert save.margin == MARGINS["computed"]
     assert train.saving == save.kinds
     others = save.bytes - save.kinds[CHECKPOINT]
-    assert found.left == {"save": found.capacity - int(others * (1 + PUT_TOGETHER))}
+    assert found.left == {"save": found.capacity - int(others * (1 + MARGINS["computed"]))}
     found.capacity, found.left = save.bytes, {"save": save.bytes}
     assert found.most("save") < save.bytes
     assert found.binding()[0] != "save"
