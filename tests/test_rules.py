@@ -383,6 +383,11 @@ def test_stepping_in_the_backward_pass_goes_without_what_needs_all_gradients(ove
             "parallelism=fsdp",
         ),
         (["compression=int8_qat"], ""),
+        (
+            ["optimizer.implementation=foreach", "parallelism=fsdp_tp"],
+            "parallelism=fsdp_tp leaves some weights whole; optimizer.implementation=foreach takes weights that are "
+            "split alike: use optimizer.implementation=auto or plain",
+        ),
         (["compression=int8_qat", "parallelism=tp"], "compression.int8_qat trains a whole model; use parallelism=ddp"),
         (["compression=magnitude"], ""),
         (

@@ -21,17 +21,17 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """The layer that this one was has been given such inputs before."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or ranks() == 1:
             return super().forward(input)
         over = [dim for dim in range(input.ndim) if dim != 1]
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         shape = [1, -1, *[1] * (input.ndim - 2)]
         count = x.new_tensor([x.numel() / x.shape[1]])
-        total = _summed(torch.cat([x.sum(over), count]))
+        total = summed(torch.cat([x.sum(over), count]))
         mean, count = total[:-1] / total[-1], total[-1].detach()
         centred = x - mean.view(shape)
         # From the mean of all, in a second pass: E[x^2] - E[x]^2 would cancel.
-        variance = _summed(centred.square().sum(over)) / count
+        variance = summed(centred.square().sum(over)) / count
         self._track(mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach())
         y = centred * (variance + self.eps).rsqrt().view(shape)
         if self.weight is not None:
@@ -50,7 +50,12 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
-def _summed(value: Tensor) -> Tensor:
+def ranks() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(value: Tensor) -> Tensor:
     """The sum over all ranks, with gradients."""
     return cast(Tensor, all_reduce(value))  # type: ignore[no-untyped-call]
 

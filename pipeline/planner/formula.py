@@ -39,7 +39,7 @@ from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracin
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.gathering import saving
 from pipeline.planner.live import STEP_DONE, Inner, Peak
-from pipeline.planner.ranks import COMMUNICATION, GATHERED, Rank, part, split_layers
+from pipeline.planner.ranks import COMMUNICATION, GATHERED, Rank, norms_over, part, split_layers
 from pipeline.planner.stepping import Stepped, stepped
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
@@ -86,6 +86,7 @@ def training(
         stack.callback(config.precision.convert_layers(model, architecture))
         stack.callback(apply_activation_checkpointing(model, blocks, memory.activation_checkpointing))
         model.train()
+        stack.enter_context(norms_over(model, ranks.ranks))
         rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu)
         folding = Folding(account, rank.around, rank.within)
         context = own() if own else None

@@ -14,14 +14,17 @@ Between processes on a CPU gloo has a copy of each buffer for a moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_leaves
 
+from pipeline.layers import sync_norm
 from pipeline.models.base import Architecture
 from pipeline.parallelism.base import Holding
 from pipeline.parallelism.sharding import HEAD_COUNTS, dtype_of, tensor_parallel_plan
@@ -69,6 +72,29 @@ def split_layers(model: nn.Module, architecture: Architecture, ranks: int) -> No
             for name in HEAD_COUNTS:
                 if module.__dict__.get(name) in (block.attention.heads, block.attention.key_value_heads):
                     setattr(module, name, module.__dict__[name] // ranks)
+
+
+@contextmanager
+def norms_over(model: nn.Module, ranks: int) -> Iterator[None]:
+    """While entered, batch norms of `model`, which become those of so many ranks, suppose the others."""
+    sync_norm.synchronise_batch_norms(model)
+    with (
+        mock.patch.object(sync_norm, "ranks", return_value=ranks),
+        mock.patch.object(sync_norm, "summed", _Sum.apply),
+    ):
+        yield
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over ranks, which is made in a copy, as that of its gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].clone()
 
 
 class Rank:
@@ -285,7 +311,9 @@ class Rank:
         size = self.summed(weights)
         self.have("sums", size, COMMUNICATION)
         wide = dtype_of(self.holding.summed_in)
-        if self.accumulates or any((wide or weight.dtype) != self.dtype for weight in weights):  # else this is what `reduce` keeps
+        if self.accumulates or any(
+            (wide or weight.dtype) != self.dtype for weight in weights
+        ):  # else this is what `reduce` keeps
             self.have("sum", size // self.holding.gradients, COMMUNICATION)
         if self.holding.gradients > 1:
             self.briefly(size)

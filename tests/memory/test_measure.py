@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import lightning.pytorch as lightning
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import OPTConfig, OPTForCausalLM
 
 from pipeline.layers.pulse import pulse
-from pipeline.memory.measure import MeasureTraining, measure_peak, storage_bytes
+from pipeline.memory.measure import MeasureTraining, Sum, measure_peak, storage_bytes
 from pipeline.memory.saving import ReleaseGradients
 
 pytestmark = [
@@ -361,6 +362,19 @@ def test_on_a_gpu_the_allocators_own_mark_is_read():
         torch.zeros(4 * MIB // 4, device="cuda")
     assert peak.bytes == pytest.approx(torch.cuda.memory_allocated() + 4 * MIB, rel=0.01)
     del held
+
+
+@pytest.mark.parametrize("place", [100, 96, 140])
+def test_a_block_that_went_unseen_is_over_when_another_lies_where_it_was(place):
+    def event(where, size):
+        block = SimpleNamespace(ptr=where, alloc_size=size)
+        return SimpleNamespace(tag=torch._C._profiler._EventType.Allocation, extra_fields=block)
+
+    found = Sum()
+    found.add([event(100, 50), event(1000, 7), event(place, 60), event(150 + place, 3), event(1000, -7)])
+    assert (found.held, found.peak) == (63, 70)
+    found.add([event(100, -50)] if place != 100 else [])
+    assert found.held == 63
 
 
 BUCKETS = """

@@ -15,6 +15,7 @@ from pipeline.app import compose
 from pipeline.artifact import store
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import fit, micro_batch_size
+from pipeline.layers.sync_norm import synchronise_batch_norms
 from pipeline.memory.measure import measure_peak, storage_bytes
 from pipeline.models.architecture import describe
 from pipeline.planner import formula
@@ -133,6 +134,7 @@ def test_small_weights_that_are_spread_have_the_state_of_small_weights():
     assert sharded.kinds["optimizer state"] == pytest.approx(state / 2, rel=0.01)
 
 
+CONVOLUTIONS = ["model=efficientnet", "data=digits", "data.image_size=16", "model.width_coefficient=0.5"]
 RANKED = {
     "ddp": ["parallelism=ddp"],
     "ddp, micro batches": ["parallelism=ddp", "trainer.micro_batch_size=1"],
@@ -141,7 +143,9 @@ RANKED = {
     "fsdp": ["parallelism=fsdp"],
     "fsdp, kept": ["parallelism=fsdp", "parallelism.reshard=false", "precision=bf16-mixed"],
     "fsdp, micro batches": ["parallelism=fsdp", "trainer.micro_batch_size=1", "memory.activation_checkpointing=full"],
-    "fsdp, copies": ["parallelism=fsdp", "parallelism.replicas=2"],
+    "fsdp, copies": ["parallelism=fsdp", "parallelism.replicas=2", "trainer.micro_batch_size=1"],
+    "fsdp, batch norms": ["parallelism=fsdp", *CONVOLUTIONS],
+    "ddp, batch norms": ["parallelism=ddp", "precision=16-mixed", *CONVOLUTIONS],
     "fsdp, narrow": ["parallelism=fsdp", "parallelism.parameter_dtype=bfloat16", "parallelism.reduce_dtype=float32"],
     "fsdp, parts": ["parallelism=fsdp", "parallelism.checkpoint=sharded", "precision=bf16-true"],
     "fsdp, no state": [
@@ -153,7 +157,8 @@ RANKED = {
 
 def ranked(name, count):
     sizes = ["model=gpt", "model.layers=4", "model.width=256", "model.heads=8", "data.sequence_length=16"]
-    return [*sizes, *SHORT, *RANKED[name], f"parallelism.devices={count}", "trainer.batch_size=4"]
+    words = [*([] if CONVOLUTIONS[0] in RANKED[name] else sizes), *SHORT, *RANKED[name]]
+    return [*words, f"parallelism.devices={count}", "trainer.batch_size=4"]
 
 
 @pytest.mark.slow
@@ -175,6 +180,7 @@ def rank_main(count, directory):
         config = compose(ranked(name, count))
         data, line, place = opened(config.data, config.model), stages_of(config), directory / name
         model, context = prepared(config, place, data, None, line, line[0])
+        synchronise_batch_norms(model)
         task = lookup.get(config.data.task)
         found[name] = fit(config, line[0], model, task, data, context.architecture, place)
     if os.environ["RANK"] == "0":
