@@ -28,6 +28,10 @@ Around = Callable[[nn.Module, bool, bool], None]
 """(block, whether it is the backward pass, whether the block begins): what else happens there."""
 
 
+AFTER = "_leanfit_after"
+"""Attribute of what a block gave: what is to be done when its gradient is there, before that block's backward pass."""
+
+
 class Account(Live):  # type: ignore[no-untyped-call]
     """`Live` that knows moments of a step instead of operators' names, and storages that count in part."""
 
@@ -181,7 +185,9 @@ def _computed(
     pattern.between = [block_of(tensor) for tensor in [*inputs, *leaves] if isinstance(tensor, Tensor)]
     left = sum(given.requires_grad for given in inputs)
 
-    def begin(gradient: Tensor) -> None:
+    def begin(after: list[Callable[[Tensor], None]], gradient: Tensor) -> None:
+        while after:  # first the block that comes after this one ends
+            after.pop()(gradient)
         pattern.between.append(block_of(gradient))
         if pattern.began is None:
             folding.around(block, True, True)
@@ -196,12 +202,17 @@ def _computed(
             pattern.ended = folding.now()
             folding.around(block, True, False)
 
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaf.register_hook(begin)  # type: ignore[no-untyped-call]
     for given in inputs:
         if given.requires_grad:
-            given.register_hook(end)  # type: ignore[no-untyped-call]
+            after = getattr(given, AFTER, None)
+            if after is None:
+                given.register_hook(end)  # type: ignore[no-untyped-call]
+            else:
+                after.append(end)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            setattr(leaf, AFTER, [])
+            leaf.register_hook(partial(begin, getattr(leaf, AFTER)))  # type: ignore[no-untyped-call]
     return out
 
 
