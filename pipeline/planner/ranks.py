@@ -311,9 +311,8 @@ class Rank:
         size = self.summed(weights)
         self.have("sums", size, COMMUNICATION)
         wide = dtype_of(self.holding.summed_in)
-        if self.accumulates or any(
-            (wide or weight.dtype) != self.dtype for weight in weights
-        ):  # else this is what `reduce` keeps
+        apart = self.holding.on_host == "all" or any((wide or weight.dtype) != self.dtype for weight in weights)
+        if self.accumulates or apart:  # else this is what `reduce` keeps
             self.have("sum", size // self.holding.gradients, COMMUNICATION)
         if self.holding.gradients > 1:
             self.briefly(size)
