@@ -42,10 +42,10 @@ class Holding:
     `weights`, `gradients`, `state`: over how many ranks each is spread; 1: it is whole on each. `gathers`: weights are
     put together a block at a time, in `gathered_in`, and gradients summed in `summed_in` (None: the weights' dtype);
     with `keeps` they stay from the forward pass to the backward pass. `copies`: then the sums are summed once more,
-    between copies of the shards. `on_host`: what of all that is spread lies in the
-    host's memory. `buckets`: gradients are copied into buffers to be sent, or with "views" live in them; `sent_in`: and
-    copies in that dtype are on their way. `bucket`: elements of DeepSpeed's one buffer for gradients. `master`: the
-    optimizer steps a spread copy of the weights.
+    between copies of the shards. `on_host`: what of all that is spread lies in the host's memory. `buckets`: gradients
+    are copied into buffers to be sent, or with "views" live in them; `sent_in`: and copies in that dtype are on their
+    way. `bucket`: elements of DeepSpeed's one buffer for gradients. `master`: the optimizer steps a spread copy of the
+    weights.
     """
 
     weights: int = 1

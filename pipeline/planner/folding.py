@@ -26,8 +26,6 @@ from pipeline.planner.workspaces import WORKSPACES
 
 Around = Callable[[nn.Module, bool, bool], None]
 """(block, whether it is the backward pass, whether the block begins): what else happens there."""
-
-
 AFTER = "_leanfit_after"
 """Attribute of what a block gave: what is to be done when its gradient is there, before that block's backward pass."""
 
@@ -211,8 +209,9 @@ def _computed(
                 after.append(end)
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
-            setattr(leaf, AFTER, [])
-            leaf.register_hook(partial(begin, getattr(leaf, AFTER)))  # type: ignore[no-untyped-call]
+            later: list[Callable[[Tensor], None]] = []
+            setattr(leaf, AFTER, later)
+            leaf.register_hook(partial(begin, later))  # type: ignore[no-untyped-call]
     return out
 
 

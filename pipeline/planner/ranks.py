@@ -248,11 +248,10 @@ class Rank:
     def finish(self) -> None:
         """After the backward pass."""
         if self.holding.gathers:
-            for number, weights in reversed([*enumerate(self.blocks)]):  # one whose input has no gradient
-                if self.guests.get(f"block {number}"):
-                    self.drop(f"block {number}")
-                    self.reduce(weights)
-                    self.send(weights)
+            for block, number in reversed(self.numbers.items()):
+                if self.guests.get(f"block {number}"):  # its input has no gradient that says where it ends
+                    self.within(block)
+                    self.around(block, True, False)
             self.drop("outside")
             self.reduce(self.outside)
             self.send(self.outside)
