@@ -1,6 +1,6 @@
 """The levers of a run on memory, the measurement of peaks; and from Python, the planner:
 
-`pipeline.memory.plan(config, data)` for a run, `pipeline.memory.estimate(model, optimizer, batch)` for any module.
+`pipeline.memory.plan(config)` for a run, `pipeline.memory.estimate(model, optimizer, batch)` for any module.
 """
 
 from __future__ import annotations

@@ -138,12 +138,15 @@ class Plan:
         path.write_text(flat + "\n", encoding="utf-8")
 
 
-def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Level = "trace") -> Plan:
+def plan(config: RunConfig, data: DataBundle | None = None, tokenizer: Any = None, level: Level = "trace") -> Plan:
     """The plan of `job=run` or `compress` with this config; allocates no tensor of the model's size.
 
     Args:
+        data: what `config.data` opens; None: it is opened.
         tokenizer: the run's, for links with a calibration text of their own; None: the model's.
     """
+    tokenizer = tokenizer or config.model.tokenizer()
+    data = data or config.data.open(tokenizer)
     task = lookup.get(config.data.task)
     line = stages_of(config)
     found = Plan(capacity=capacity(config), beside=CONTEXT if config.device.kind() == "cuda" else "")
@@ -155,9 +158,7 @@ def plan(config: RunConfig, data: DataBundle, tokenizer: Any = None, level: Leve
         if config.trainer.evaluate_every:
             attempt(found, "validate", lambda: plan_validation(config, task, data, found))
     if config.chain:
-        attempt(
-            found, "compress", lambda: plan_links(config, data, tokenizer or config.model.tokenizer(), found, level)
-        )
+        attempt(found, "compress", lambda: plan_links(config, data, tokenizer, found, level))
     else:
         attempt(found, "save", lambda: plan_saving(config, task, data, found, level))
         attempt(found, "evaluate", lambda: plan_evaluation(config, task, data, found, level))

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import pipeline.memory
 from pipeline import fitting
 from pipeline.app import compose, main
 from pipeline.fitting import fit
@@ -56,6 +57,15 @@ CNNS = {
     "efficientnet": ["model=efficientnet", "data=digits", *GPT[1:]],
     "efficientnet, bf16-mixed": ["model=efficientnet", "data=digits", *GPT[1:], "precision=bf16-mixed"],
 }
+
+
+def test_a_plan_from_python_takes_a_config_alone():
+    config = compose([*GPT, "compression=int8"])
+    alone, given = pipeline.memory.plan(config), plan(config, opened(config)[1])
+    assert alone.phases.keys() == {"load", "train", "compress", "save", "evaluate"}
+    assert {name: phase.bytes for name, phase in alone.phases.items()} == {
+        name: phase.bytes for name, phase in given.phases.items()
+    }
 
 
 def opened(config):
@@ -130,7 +140,7 @@ def test_the_job_writes_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsy
 
 def test_the_course_of_a_phase_reaches_its_peak_and_ends_with_what_is_kept():
     config = compose(GPT)
-    peak = plan(config, opened(config)[1]).phases["train"]
+    peak = plan(config).phases["train"]
     totals = [sum(held) for held in zip(*peak.course.kinds.values(), strict=True)]
     assert max(totals) == peak.bytes
     assert len(totals) <= 200
@@ -162,13 +172,13 @@ def test_a_run_that_will_not_fit_stops_before_it_starts(tmp_path, monkeypatch, c
 
 def test_a_machine_that_is_not_here_is_planned_for():
     config = compose([*GPT, "job=plan", "device=cuda", "device.memory=80GiB"])
-    assert plan(config, opened(config)[1]).capacity == 80 * 2**30
+    assert plan(config).capacity == 80 * 2**30
 
 
 def test_a_run_does_without_what_cannot_be_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(planner.formula, "on_disk", lambda *_: 1 / 0)
     config = compose(GPT)
-    found = plan(config, opened(config)[1])
+    found = plan(config)
     assert found.open == {"what goes to disk": "cannot be planned: ZeroDivisionError: division by zero"}
     assert set(found.phases) == {"load", "train", "save", "evaluate"}
 
@@ -194,7 +204,7 @@ def test_processes_on_one_machine_share_its_memory():
 )
 def test_what_is_not_traced_is_computed_and_says_why(override, said):
     config = compose([*GPT, "job=plan", override])
-    found = plan(config, opened(config)[1])
+    found = plan(config)
     assert said in found.untraced["train"]
     assert found.phases["train"].source == "computed"
     assert found.phases["train"].margin == 0.1
@@ -220,12 +230,12 @@ def test_16_bits_widen_the_margin_only_where_operators_may_be_too_large_to_be_tr
 
 def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk():
     config = compose([*GPT, "trainer.evaluate_every=2", "compression=[magnitude,int8]"])
-    found = plan(config, opened(config)[1])
+    found = plan(config)
     phases = ["load", "train", "validate", "train: magnitude", "compress", "save", "evaluate"]
     assert list(found.phases) == phases
     assert found.open == {}
     assert set(found.disk) == {"checkpoint", "artifact"}
-    by_formula = plan(config, opened(config)[1], level="formula")
+    by_formula = plan(config, level="formula")
     assert by_formula.open == {}
     assert by_formula.disk == found.disk
     assert {name: phase.source for name, phase in by_formula.phases.items()} == dict.fromkeys(phases, "computed")
@@ -235,7 +245,7 @@ def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk()
 
 def test_where_nothing_trains_no_checkpoint_goes_to_disk():
     config = compose([*GPT, "trainer.max_steps=0", "compression=int8"])
-    assert set(plan(config, opened(config)[1]).disk) == {"artifact"}
+    assert set(plan(config).disk) == {"artifact"}
 
 
 class Unmeasured(Callback):
@@ -266,14 +276,14 @@ def test_a_model_that_cannot_be_traced_is_computed_and_says_so(monkeypatch):
 
     monkeypatch.setattr(planner, "trace_training", refuse)
     config = compose(GPT)
-    found = plan(config, opened(config)[1])
+    found = plan(config)
     assert found.untraced["train"] == "cannot be traced: RuntimeError: values are asked for"
     assert found.phases["train"].source == "computed"
 
 
 def test_nothing_is_left_behind_by_a_trace():
     config = compose(GPT)
-    plan(config, opened(config)[1])
+    plan(config)
     assert type(torch.ones(2)) is torch.Tensor
 
 
@@ -297,7 +307,7 @@ def test_a_plan_for_a_gpu_that_is_not_here_is_within_five_percent_of_what_one_me
     runs = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
     (run,) = (run for run in runs if run["command"].endswith(RECORDED[name]))
     config = compose([*run["command"].split()[2:], "job=plan", "device=cuda", "device.memory=140GiB"])
-    found = plan(config, opened(config)[1])
+    found = plan(config)
     assert found.untraced == {}
     for phase in ("train", "evaluate"):
         assert found.phases[phase].bytes == pytest.approx(run["measured"][phase], rel=0.05)
