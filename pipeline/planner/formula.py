@@ -72,7 +72,7 @@ def training(
     ranks, memory, dtype = config.parallelism, config.memory, config.precision.weight_dtype
     on_cpu = config.device.kind() == "cpu"
     inner, workspace = kernels_of(config)
-    workspaces = 2 * workspace + WITH_BIAS if workspace else 0
+    workspaces = 2 * workspace + sum(WITH_BIAS) if workspace else 0
     blocks = [block.name for block in architecture.blocks]
     whole = copy.deepcopy(model) if ranks.sharded else None
     split_layers(model, architecture, ranks.tensor_ranks)

@@ -134,7 +134,7 @@ def declared_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links
             found.open[f"compress: {stage.name}"] = f"no formula is known for {method.name} of this model"
         else:
             if taken := workspace(config):
-                terms = {**terms, WORKSPACES: taken + WITH_BIAS}
+                terms = {**terms, WORKSPACES: taken + sum(WITH_BIAS)}
             found.compress[stage.name] = Peak(sum(terms.values()), terms, "")
             found.computed.add(stage.name)
         model = method.reshaped(model, context)

@@ -245,8 +245,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for biased in {False, name == BIASED}:
             if (backward, biased) not in self._taken:
                 self._taken.add((backward, biased))
-                taken = Block(WITH_BIAS if biased else self._workspace, WORKSPACES)
-                self.timeline.events.append((taken, 1, name))
+                for taken in WITH_BIAS if biased else [self._workspace]:
+                    self.timeline.events.append((Block(taken, WORKSPACES), 1, name))
 
     def forget(self) -> None:
         """Watch no storage any more: before garbage is collected, which torch does not outlive otherwise."""

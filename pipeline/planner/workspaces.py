@@ -2,7 +2,7 @@
 
 torch gives each of its handles one (ATen/cuda/CublasHandlePool.cpp), takes it from the same pool as tensors, and keeps
 it. A handle belongs to a thread, and autograd runs the backward pass in a thread of its own: a fit holds two, an
-evaluation one. A product with a bias is cuBLASLt's, which takes a little more. On one H200 (torch 2.11) that is all by
+evaluation one. A product with a bias is cuBLASLt's, which has a workspace of its own. On one H200 (torch 2.11) that is all by
 which 60 runs differed from the sum of their tensors, but for a few: benchmarks/README.md.
 """
 
@@ -20,8 +20,9 @@ LARGE = 4096 * 8 * 1024
 """Bytes, of compute capability 9.0 and later."""
 SMALL = 4096 * 2 * 1024 + 16 * 8 * 1024
 """Bytes, of those before."""
-WITH_BIAS = 17 * 64 * 1024
-"""Bytes more of a thread whose products have a bias, as measured on an H200."""
+WITH_BIAS = (1024 * 1024, 64 * 1024)
+"""Blocks more of a thread whose products have a bias: cuBLASLt's own workspace (`CUBLASLT_WORKSPACE_SIZE` is not set),
+and what was measured beside it on an H200. Both are of the pool of small blocks."""
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 BIASED = "aten::addmm"
 
