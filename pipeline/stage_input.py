@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline import checkpoints
 from pipeline.artifact import store
 from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
+from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
 from pipeline.errors import ConfigError, first_line
@@ -175,6 +177,7 @@ def context_of(
         teacher=teacher_of(config, stage, base, data, directory, opened),
         open_model=opened,
         first=stage.index == 1,
+        kept=kept_share(itertools.takewhile(lambda method: method is not stage.method, config.chain.values())),
     )
 
 

@@ -79,13 +79,14 @@ class MixedBits(Quantizer):
             return found
         if self.budget is None:
             return []
-        sizes, fixed = self._sizes(model, layers)
+        sizes, fixed = self._sizes(model, layers, context.kept)
         least, most = (fixed + sum(size[k] for size in sizes.values()) for k in (0, -1))
         if parse_size(self.budget) < least:
             few, many = min(self.bits), max(self.bits)
+            fewer = "allow fewer bits, " if few > 2 else ""
             return [
                 f"{key}.budget={self.budget} cannot be met: with {few} bits in every layer the file takes {least:,} "
-                f"bytes (with {many}: {most:,}); give more, allow fewer bits, or prune before"
+                f"bytes (with {many}: {most:,}); give more, {fewer}or prune {'more ' if context.kept < 1 else ''}before"
             ]
         return []
 
@@ -153,13 +154,16 @@ class MixedBits(Quantizer):
             put(model, name, quantize_rows(weight.flatten(1), grid.of(weight)), "weight_only", **asdict(grid))
         return model
 
-    def _sizes(self, model: nn.Module, layers: Sequence[str]) -> tuple[dict[str, list[int]], int]:
-        """({layer: bytes at each number of bits, fewest first}, bytes of all else in the file, its header at most)."""
+    def _sizes(self, model: nn.Module, layers: Sequence[str], share: float = 1.0) -> tuple[dict[str, list[int]], int]:
+        """({layer: bytes at each number of bits, fewest first}, bytes of all else in the file, its header at most).
+
+        `share`: of weights, how many masks will keep that are not there yet.
+        """
         from pipeline.layers.footprint import file_bytes, layer_bytes, model_tensors
 
         grids = self.grids()
-        sizes = {name: [layer_bytes(model, name, grid) for grid in grids] for name in layers}
-        whole = file_bytes(model_tensors(model, dict.fromkeys(layers, grids[-1])))
+        sizes = {name: [layer_bytes(model, name, grid, share) for grid in grids] for name in layers}
+        whole = file_bytes(model_tensors(model, dict.fromkeys(layers, grids[-1]), share))
         return sizes, whole - sum(size[-1] for size in sizes.values())
 
 

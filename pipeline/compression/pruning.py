@@ -10,7 +10,7 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -226,3 +226,17 @@ def _root(module: nn.Module, known: str) -> nn.Module:
         if known in dict(candidate.named_modules()):
             return candidate
     raise KeyError(known)
+
+
+def kept_share(methods: Iterable[Method]) -> float:
+    """Of weights under a mask, how many are not pruned, by what the links of `methods` declare: 1 where none prunes."""
+    shares = [1.0]
+    for method in methods:
+        if not isinstance(method, Pruner):
+            continue
+        if method.pattern is not None:
+            keep, _, block = method.pattern.partition(":")
+            shares.append(int(keep) / int(block))
+        elif method.sparsity is not None:
+            shares.append(1 - method.sparsity)
+    return min(shares)

@@ -1,12 +1,14 @@
 """Bytes on disk of a model that is yet to be quantized: known beforehand, to the byte, from shapes alone.
 
 A safetensors file is eight bytes, a JSON header padded to eight, and the tensors one after another, widest types first.
-Tensors that will be stored as a bitmask (of a masked layer) may take less than is said here, never more.
+A masked weight is stored as a bitmask and the values that it keeps where that is smaller. Weights that rounding makes
+zero are left out as well, so it may take less than is said here, never more.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -27,14 +29,20 @@ CODES = {
 }  # fmt: skip
 
 
-def layer_tensors(model: nn.Module, name: str, grid: Grid) -> list[Stored]:
-    """What the weight of the layer `name` becomes, packed on `grid`."""
-    weight = cast(Tensor, model.get_submodule(name).weight)
+def layer_tensors(model: nn.Module, name: str, grid: Grid, share: float = 1.0) -> list[Stored]:
+    """What the weight of the layer `name` becomes, packed on `grid`.
+
+    `share`: of its weights, how many a mask will keep at most; one that the layer has already goes before.
+    """
+    layer = model.get_submodule(name)
+    weight = cast(Tensor, layer.weight)
     rows, columns = weight.shape[0], weight[0].numel()
     size = grid.of(weight).group_size
     groups = 1 if size is None else columns // size
+    packed: Stored = (f"{name}.weight_packed", torch.int32, (rows, packed_columns(columns, grid.bits)))
+    kept = kept_weights(layer, share) if grid.symmetric else weight.numel()
     found: list[Stored] = [
-        (f"{name}.weight_packed", torch.int32, (rows, packed_columns(columns, grid.bits))),
+        *smaller(packed, weight.numel(), kept, grid.bits, torch.int8),
         (f"{name}.weight_shape", torch.int64, (weight.ndim,)),
         (f"{name}.weight_scale", weight.dtype, (rows, groups)),
     ]
@@ -43,13 +51,39 @@ def layer_tensors(model: nn.Module, name: str, grid: Grid) -> list[Stored]:
     return found
 
 
-def layer_bytes(model: nn.Module, name: str, grid: Grid) -> int:
-    """Bytes of the tensors that the weight of the layer `name` becomes."""
-    return data_bytes(layer_tensors(model, name, grid))
+def kept_weights(layer: nn.Module, share: float = 1.0) -> int:
+    """How many weights of `layer` its mask keeps; where it has none with values, `share` of all."""
+    mask = getattr(layer, MASK, None)
+    if type(mask) is Tensor and not mask.is_meta:  # a fake one is of a class of its own
+        return int(torch.count_nonzero(mask))
+    elements = cast(Tensor, layer.weight).numel()
+    return elements - int((1 - share) * elements + 1e-6)
 
 
-def model_tensors(model: nn.Module, planned: Mapping[str, Grid]) -> list[Stored]:
-    """Everything that is stored of `model` with the layers of `planned` packed; tied tensors once, no masks."""
+def smaller(dense: Stored, elements: int, kept: int, bits: int, dtype: torch.dtype) -> list[Stored]:
+    """`dense`, or where that takes fewer bytes a bitmask of its `elements` and the `kept` values.
+
+    `bits`, `dtype`: of a value; below 8 bits they are packed.
+    """
+    name = dense[0]
+    values = (kept,) if bits >= 8 else (math.ceil(kept * bits / 8),)
+    sparse: list[Stored] = [
+        (f"{name}.bitmask", torch.uint8, (math.ceil(elements / 8),)),
+        (f"{name}.values", dtype if bits >= 8 else torch.uint8, values),
+    ]
+    return sparse if data_bytes(sparse) < data_bytes([dense]) else [dense]
+
+
+def layer_bytes(model: nn.Module, name: str, grid: Grid, share: float = 1.0) -> int:
+    """Bytes of the tensors that the weight of the layer `name` becomes; `share` as in `layer_tensors`."""
+    return data_bytes(layer_tensors(model, name, grid, share))
+
+
+def model_tensors(model: nn.Module, planned: Mapping[str, Grid], share: float = 1.0) -> list[Stored]:
+    """Everything that is stored of `model` with the layers of `planned` packed; tied tensors once, no masks.
+
+    `share`: of weights in the layers of `planned`, as in `layer_tensors`.
+    """
     seen: set[int] = set()
     found: list[Stored] = []
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -58,9 +92,12 @@ def model_tensors(model: nn.Module, planned: Mapping[str, Grid]) -> list[Stored]
             continue
         seen.add(id(tensor))
         if leaf == "weight" and layer in planned:
-            found += layer_tensors(model, layer, planned[layer])
+            found += layer_tensors(model, layer, planned[layer], share)
         else:
-            found.append((name, tensor.dtype, tuple(tensor.shape)))
+            dense: Stored = (name, tensor.dtype, tuple(tensor.shape))
+            masked = leaf == "weight" and hasattr(model.get_submodule(layer), MASK)
+            kept = kept_weights(model.get_submodule(layer)) if masked else tensor.numel()
+            found += smaller(dense, tensor.numel(), kept, 8 * tensor.itemsize, tensor.dtype)
     return found
 
 

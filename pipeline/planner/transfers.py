@@ -9,7 +9,7 @@ writes it, on fake tensors; and a checkpoint writes what training keeps, as it l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from pipeline import checkpoints, stage_input
 from pipeline.artifact import sparse, store
 from pipeline.chain import Stage
-from pipeline.compression.base import Method
+from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle
 from pipeline.layers.sparsity import masked_layers
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
@@ -116,7 +116,7 @@ def opens_in_memory(config: RunConfig, line: Sequence[Stage]) -> bool:
 def reading(config: RunConfig, model: nn.Module) -> Peak:
     """An artifact is opened, of which `model`, of fake tensors, has been stored: masked weights come as a mask and
     values, and masks stay until all are read. On a GPU they are put together on its host."""
-    share = kept_share(config.chain)
+    share = kept_share(config.chain.values())
     weights = [layer.get_parameter("weight") for _, layer in masked_layers(model)]
     small = [w for w in weights if encoded_bytes(w.numel(), 8 * w.itemsize, share) < w.nbytes]
     whole = held(model)
@@ -149,7 +149,7 @@ def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBun
     live = Supposing(*kernels_of(config))
     live.hold_model(model)
     live.phase = "working set"
-    share = kept_share(config.chain)
+    share = kept_share(config.chain.values())
 
     def encoded(mask: Tensor, bits: int) -> int:
         return encoded_bytes(mask.numel(), bits, share)
@@ -162,16 +162,3 @@ def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBun
     with live, mock.patch.object(sparse, "encoded_bytes", encoded), mock.patch.object(sparse, "taken", taken):
         store.parts_of(model, fake_batch(batch))
     return live.timeline.peak()
-
-
-def kept_share(chain: Mapping[str, Method]) -> float:
-    """Of weights under a mask, how many are not pruned, by what the links declare: 1 where none prunes."""
-    shares = [1.0]
-    for method in chain.values():
-        pattern, sparsity = getattr(method, "pattern", None), getattr(method, "sparsity", None)
-        if pattern is not None:
-            keep, _, block = pattern.partition(":")
-            shares.append(int(keep) / int(block))
-        elif sparsity is not None:
-            shares.append(1 - sparsity)
-    return min(shares)

@@ -2,8 +2,8 @@
 
 torch gives each of its handles one (ATen/cuda/CublasHandlePool.cpp), takes it from the same pool as tensors, and keeps
 it. A handle belongs to a thread, and autograd runs the backward pass in a thread of its own: a fit holds two, an
-evaluation one. A product with a bias is cuBLASLt's, which has a workspace of its own. On one H200 (torch 2.11) that is all by
-which 60 runs differed from the sum of their tensors, but for a few: benchmarks/README.md.
+evaluation one. A product with a bias is cuBLASLt's, which has a workspace of its own. On one H200 (torch 2.11) that is
+all by which 60 runs differed from the sum of their tensors, but for a few: benchmarks/README.md.
 """
 
 from __future__ import annotations

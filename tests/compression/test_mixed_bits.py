@@ -1,5 +1,7 @@
 """Bits by layer: the budget is kept to the byte, sensitive layers get their bits, transformers opens the result."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +17,7 @@ from pipeline.layers.quantize import Grid
 from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.select import select
 from pipeline.layers.sensitivity import sensitivities
+from pipeline.layers.sparsity import set_mask, unstructured_mask
 from pipeline.models.architecture import describe
 from tests.tiny import opt
 
@@ -65,8 +68,37 @@ def test_footprint_is_the_file_to_the_byte(tmp_path):
             )
         store.save(model, tmp_path / "a", chain=[], probe=IDS)
         assert store.tensor_bytes(tmp_path / "a") == said
+    model = opt()
+    for name in select(model, describe(model)).layers:
+        layer = model.get_submodule(name)
+        set_mask(layer, unstructured_mask(layer.weight.detach().abs(), 0.5))
+    store.save(model, tmp_path / "masked", chain=[], probe=IDS)
+    assert store.tensor_bytes(tmp_path / "masked") == file_bytes(model_tensors(model, {}))
     save_file({"x": torch.zeros(3, dtype=torch.bfloat16)}, tmp_path / "x", metadata={"format": "pt"})
     assert (tmp_path / "x").stat().st_size == file_bytes([("x", torch.bfloat16, (3,))])
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_masked_layers_are_counted_as_they_are_stored(tmp_path, sparsity):
+    model = opt()
+    layers = select(model, describe(model)).layers
+    for name in layers:
+        layer = model.get_submodule(name)
+        set_mask(layer, unstructured_mask(layer.weight.detach().abs(), sparsity))
+    plain = opt()
+    sizes, fixed = mixed()._sizes(model, layers)
+    assert mixed()._sizes(plain, layers, 1 - sparsity) == (sizes, fixed)  # said beforehand, without masks
+    least, most = (fixed + sum(size[k] for size in sizes.values()) for k in (0, -1))
+    dense, more = mixed()._sizes(plain, layers)
+    assert most < more + sum(size[-1] for size in dense.values())
+    budget = (least + most) // 2
+    ctx = dataclasses.replace(context(model), kept=1 - sparsity)
+    assert mixed(budget=budget).preflight(plain, ctx) == []
+    (told,) = mixed(budget=least - 1).preflight(plain, ctx)
+    assert told.endswith("give more, or prune more before")
+    made = mixed(budget=budget).finalize(model, ctx)
+    store.save(made, tmp_path / "a", chain=[], probe=IDS)
+    assert budget * 0.8 < store.tensor_bytes(tmp_path / "a") <= budget
 
 
 def test_average_bits_is_kept_and_the_layer_that_matters_gets_most():
