@@ -36,14 +36,17 @@ def select(
 
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
-    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own.
+    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; matrices of
+    modules of another kind (a mixture's experts in one tensor, GPT-2's Conv1D).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     tied = {name: group for group in architecture.tied for name in group}
-    layers, left = [], {}
+    layers: list[str] = []
+    left: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, types):
+            left |= {f"{name}.{leaf}": _unknown(module) for leaf in _matrices(module)}
             continue
         pattern = next((p for p in ignore if matches(name, p)), None)
         if pattern is not None:
@@ -63,6 +66,17 @@ def select(
         else:
             layers.append(name)
     return Selection(tuple(layers), left)
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """The module's own parameters that are matrices, or several in one, but for a known layer's."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd | nn.RNNBase):
+        return []
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
+
+
+def _unknown(module: nn.Module) -> str:
+    return f"weights of {type(module).__name__}, which is no layer that is known"
 
 
 def _embedding_stays(
@@ -114,8 +128,10 @@ def selection_problems(
             said = f"[{','.join(ignore)}]"
             return [f"{key}.ignore={said}: no layer is left to work on; without it there are {without}"]
         kinds = ", ".join(cls.__name__ for cls in types or (nn.Linear, nn.Conv2d))
+        unknown = dict.fromkeys(type(module).__name__ for module in model.modules() if _matrices(module))
+        instead = f"; the matrices of this model are those of {', '.join(unknown)}" if unknown else ""
         problems.append(
-            f"{key}: no layer to work on; it knows {kinds}, and leaves embeddings, the vocabulary and `ignore`"
+            f"{key}: no layer to work on; it knows {kinds}, and leaves embeddings, the vocabulary and `ignore`{instead}"
         )
     return problems
 

@@ -1,0 +1,31 @@
+"""What a method works on, and what it says of the rest: nothing is left out in silence."""
+
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from pipeline.layers.select import select, selection_problems
+from pipeline.models.architecture import describe
+from pipeline.models.unfilled import on_meta
+
+
+def mixtral():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return on_meta(MixtralForCausalLM, MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=4))
+
+
+def test_experts_in_one_tensor_are_named_among_what_is_left():
+    model = mixtral()
+    found = select(model, describe(model))
+    assert len(found.layers) == 8  # attention's
+    assert found.left_in_float["model.layers.1.mlp.experts.down_proj"] == (
+        "weights of MixtralExperts, which is no layer that is known"
+    )
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    told = {name.removesuffix(".weight") for name in (*found.layers, *found.left_in_float, "model.embed_tokens")}
+    assert {name.removesuffix(".weight") for name in matrices} == told
+
+
+def test_a_model_whose_matrices_are_of_an_unknown_layer_is_refused_by_its_name():
+    model = on_meta(GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=2, n_head=2))
+    (told,) = selection_problems(model, describe(model), (), "compression.int8")
+    assert told.startswith("compression.int8: no layer to work on; it knows Linear, Conv2d")
+    assert told.endswith("; the matrices of this model are those of Conv1D")
