@@ -212,19 +212,20 @@ def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kep
             setattr(made.get_submodule(parent), leaf, made.get_parameter(group[0]))
     for name, parameter in model.named_parameters():
         made.get_parameter(name).requires_grad_(parameter.requires_grad)
-    _copy_transient_buffers(model, made)
+    _place_transient_buffers(model, made)
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
     return made.train(model.training)  # type: ignore[no-any-return]
 
 
-def _copy_transient_buffers(model: nn.Module, made: nn.Module) -> None:
-    """Buffers that are not stored (rotary frequencies): as `model` has them, wherever it has them."""
+def _place_transient_buffers(model: nn.Module, made: nn.Module) -> None:
+    """Buffers that are not stored (rotary frequencies, an embedding's scale) follow from the config of `made`, as they
+    will when it is opened; where they lie and in which dtype is as in `model`."""
     for name, module in made.named_modules():
         for leaf in module._non_persistent_buffers_set:
             old = getattr(model.get_submodule(name), leaf, None)
-            if isinstance(old, Tensor) and old.shape == getattr(module, leaf).shape:
-                setattr(module, leaf, old.clone())
+            if isinstance(old, Tensor):
+                setattr(module, leaf, getattr(module, leaf).to(old))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -48,6 +50,16 @@ def opt(tied=True, **changes):
         if name.endswith("bias"):  # fresh ones are zero, and would hide a slice that was forgotten
             nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def gemma(**changes):
+    """Its embedding is scaled by the root of the hidden size, a buffer that is not stored."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=32, **changes,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
 
 
 def llama(tied=False, heads=4, groups=2, **changes):
@@ -260,6 +272,7 @@ CASES = {
     "llama tied": (llama, {"tied": True}, {"hidden": 0.25, "heads": 0.5}),
     "llama groups": (llama, {"heads": 8, "groups": 4}, {"heads": 0.5, "ffn": 0.25}),
     "llama single group": (llama, {"groups": 1}, {"heads": 0.5, "hidden": 0.25}),
+    "gemma": (gemma, {}, {"hidden": 0.25, "ffn": 0.5}),
     "llama three heads": (llama, {"groups": 4}, {"heads": 0.25, "hidden": 0.25}),
 }
 
