@@ -105,10 +105,11 @@ def apply_masks(model: nn.Module) -> None:
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Whether at most two of each four consecutive inputs of `weight` [out, in] are not zero."""
+    """Whether at most two of each four consecutive inputs of `weight` [out, in] are not zero, and some are not."""
     if weight.ndim != 2 or weight.shape[1] % 4:
         return False
-    return bool((weight.detach().reshape(len(weight), -1, 4) != 0).sum(-1, dtype=torch.uint8).le(2).all())
+    kept = (weight.detach().reshape(len(weight), -1, 4) != 0).sum(-1, dtype=torch.uint8)
+    return bool(kept.le(2).all()) and bool(kept.any())
 
 
 def measured_sparsity(model: nn.Module, layers: Sequence[str]) -> float:
