@@ -1,5 +1,6 @@
 """What holds for every test: the program's own process settings, programs without their imports, no log left open."""
 
+import gc
 import logging
 import os
 import sys
@@ -32,6 +33,13 @@ def _run_log_closed() -> Iterator[None]:
 def _own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests measure is kept apart from what the user's own runs did."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _what_was_imported_is_no_garbage() -> None:
+    """Each run, fit and trace collects garbage: a third of a second, most of it to look at what imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
