@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,14 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Callable[[], AbstractContextManager[object]]) -> Path:
     """The run directory of a finished int8 run in 16-mixed."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     before = Path.cwd()
     os.chdir(directory.parent)
     try:
-        assert main([*TINY, "compression=int8", "precision=16-mixed", f"hydra.run.dir={directory}"]) == 0
+        with drawing():
+            assert main([*TINY, "compression=int8", "precision=16-mixed", f"hydra.run.dir={directory}"]) == 0
     finally:
         os.chdir(before)
     return directory
