@@ -403,13 +403,11 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(capsys: pytest.CaptureFixtu
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_and_ends_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = Path.cwd() / "sweep"
-    code = main(
-        ["-m", *TINY, "compression=none,int8,int4", "compression.int4.group_size=64,48", f"hydra.sweep.dir={sweep}"]
-    )
+    code = main(["-m", *TINY, "compression=none,int4", "compression.int4.group_size=64,48", f"hydra.sweep.dir={sweep}"])
     rows = json.loads((sweep / "results.json").read_text())
     output = capsys.readouterr().out
     assert code == 1
-    assert len(rows) == 6
+    assert len(rows) == 4
     assert [row["status"] for row in rows].count("failed") == 1  # int4 with groups of 48
     assert (sweep / "results.csv").is_file()
     assert (sweep / "pareto.png").stat().st_size > 5000
