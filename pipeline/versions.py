@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib.metadata import version
 
@@ -13,4 +14,9 @@ PACKAGES = ("torch", "lightning", "transformers", "compressed-tensors", "safeten
 def versions() -> dict[str, str]:
     """Package -> version, and "python"; recorded in manifests and lock files."""
     own = {"python": platform.python_version(), "leanfit": __version__}
-    return own | {package: version(package) for package in PACKAGES}
+    return own | {package: _installed(package) for package in PACKAGES}
+
+
+@functools.cache  # a plan asks once for each phase, and what is imported stays
+def _installed(package: str) -> str:
+    return version(package)

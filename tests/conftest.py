@@ -1,9 +1,12 @@
 """What holds for every test: the program's own process settings, programs without their imports, no log left open."""
 
+import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import pytest
 
@@ -13,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 environment.prepare()  # as the line above, it is read when torch is imported: by all that follows
 
+from pipeline.report import markdown  # noqa: E402
 from pipeline.tasks import causal_lm, image_classification  # noqa: E402
 from tests import forks  # noqa: E402
 
@@ -35,10 +39,26 @@ def _own_calibration(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _what_was_imported_is_no_garbage() -> None:
+    """Each run, fit and trace collects garbage: a third of a second, most of it to look at what imports have made."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _few_rounds_of_speed() -> None:
     """Runs inside tests measure speed in as many rounds as the task needs at least: what it is matters to none."""
     for task in (causal_lm, image_classification):
         task.SPEED_SECONDS = 0.0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def drawing() -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Runs inside tests draw plots, half a second each, within `with drawing():` alone. Others would not see one that
+    could not be drawn either: it is a line in the report."""
+    plots = markdown._plots
+    with mock.patch.object(markdown, "_plots", return_value=()):
+        yield lambda: mock.patch.object(markdown, "_plots", plots)
 
 
 @pytest.fixture(autouse=True, scope="session")

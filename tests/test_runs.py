@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,14 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Callable[[], AbstractContextManager[object]]) -> Path:
     """The run directory of a finished int8 run in 16-mixed."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     before = Path.cwd()
     os.chdir(directory.parent)
     try:
-        assert main([*TINY, "compression=int8", "precision=16-mixed", f"hydra.run.dir={directory}"]) == 0
+        with drawing():
+            assert main([*TINY, "compression=int8", "precision=16-mixed", f"hydra.run.dir={directory}"]) == 0
     finally:
         os.chdir(before)
     return directory
@@ -400,13 +403,11 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(capsys: pytest.CaptureFixtu
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_and_ends_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = Path.cwd() / "sweep"
-    code = main(
-        ["-m", *TINY, "compression=none,int8,int4", "compression.int4.group_size=64,48", f"hydra.sweep.dir={sweep}"]
-    )
+    code = main(["-m", *TINY, "compression=none,int4", "compression.int4.group_size=64,48", f"hydra.sweep.dir={sweep}"])
     rows = json.loads((sweep / "results.json").read_text())
     output = capsys.readouterr().out
     assert code == 1
-    assert len(rows) == 6
+    assert len(rows) == 4
     assert [row["status"] for row in rows].count("failed") == 1  # int4 with groups of 48
     assert (sweep / "results.csv").is_file()
     assert (sweep / "pareto.png").stat().st_size > 5000

@@ -50,6 +50,7 @@ class Needs:
         self.tokenizer = config.model.tokenizer()
         self._opened: dict[Any, DataBundle] = {}
         self._others: dict[Any, dict[str, Phase]] = {}
+        self._unevaluated: dict[Any, Plan] = {}
         self._computed: dict[Any, Peak] = {}
         self._convolutional: dict[Any, bool] = {}
         self._open: dict[Any, dict[str, str]] = {}
@@ -122,16 +123,26 @@ class Needs:
                 if "artifact" in found.disk:
                     self._stored[chained(config)] = found.disk["artifact"]
             else:
-                plan_opening(config, data, found)
-                plan_saving(config, self.task, data, found, "trace")
+                found = self.unevaluated(config)
                 plan_evaluation(config, self.task, data, found, "trace")
-                if generates(config, self.task):
-                    plan_generation(config, self.task, data, found, "trace")
             self._others[key] = {
                 name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
             }
             self._open[chained(config)] = found.open
         return self._others[key]
+
+    def unevaluated(self, config: RunConfig) -> Plan:
+        """What a model that no link changes needs beside its fit, in whatever batches it is evaluated."""
+        key = chained(config)
+        if key not in self._unevaluated:
+            found = self._unevaluated[key] = Plan()
+            data = self.data(config)
+            plan_opening(config, data, found)
+            plan_saving(config, self.task, data, found, "trace")
+            if generates(config, self.task):
+                plan_generation(config, self.task, data, found, "trace")
+        once = self._unevaluated[key]
+        return Plan(phases=dict(once.phases), open=dict(once.open))
 
     def validation(self, config: RunConfig) -> Phase | None:
         """An evaluation in the middle of the fit, without what the fit keeps meanwhile."""

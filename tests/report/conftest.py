@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
 from pipeline.report.result import new_result
+
+
+@pytest.fixture(autouse=True)
+def _drawn(drawing: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    with drawing():
+        yield
 
 
 def language_result() -> dict[str, Any]:
