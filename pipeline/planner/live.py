@@ -9,6 +9,7 @@ seen, but for those in `inner`, and the workspaces of matrix products.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,12 @@ STEP_DONE = "step is done"
 DEVICE = torch.ops.prim.device.default
 """What asks a tensor for its device: two of three calls that a mode gets."""
 
+ADD = torch.ops.aten.add.Tensor
+ADD_IN_PLACE = torch.ops.aten.add_.Tensor
+ENGINE = "_engine_run_backward"
+"""The function of torch.autograd.graph in which backward passes run."""
+DISPATCHING = frozenset({"__torch_dispatch__", "inner", "_fn"})
+"""Functions between it and a mode that sees an operator: the last two keep torch.compile away from modes."""
 WHOLE = frozenset(
     {
         torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.ops.aten.conv2d.default,
@@ -183,6 +190,18 @@ def by_kind(model: nn.Module) -> dict[str, list[Tensor]]:
     }
 
 
+def meets_in_place(one: Tensor, other: Tensor) -> bool:
+    """Whether these are gradients of one tensor that autograd would add in place, were they no fake ones: nobody else
+    holds the first (torch/csrc/autograd/input_buffer.cpp). It leaves tensors of a subclass as they are."""
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    caller = sys._getframe(1)
+    while caller.f_code.co_name in DISPATCHING and caller.f_back is not None:
+        caller = caller.f_back
+    alone = torch._C._storage_Use_Count(one.untyped_storage()._cdata) == 2  # the tensor, and who asks
+    return alone and caller.f_code.co_name == ENGINE and one.shape == other.shape and one.is_contiguous()
+
+
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enter it inside a FakeTensorMode; `timeline` grows while operators run.
 
@@ -273,6 +292,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in WHOLE:
             with self:
                 return func.decompose(*args, **kwargs)
+        if func is ADD and not kwargs and isinstance(args[1], Tensor) and meets_in_place(*args):
+            func = ADD_IN_PLACE
         name = func.name().partition(".")[0]
         if name in PRODUCTS:
             self.multiply(name)

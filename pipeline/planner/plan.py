@@ -55,7 +55,7 @@ links and what they leave there: of ten recorded on an H200 -10% to +3%, with th
 TRACED = ("cpu", "cuda")
 """Devices whose operators are known well enough to be traced."""
 RESERVED = 0.15
-"""And what CUDA's pool reserves for training: of 48 recorded configs on an H200, -13.2% to +1.1%, 28 to the byte."""
+"""And what CUDA's pool reserves for training: of 48 recorded configs on an H200, -13.2% to 0, 29 to the byte."""
 CONTEXT = "the context that CUDA keeps on the device is not in it"
 UNSEEN = "kernels' scratch space"
 

@@ -35,6 +35,18 @@ class Recommender(nn.Module):
         return self.layers(self.items(seen))
 
 
+class Branching(nn.Module):
+    """Little is held but where gradients of several branches meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        return torch.cat([x[row : row + 1] for row in range(3)])
+
+
 def bert() -> nn.Module:
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     return BertForSequenceClassification(BertConfig(vocab_size=500, **size))
@@ -86,6 +98,9 @@ CASES = {
     ),
     "a sum, whose gradient is one number that a product copies": (
         partial(nn.Linear, 256, 512), torch.optim.Adagrad, (torch.randn(512, 256),), total, 0.01,
+    ),
+    "branches, whose gradients are added in place": (
+        Branching, partial(torch.optim.SGD, lr=0.1), (torch.randn(2048, 64),), total, 0.01,
     ),
     "recommender": (
         Recommender, torch.optim.AdamW, (torch.zeros(64, 20, dtype=torch.long), torch.zeros(64, dtype=torch.long)),
