@@ -114,6 +114,7 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
     discard(run, changing, done)
     run.begun = done > 0
     model: nn.Module | None = None
+    fits: list[dict[str, Any]] = []
     for stage in changing:
         if stage.index < done:
             record = store.read_manifest(run.snapshot(stage))["record"]
@@ -129,6 +130,11 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
                 forget(run.directory, stage)
         run.begun = True
         note(run, stage, record)
+        fits += [record["fitted"]] if record["fitted"] else []
+    if any(fitted.get("saving_bytes") is None for fitted in fits):
+        # What the rest of the run took to save would pass for all of it.
+        run.result["memory"]["measured"]["save"] = None
+        run.progress.say("peak memory of saving is not known: the run was cut off as it saved the last step of a fit")
 
 
 def preflight(run: Run, changing: list[Stage]) -> None:

@@ -209,6 +209,38 @@ def test_a_run_cut_off_at_its_receipt_is_finished_by_resume() -> None:
     assert same(before, weights(directory))
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_fit_that_was_over_when_its_run_was_cut_off_is_recorded_as_it_was(
+    cut: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits = 0
+
+    def cut_off(*_: Any) -> None:
+        nonlocal fits
+        fits += 1
+        if fits == cut:
+            raise RuntimeError("cut off")
+
+    settings = [*TINY, "compression=magnitude", "compression.magnitude.steps=3", "trainer.max_steps=5"]
+    _, whole = leanfit(*settings, into="whole")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipeline.fitting.forget", cut_off)  # after the last step's checkpoint, before the snapshot
+        code, broken = leanfit(*settings, into="broken")
+    assert code == 1
+    assert main([f"resume={broken}"]) == 0
+    told, expected = (read_result(directory / "result.json") for directory in (broken, whole))
+    kept = ("steps", "samples", "tokens", "loss_first", "loss_last")
+    for found, wanted in zip((told, *told["stages"]), (expected, *expected["stages"]), strict=True):
+        assert [found["train"][key] for key in kept] == [wanted["train"][key] for key in kept]
+    assert told["train"]["steps"] == 5
+    assert told["memory"]["measured"]["train"] == expected["memory"]["measured"]["train"]
+    assert told["stages"][0]["memory"] == expected["stages"][0]["memory"]
+    assert told["memory"]["measured"]["save"] is None
+    assert "peak memory of saving is not known" in capsys.readouterr().out
+    assert main([f"resume={broken}"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("where", "ends"), [("train", 2), ("compress", 1)])
 def test_a_config_error_after_something_ran_is_a_failed_run(
     where: str, ends: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

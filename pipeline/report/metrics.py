@@ -126,6 +126,9 @@ class MetricsCsv(Callback):
         self._seen = list(state_dict["seen"])
         self._loss_first, self._loss_last = state_dict["loss_first"], state_dict["loss_last"]
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._step = checkpoint["global_step"]  # training does not start where all steps have been taken
+
     def totals(self) -> dict[str, Any]:
         """The `train` section of result.json; `loss_first` is the first step's, `loss_last` that of the last row.
 

@@ -176,6 +176,15 @@ def test_a_killed_and_resumed_fit_leaves_the_rows_of_an_uninterrupted_one(tmp_pa
     assert totals["loss_first"] is not None
 
 
+def test_a_fit_resumed_after_its_last_step_still_has_taken_all_of_them(tmp_path: Path, tiny_fit: Fit) -> None:
+    checkpoint = tmp_path / "last.ckpt"
+    first, again = metrics(tmp_path / "metrics.csv"), metrics(tmp_path / "metrics.csv")
+    tiny_fit([first], steps=6, accumulate=2, save=str(checkpoint))
+    tiny_fit([again], steps=6, accumulate=2, ckpt_path=str(checkpoint))
+    assert again.totals() == first.totals()
+    assert again.totals()["steps"] == 6
+
+
 def test_the_loss_since_the_last_row_survives_a_resume(tmp_path: Path, tiny_fit: Fit) -> None:
     checkpoint = tmp_path / "last.ckpt"
     first = tiny_fit([metrics(tmp_path / "metrics.csv", log_every=10)], steps=6, save=str(checkpoint))
