@@ -56,7 +56,8 @@ class DeviceUsed(Section):
 
 
 class Train(Section):
-    """A fit. `seconds` leaves out validation and the steps that were slowed by measuring; so do the rates."""
+    """A fit. `seconds` are those of all its steps, without validation. Rates leave out the steps that were slowed, two
+    by measuring memory and one by compiling: they are null where a fit has no others."""
 
     steps: Count
     samples: Count
