@@ -72,6 +72,8 @@ class Run:
     """The other machines, where this one leads."""
     begun: bool = False
     """Whether a stage is done: from then on nothing that goes wrong is a config that never ran."""
+    planned: dict[str, int] = field(default_factory=dict)
+    """Predicted bytes by phase; `train: NAME` is a link's own fit."""
     doing: str = "train"
     """What runs now: train, compress: NAME, or evaluate."""
 
@@ -396,7 +398,11 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             "quality_after": record["quality"]["value"] if record["quality"] else None,
             "bytes_after": size,
             "train": fitted["train"] if fitted else None,
-            "memory": {"train": fitted["peak_bytes"] if fitted else None, "compress": record.get("peak_bytes")},
+            "memory": {
+                "train": fitted["peak_bytes"] if fitted else None,
+                "compress": record.get("peak_bytes"),
+                "train_predicted": run.planned.get(f"train: {stage.name}"),
+            },
             "detail": record["detail"],
         }
     )

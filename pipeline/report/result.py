@@ -142,10 +142,11 @@ class SpeedBeforeAfter(Section):
 
 
 class LinkPeaks(Section):
-    """Peaks of a link: of its own fit, with its teacher; and of preparing and compressing."""
+    """Peaks of a link: of its own fit, with its teacher, measured and predicted; and of preparing and compressing."""
 
     train: Count
     compress: Count
+    train_predicted: Count
 
 
 class StageRecord(Section):
