@@ -30,7 +30,7 @@ from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
 from pipeline.layers.offload import release
-from pipeline.layers.quantize import is_finite
+from pipeline.layers.quantize import not_finite
 from pipeline.memory.measure import Peak, measure_peak
 from pipeline.models.architecture import describe, positions
 from pipeline.nodes import Leader
@@ -363,8 +363,7 @@ def evaluate(run: Run, model: nn.Module) -> Quality:
         found = run.task.evaluate(model, run.data, run.config.trainer.evaluation_batch_size, run.device)
     if math.isfinite(found.value) and math.isfinite(found.loss):
         return found
-    floats = ((name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point())
-    wrong = next((name for name, tensor in floats if not is_finite(tensor)), None)
+    wrong = not_finite(model.named_parameters())
     out_of_range = f"all weights are finite, what they give in precision {run.config.precision.label} is not"
     cause = out_of_range if wrong is None else f"{wrong} holds NaN or infinity"
     raise LeanfitError(f"{found.metric} is {found.value:g}, of a loss of {found.loss:g} nats: {cause}")

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline.app import compose, main
 from pipeline.artifact.receipt import Receipt
+from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError
 from pipeline.layers.masks import HoldMasks
+from pipeline.models.gpt import GPT
 from pipeline.proof import demand
 from pipeline.report.result import new_result, read_result, schema_problems
 
@@ -284,6 +286,26 @@ def test_a_weight_that_is_no_number_is_named(
     assert code == 1
     assert "perplexity is nan" in told
     assert f"{name.removeprefix('model.')} holds NaN or infinity" in told
+
+
+@pytest.mark.parametrize("precision", ["32", "16-mixed"])
+def test_a_weight_that_is_no_number_is_named_where_it_is_to_be_trained(
+    precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = GPT(name="gpt", layers=2, heads=2, width=16, dropout=0.0, activation="gelu", tie_embeddings=True)
+    model = settings.build(DataSpec(vocabulary=256, sequence_length=64))
+    name = "model.decoder.layers.1.fc2.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 2] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    settings.tokenizer().save_pretrained(tmp_path / "damaged")
+    words = ["model=hf", f"model.pretrained={tmp_path}/damaged", "data.sequence_length=64", f"precision={precision}"]
+    code, directory = leanfit(*words, *TINY[1:], "trainer.micro_batch_size=4", "trainer.max_steps=2")
+    told = capsys.readouterr().err
+    assert code == 1
+    assert f"the loss of stage 'train' is nan from the start: {name} holds NaN or infinity" in told
+    assert "learning rate" not in told
+    assert not (directory / "checkpoints" / "last.ckpt").exists()
 
 
 def test_an_artifact_is_evaluated_on_its_own_data_unless_other_data_is_asked_for(
