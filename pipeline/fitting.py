@@ -35,11 +35,12 @@ from pipeline.last_step import SaveWhereMemoryEnds
 from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
+from pipeline.layers.quantize import not_finite
 from pipeline.memory.measure import MeasureTraining, bucket_bytes, measure_peak, training_tensors
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
-from pipeline.parallelism.shards import clip_gradients, is_sharded, place_gradients
+from pipeline.parallelism.shards import clip_gradients, is_sharded, local, place_gradients
 from pipeline.preemption import StopAfterStep, stop_file
 from pipeline.report.metrics import MetricsCsv
 from pipeline.report.progress import Progress
@@ -126,11 +127,28 @@ class SaveLast(Checkpoint):
 class StopWhereItDiverged(lightning.Callback):
     """Ends a fit whose loss is not a number any more: what follows would be wasted, and its report nonsense.
 
-    On an accelerator only log steps look, since looking waits for the device.
+    On an accelerator only the first step and log steps look, since looking waits for the device. In the first step no
+    learning rate is to blame yet: a weight that came with NaN or infinity in it is named.
     """
 
     def __init__(self, stage: str, lr: float, every: int) -> None:
         self.stage, self.lr, self.every = stage, lr, every
+        self.first = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.first = trainer.global_step
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor
+    ) -> None:
+        if trainer.global_step != self.first or torch.isfinite(loss):
+            return
+        # Of a weight in shards each rank asks for its own: the others' loss may be finite, and they would not answer.
+        weights = ((name, local(weight)) for name, weight in pl_module.get_submodule("model").named_parameters())
+        if wrong := not_finite(weights):
+            raise LeanfitError(
+                f"the loss of stage '{self.stage}' is {loss.item()} from the start: {wrong} holds NaN or infinity"
+            )
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -213,6 +213,7 @@ def attempt(run: Run, line: Sequence[Stage], done: int) -> Candidate | None:
     config = run.config
     with run.progress.phase("planning"):
         found = predicted(config, run.data, run.tokenizer, run.directory, run.result)
+    run.planned = {name: phase.bytes for name, phase in found.phases.items()}
     if found.fits is False and config.plan.enforce:
         raise ConfigError(f"{found.verdict()}; job=fit searches what fits, plan.enforce=false runs it all the same")
     try:

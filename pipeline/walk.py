@@ -30,7 +30,7 @@ from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
 from pipeline.layers.lora import fill_dense
 from pipeline.layers.offload import release
-from pipeline.layers.quantize import is_finite
+from pipeline.layers.quantize import not_finite
 from pipeline.memory.measure import Peak, measure_peak
 from pipeline.models.architecture import describe, positions
 from pipeline.nodes import Leader
@@ -72,6 +72,8 @@ class Run:
     """The other machines, where this one leads."""
     begun: bool = False
     """Whether a stage is done: from then on nothing that goes wrong is a config that never ran."""
+    planned: dict[str, int] = field(default_factory=dict)
+    """Predicted bytes by phase; `train: NAME` is a link's own fit."""
     doing: str = "train"
     """What runs now: train, compress: NAME, or evaluate."""
 
@@ -114,6 +116,7 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
     discard(run, changing, done)
     run.begun = done > 0
     model: nn.Module | None = None
+    fits: list[dict[str, Any]] = []
     for stage in changing:
         if stage.index < done:
             record = store.read_manifest(run.snapshot(stage))["record"]
@@ -129,6 +132,11 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
                 forget(run.directory, stage)
         run.begun = True
         note(run, stage, record)
+        fits += [record["fitted"]] if record["fitted"] else []
+    if any(fitted.get("saving_bytes") is None for fitted in fits):
+        # What the rest of the run took to save would pass for all of it.
+        run.result["memory"]["measured"]["save"] = None
+        run.progress.say("peak memory of saving is not known: the run was cut off as it saved the last step of a fit")
 
 
 def preflight(run: Run, changing: list[Stage]) -> None:
@@ -355,8 +363,7 @@ def evaluate(run: Run, model: nn.Module) -> Quality:
         found = run.task.evaluate(model, run.data, run.config.trainer.evaluation_batch_size, run.device)
     if math.isfinite(found.value) and math.isfinite(found.loss):
         return found
-    floats = ((name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point())
-    wrong = next((name for name, tensor in floats if not is_finite(tensor)), None)
+    wrong = not_finite(model.named_parameters())
     out_of_range = f"all weights are finite, what they give in precision {run.config.precision.label} is not"
     cause = out_of_range if wrong is None else f"{wrong} holds NaN or infinity"
     raise LeanfitError(f"{found.metric} is {found.value:g}, of a loss of {found.loss:g} nats: {cause}")
@@ -390,7 +397,11 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             "quality_after": record["quality"]["value"] if record["quality"] else None,
             "bytes_after": size,
             "train": fitted["train"] if fitted else None,
-            "memory": {"train": fitted["peak_bytes"] if fitted else None, "compress": record.get("peak_bytes")},
+            "memory": {
+                "train": fitted["peak_bytes"] if fitted else None,
+                "compress": record.get("peak_bytes"),
+                "train_predicted": run.planned.get(f"train: {stage.name}"),
+            },
             "detail": record["detail"],
         }
     )

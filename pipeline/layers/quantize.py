@@ -10,6 +10,7 @@ range from the smallest to the largest weight of a group, zero included, is divi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,6 +125,11 @@ def is_finite(weight: Tensor) -> bool:
     if not weight.numel() or math.isfinite(float(torch.linalg.vector_norm(weight))):
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first of `weights` that holds NaN or infinity; None where there is none."""
+    return next((name for name, weight in weights if weight.is_floating_point() and not is_finite(weight)), None)
 
 
 def wide(weight: Tensor) -> Tensor:

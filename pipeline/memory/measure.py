@@ -307,6 +307,13 @@ class MeasureTraining(lightning.Callback):
         self._meter: Meter | None = None
         self._finished = False
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"peak_bytes": self.peak_bytes, "reserved_bytes": self.reserved_bytes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What an earlier process measured; it stays where that took the last step, too."""
+        self.peak_bytes, self.reserved_bytes = state_dict["peak_bytes"], state_dict["reserved_bytes"]
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._finished:
             return

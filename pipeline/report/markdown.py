@@ -16,6 +16,7 @@ from pipeline.report.table import (
     command,
     comparison,
     held_out,
+    link_fits,
     pick,
     program,
     quotient,
@@ -259,6 +260,8 @@ def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
         if held is not None:
             taken = amount(result, "memory", "reserved_predicted", phase)
             rows.append(_memory_row(f"{phase}, reserved by CUDA's pool", taken, held))
+        if phase == "train":
+            rows += [_memory_row(f"train: {name}", *peak) for name, peak in link_fits(result)]
     return rows
 
 
@@ -348,8 +351,10 @@ def _plots(run_dir: Path, result: Mapping[str, Any]) -> Iterator[str]:
         if plots.loss_curve(run_dir / "metrics.csv", run_dir / "plots" / "loss.png", baseline=nats):
             yield "![loss over steps](plots/loss.png)"
         for phase, plot in draw_timelines(run_dir / "plan.json", run_dir / "plots").items():
-            if phase == "train":
-                yield f"![live memory over a training step, as planned](plots/{plot.name})"
+            kind, _, link = phase.partition(": ")
+            if kind == "train":
+                step = f"a training step of {cell(link)}" if link else "a training step"
+                yield f"![live memory over {step}, as planned](plots/{plot.name})"
     except Exception as error:
         logging.getLogger(__name__).warning("a plot could not be drawn: %s: %s", type(error).__name__, error)
         yield f"A plot could not be drawn: {cell(error)}"

@@ -101,6 +101,7 @@ class MetricsCsv(Callback):
         self._window = [0.0, 0.0]  # units and seconds since the last row, skipped steps left out
         self._total = [0.0, 0.0, 0.0]  # units, samples and seconds since the fit began, skipped steps left out
         self._seen = [0, 0]  # units and samples trained on, skipped steps included
+        self._seconds = 0.0  # in all steps, skipped ones included
         self._loss_first: float | None = None
         self._loss_last: float | None = None
 
@@ -116,6 +117,7 @@ class MetricsCsv(Callback):
             "window": list(self._window),
             "total": list(self._total),
             "seen": list(self._seen),
+            "seconds": self._seconds,
             "loss_first": self._loss_first,
             "loss_last": self._loss_last,
         }
@@ -123,13 +125,17 @@ class MetricsCsv(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loss_sum, self._steps = float(state_dict["loss_sum"]), state_dict["steps"]
         self._window, self._total = list(state_dict["window"]), list(state_dict["total"])
-        self._seen = list(state_dict["seen"])
+        self._seen, self._seconds = list(state_dict["seen"]), state_dict["seconds"]
         self._loss_first, self._loss_last = state_dict["loss_first"], state_dict["loss_last"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._step = checkpoint["global_step"]  # training does not start where all steps have been taken
 
     def totals(self) -> dict[str, Any]:
         """The `train` section of result.json; `loss_first` is the first step's, `loss_last` that of the last row.
 
-        Counts are those of all ranks, which see batches of one size. `mfu` is null.
+        Counts are those of all ranks, which see batches of one size. They and `seconds` are of every step; rates are
+        of those that were not skipped, and null where all were, as in a fit of two steps. `mfu` is null.
         """
         units, samples, seconds = self._total
         language = self.unit == "tokens/s"
@@ -138,7 +144,7 @@ class MetricsCsv(Callback):
             "steps": self._step,
             "samples": self._seen[1],
             "tokens": self._seen[0] if language else None,
-            "seconds": seconds,
+            "seconds": self._seconds,
             "samples_per_second": samples / seconds if timed else None,
             "tokens_per_second": units / seconds if timed and language else None,
             "loss_first": self._loss_first,
@@ -218,6 +224,7 @@ class MetricsCsv(Callback):
         units, samples = self._pending
         self._seen[0] += units
         self._seen[1] += samples
+        self._seconds += elapsed
         if not self._skip(step):
             self._window[0] += units
             self._window[1] += elapsed

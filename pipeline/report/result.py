@@ -56,7 +56,8 @@ class DeviceUsed(Section):
 
 
 class Train(Section):
-    """A fit. `seconds` leaves out validation and the steps that were slowed by measuring; so do the rates."""
+    """A fit. `seconds` are those of all its steps, without validation. Rates leave out the steps that were slowed, two
+    by measuring memory and one by compiling: they are null where a fit has no others."""
 
     steps: Count
     samples: Count
@@ -141,10 +142,11 @@ class SpeedBeforeAfter(Section):
 
 
 class LinkPeaks(Section):
-    """Peaks of a link: of its own fit, with its teacher; and of preparing and compressing."""
+    """Peaks of a link: of its own fit, with its teacher, measured and predicted; and of preparing and compressing."""
 
     train: Count
     compress: Count
+    train_predicted: Count
 
 
 class StageRecord(Section):

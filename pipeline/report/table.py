@@ -66,6 +66,16 @@ class Row(NamedTuple):
     group: int
 
 
+def link_fits(result: Mapping[str, Any]) -> list[tuple[str, tuple[float | None, float | None]]]:
+    """(name, (predicted peak, measured peak)) of each link that had a fit of its own."""
+    stages = pick(result, "stages")
+    return [
+        (word(stage, "name"), (amount(stage, "memory", "train_predicted"), amount(stage, "memory", "train")))
+        for stage in (stages if isinstance(stages, list) else ())
+        if pick(stage, "train") is not None
+    ]
+
+
 def comparison(result: Mapping[str, Any]) -> list[Row]:
     """Before, after and change of everything the result knows; rows without any value are left out."""
     rows: list[Row] = []
@@ -122,8 +132,12 @@ def comparison(result: Mapping[str, Any]) -> list[Row]:
         format_seconds(after),
         times(quotient(before, after), "shorter", "longer", "the same"),
     )
-    for phase, label in (("train", "training"), ("compress", "compression"), ("evaluate", "evaluation")):
-        measured, predicted = amount(result, "memory", "measured", phase), amount(result, "memory", "predicted", phase)
+    peaks = [
+        (label, amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase))
+        for phase, label in (("train", "training"), ("compress", "compression"), ("evaluate", "evaluation"))
+    ]
+    peaks[1:1] = [(f"training: {name}", *peak) for name, peak in link_fits(result)]
+    for label, predicted, measured in peaks:
         error = quotient(predicted, measured)
         change = "measured" if predicted is None else "planned"
         if error is not None:

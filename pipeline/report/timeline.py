@@ -28,7 +28,7 @@ def draw_timelines(plan_json: Path, directory: Path) -> dict[str, Path]:
         return {}
     plan = json.loads(plan_json.read_text(encoding="utf-8"))
     return {
-        name: timeline(phase, plan.get("capacity"), name, directory / f"memory_{name}.png")
+        name: timeline(phase, plan.get("capacity"), name, directory / f"memory_{name.replace(': ', '_')}.png")
         for name, phase in plan["phases"].items()
         if (phase.get("course") or {}).get("kinds")
     }

@@ -309,6 +309,20 @@ def test_epochs_shorter_than_the_steps_to_measure_do_not_matter(tmp_path):
     assert meter.peak_bytes is not None
 
 
+def test_a_fit_resumed_after_its_last_step_has_the_peak_that_was_measured_before(tmp_path):
+    rows, first, again = DataLoader(torch.randn(9, 16), batch_size=9), MeasureTraining(), MeasureTraining()
+    trainer = fit(tmp_path, wide(16), lambda p: torch.optim.AdamW(p), square, rows, 5, [first])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    module = Module(wide(16), lambda p: torch.optim.AdamW(p), square)
+    resumed = lightning.Trainer(
+        accelerator="cpu", devices=1, max_steps=5, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[again], default_root_dir=tmp_path,
+    )  # fmt: skip
+    resumed.fit(module, rows, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.skipped_steps == frozenset()
+    assert again.peak_bytes == first.peak_bytes is not None
+
+
 def test_a_resumed_fit_is_measured_at_its_own_third_step(tmp_path):
     rows = DataLoader(torch.randn(9, 16), batch_size=9)
     trainer = fit(tmp_path, wide(16), lambda p: torch.optim.AdamW(p), square, rows, 5, [])

@@ -45,7 +45,7 @@ def language_result() -> dict[str, Any]:
             "quality_after": 8.934,
             "bytes_after": 5_400_000,
             "train": None,
-            "memory": {"train": None, "compress": 7_000_000},
+            "memory": {"train": None, "compress": 7_000_000, "train_predicted": None},
             "detail": {"layers": 24, "kernel": "torch._int_mm"},
         }
     )
@@ -53,6 +53,15 @@ def language_result() -> dict[str, Any]:
     reload = {"ok": True, "max_abs_diff": 0.0}
     result["artifact"].update(path="artifact", format="int-quantized", files=files, reload=reload)
     result["seconds"] = 74.0
+    return result
+
+
+def distilled_result() -> dict[str, Any]:
+    """The same run with a link before it that had a fit of its own, in more memory than stage 0's."""
+    result = language_result()
+    memory = {"train": 400_000_000, "compress": 6_000_000, "train_predicted": 398_000_000}
+    link = {**result["stages"][0], "name": "distill", "method": "distill", "train": result["train"], "memory": memory}
+    result["stages"].insert(0, link)
     return result
 
 
@@ -73,6 +82,11 @@ def image_result() -> dict[str, Any]:
 @pytest.fixture
 def language() -> dict[str, Any]:
     return language_result()
+
+
+@pytest.fixture
+def distilled() -> dict[str, Any]:
+    return distilled_result()
 
 
 @pytest.fixture

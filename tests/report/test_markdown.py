@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_every_plot_and_link_that_is_named_is_there(run_dir: Path, language: dic
     assert {"plots/before_after.png", "plots/loss.png", "metrics.csv"} <= set(links)
     for link in links:
         assert (run_dir / link).is_file(), link
+
+
+def test_the_peak_of_a_links_own_fit_and_its_plot_are_shown(run_dir: Path, distilled: dict[str, Any]) -> None:
+    course = {"kinds": {"weights": [1, 2, 1]}, "moments": []}
+    phase = {"bytes": 2, "operator": "aten::mm", "course": course}
+    phases = dict.fromkeys(("train", "train: distill", "compress"), phase)
+    (run_dir / "plan.json").write_text(json.dumps({"capacity": None, "phases": phases}), encoding="utf-8")
+    text = write_report(run_dir, distilled).read_text(encoding="utf-8")
+    assert "| train: distill | 398 MB | 400 MB | -0.5% |" in sections(text)["Peak memory"]
+    assert "train: int8" not in text
+    assert "![live memory over a training step of distill, as planned](plots/memory_train_distill.png)" in text
+    assert (run_dir / "plots" / "memory_train_distill.png").is_file()
 
 
 def test_the_python_code_parses(run_dir: Path, language: dict[str, Any]) -> None:

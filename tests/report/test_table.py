@@ -55,6 +55,13 @@ def test_a_predicted_peak_stands_beside_the_measured_one(language: dict[str, Any
     assert "198 MB plan 215 MB plan off by -7.9%" in " ".join(render(language, 100).split())
 
 
+def test_the_peak_of_a_links_own_fit_has_a_line(distilled: dict[str, Any]) -> None:
+    lines = [" ".join(line.split()) for line in render(distilled, 100).splitlines()]
+    (after,) = (position for position, line in enumerate(lines) if line.startswith("peak memory, training - 215 MB"))
+    assert lines[after + 1] == "peak memory, training: distill 398 MB plan 400 MB plan off by -0.5%"
+    assert not any("training: int8" in line for line in lines)
+
+
 def test_half_precision_shows_both_ratios(language: dict[str, Any]) -> None:
     language["size"].update(bytes_before=9_820_000, ratio=1.8185)
     assert "1.82x smaller (3.64x against float32)" in " ".join(render(language, 100).split())
