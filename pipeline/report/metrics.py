@@ -125,7 +125,7 @@ class MetricsCsv(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loss_sum, self._steps = float(state_dict["loss_sum"]), state_dict["steps"]
         self._window, self._total = list(state_dict["window"]), list(state_dict["total"])
-        self._seen, self._seconds = list(state_dict["seen"]), state_dict["seconds"]
+        self._seen, self._seconds = list(state_dict["seen"]), state_dict.get("seconds", 0.0)
         self._loss_first, self._loss_last = state_dict["loss_first"], state_dict["loss_last"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
