@@ -157,7 +157,7 @@ def _links_of_artifact(config: RunConfig) -> list[tuple[str, Method]]:
 def samples_of_calibration(config: RunConfig) -> list[str]:
     """A link that looks at a part of the calibration set cannot look at more than there is."""
     held = config.calibration.samples
-    asked = {stage: getattr(method, "samples", 0) for stage, method in config.chain.items()}
+    asked = {stage: getattr(method, "samples", None) or 0 for stage, method in config.chain.items()}
     return [
         f"compression.{stage}.samples={samples} is more than calibration.samples={held}; choose {held} or fewer"
         for stage, samples in asked.items()

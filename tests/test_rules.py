@@ -241,8 +241,10 @@ def test_pruning_goes_on_from_what_the_artifact_was_pruned_to(tmp_path: Path) ->
 
 
 def test_a_link_cannot_look_at_more_samples_than_there_are() -> None:
-    assert rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=16")) == []
-    (line,) = rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=8"))
+    few = ("compression=mixed_bits", "calibration.samples=8")
+    assert rules.samples_of_calibration(config(*few, "compression.mixed_bits.samples=8")) == []
+    assert rules.samples_of_calibration(config(*few)) == []  # nobody asked for more
+    (line,) = rules.samples_of_calibration(config(*few, "compression.mixed_bits.samples=16"))
     assert line == "compression.mixed_bits.samples=16 is more than calibration.samples=8; choose 8 or fewer"
 
 
