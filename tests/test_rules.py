@@ -248,6 +248,20 @@ def test_a_link_cannot_look_at_more_samples_than_there_are() -> None:
     assert line == "compression.mixed_bits.samples=16 is more than calibration.samples=8; choose 8 or fewer"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("''", "compression.int8.ignore: an empty pattern names no module; leave it out, or write ignore=[] for none"),
+        (r"'re:.*\.fc1$'", r"compression.int8.ignore=re:.*\.fc1$: patterns are shell-style (fnmatch), not regular"),
+        (r"'re:.*\.fc1$'", "; did you mean '*.fc1'?"),
+        ("'re:.*(q|k)_proj'", "or '*.layers.[01].*'"),
+    ],
+)
+def test_patterns_of_layers_to_spare_are_those_of_a_shell(pattern: str, said: str) -> None:
+    (line,) = rules.ignore_patterns(config("compression=int8", f"compression.int8.ignore=[lm_head,{pattern}]"))
+    assert line.startswith(said) or line.endswith(said)
+
+
 @pytest.mark.parametrize("job", ["compress", "evaluate", "verify", "generate"])
 def test_a_job_on_an_artifact_needs_one(job: str, tmp_path: Path) -> None:
     (line,) = rules.artifact(config(f"job={job}"))
