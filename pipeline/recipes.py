@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.errors import did_you_mean
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.registry import PACKAGES, conf_root, shown
 
 GROUP = "recipe"
@@ -347,6 +347,19 @@ def read(file: Path) -> tuple[dict[str, Any], list[str]]:
         entry = yaml.safe_dump({f"override /{group}": choice}, default_flow_style=None, width=1000).strip("{}\n")
         problems.append(f"{shown(group, choice)}: choose groups under defaults: - {entry}")
     return _without_forbidden(body), problems
+
+
+def locked_values(lock: Path) -> dict[str, Any]:
+    """What a lock file says, as `lock_text` was given it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        content = OmegaConf.to_container(parsed(lock.read_text(encoding="utf-8")), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{lock}: not a readable lock file: {' '.join(str(error).split())}") from error
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def forbidden(values: Any, prefix: str = "") -> Iterator[str]:

@@ -478,7 +478,11 @@ def test_teachers_and_students_come_from_artifacts_directories_and_checkpoints(t
         tmp_path / "third", "model.layers=4", "compression=distill", f"{key}.teacher={last}", f"{key}.student=small"
     )
     assert result["stages"][0]["detail"]["layers"] == 1
-    assert main([*TINY, "compression=distill", f"{key}.teacher={last}", f"hydra.run.dir={tmp_path / 'no'}"]) == 2
+    learned = leanfit(tmp_path / "other", "compression=distill", f"{key}.teacher={last}", f"{key}.layers=all")
+    assert learned["stages"][0]["detail"]["teacher_layers"] == 4
+    (tmp_path / "moved.ckpt").write_bytes((tmp_path / last).read_bytes())
+    apart = f"{key}.teacher=moved.ckpt"
+    assert main([*TINY, "compression=distill", apart, f"hydra.run.dir={tmp_path / 'no'}"]) == 2
 
 
 @pytest.mark.slow
