@@ -170,8 +170,8 @@ def _further(
 ) -> list[str]:
     """What the rules say about the rest, once the overrides that could not be understood are left out.
 
-    The rules need a decoded config. What they say of a group that lost an override is not passed on: it is judged with
-    a value that nobody asked for.
+    The rules need a decoded config. What they say of a group that lost an override is not passed on, but for a path
+    where nothing is: it is judged with a value that nobody asked for.
     """
     wrong = [line for line in overrides if any(_blames(told, line) for told in problems)]
     if not wrong or any(not told.endswith("(command line)") for told in problems):
@@ -186,13 +186,23 @@ def _further(
         further = [told for told in error.problems if told not in problems]
         # Of the links of a chain that lacks some, what follows from those that are there.
         further = [told for told in further if not known or not re.search("must follow|prunes nothing that", told)]
-        return [told for told in further if not any(re.search(rf"\b{re.escape(word)}\b", told) for word in unsure)]
+        return [
+            told
+            for told in further
+            if not any(re.search(rf"\b{re.escape(word)}\b", told) for word in unsure) or _is_missing_place(told, kept)
+        ]
     return []
 
 
+def _is_missing_place(told: str, overrides: Sequence[str]) -> bool:
+    """Whether a problem is that there is nothing at a path that the command line gives, whatever else it says."""
+    return bool(re.search(": no such file|does not exist;", told)) and any(_blames(told, line) for line in overrides)
+
+
 def _blames(told: str, override: str) -> bool:
-    key = override.lstrip("+~").partition("=")[0]
-    return told.startswith((f"{key}=", f"{key}:", f"{key}.", f"{key}[", f"{key} ", override, f"'{override}'"))
+    key, _, value = override.lstrip("+~").partition("=")
+    inside = (f"{key}.",) if value.startswith("{") else ()  # what is said in a choice's place says no key below it
+    return told.startswith((f"{key}=", f"{key}:", f"{key}[", f"{key} ", override, f"'{override}'", *inside))
 
 
 def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: bool, quiet: bool) -> RunConfig:

@@ -42,9 +42,10 @@ def first_line(error: BaseException, width: int = 150) -> str:
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'int8'?"` for the nearest allowed word, or an empty string when none is near."""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """`"; did you mean 'int8'?"` for the nearest allowed word, capitals aside; an empty string when none is near."""
+    spelt = {one.lower(): one for one in allowed}
+    near = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.5)
+    return f"; did you mean '{spelt[near[0]]}'?" if near else ""
 
 
 OUT_OF_MEMORY = re.compile(

@@ -11,22 +11,25 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote, unquote
 
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
-from omegaconf._utils import get_omega_conf_dumper
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.errors import did_you_mean
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.registry import PACKAGES, conf_root, shown
 
 GROUP = "recipe"
@@ -93,6 +96,19 @@ def file_of(repository: Any, config_path: str) -> Path | None:
                 return source.file(config_path)
             return Path(source.path) / f"{config_path}.yaml" if source.scheme() == "file" else None
     return None
+
+
+class FileSource(FileConfigSource):
+    """Hydra's view of a folder of groups, its files read as recipes are."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        with file.open(encoding="utf-8") as stream:
+            header = ConfigSource._get_header_dict(stream.read(512))
+            stream.seek(0)
+            return ConfigResult(
+                config=parsed(stream), path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header
+            )
 
 
 class RecipeSource(ConfigSource):
@@ -251,6 +267,7 @@ def register_source() -> None:
     """Make Hydra know recipes. Needed once a process; a second call changes nothing."""
     Plugins.instance().register(RecipeSource)
     Plugins.instance().register(RecipePath)
+    SourcesRegistry.instance().types[FileSource.scheme()] = FileSource  # `register` keeps the one that is there
 
 
 def choice_problem(group: str, value: Any, repository: Any) -> str:
@@ -279,11 +296,38 @@ def choice_problem(group: str, value: Any, repository: Any) -> str:
     return ""
 
 
+BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?$")
+"""What YAML 1.1 takes for a number, in hours, minutes and seconds say: `2:4` for 124."""
+
+
+@cache
+def _yaml_loader() -> Any:
+    """OmegaConf's, but for numbers of base 60: `2:4` is text, as it is on the command line and in YAML 1.2."""
+    loader = get_yaml_loader()
+    loader.yaml_implicit_resolvers = {
+        first: [("tag:yaml.org,2002:str", BASE_60), *resolvers]
+        for first, resolvers in loader.yaml_implicit_resolvers.items()
+    }
+    return loader
+
+
+def parsed(text: str | IO[str]) -> Any:
+    """The config that YAML text stands for, as `OmegaConf.load` gives it.
+
+    Raises:
+        YAMLError, OSError, OmegaConfBaseException: no YAML, or a bare number; what cannot stand in a config.
+    """
+    content = yaml.load(text, Loader=_yaml_loader())
+    if not isinstance(content, list | dict | str | None):
+        raise OSError(f"Invalid loaded object type: {type(content).__name__}")
+    return OmegaConf.create({} if content is None else content)
+
+
 def read(file: Path) -> tuple[dict[str, Any], list[str]]:
     """A recipe's content, without what it must not hold, and the problems found."""
     try:
         text = file.read_text(encoding="utf-8")
-        config = OmegaConf.create(text) if text.strip() else None
+        config = parsed(text) if text.strip() else None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         return {}, [f"not a readable YAML file: {' '.join(str(error).split())}"]
     if config is None or (not config and yaml.safe_load(text) is None):
@@ -303,6 +347,19 @@ def read(file: Path) -> tuple[dict[str, Any], list[str]]:
         entry = yaml.safe_dump({f"override /{group}": choice}, default_flow_style=None, width=1000).strip("{}\n")
         problems.append(f"{shown(group, choice)}: choose groups under defaults: - {entry}")
     return _without_forbidden(body), problems
+
+
+def locked_values(lock: Path) -> dict[str, Any]:
+    """What a lock file says, as `lock_text` was given it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        content = OmegaConf.to_container(parsed(lock.read_text(encoding="utf-8")), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{lock}: not a readable lock file: {' '.join(str(error).split())}") from error
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def forbidden(values: Any, prefix: str = "") -> Iterator[str]:

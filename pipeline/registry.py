@@ -152,7 +152,7 @@ def decode(cls: type[T], values: Any, key: str, said: Said, leaves: Iterable[str
                 if path not in told:
                     lines.append(f"{full} is required{_hint(full)}{_where(said, full)}")
             else:
-                musts.setdefault(full, (value, []))[1].append(_must(item, value))
+                musts.setdefault(full, (value, []))[1].append(_must(item, value, said(full)))
         for full, (value, must) in musts.items():
             lines.append(f"{shown(full, value)} must {' or '.join(dict.fromkeys(must))}{_where(said, full)}")
         return None, lines
@@ -254,15 +254,17 @@ _MUST = {
 }
 
 
-def _must(item: Any, value: Any) -> str:
-    """What a value must be, from pydantic's error."""
+def _must(item: Any, value: Any, place: str) -> str:
+    """What a value said at `place` must be, from pydantic's error."""
     kind, context = item["type"], item.get("ctx", {})
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'|(-?\d+)", str(context["expected"]))
         options = [text or number for text, number in allowed]
         return f"be one of {', '.join(options)}{did_you_mean(str(value), options)}"
     if kind == "string_type" and isinstance(value, bool | int | float):
-        return f"be text; to mean the text, quote it twice: \"'{json.dumps(value)}'\""
+        in_a_shell = place in ("", "command line")
+        how = f"quote it twice: \"'{json.dumps(value)}'\"" if in_a_shell else f'put it in quotes: "{json.dumps(value)}"'
+        return f"be text; to mean the text, {how}"
     if kind in _MUST:
         return _MUST[kind].format(**context)
     return f"satisfy: {item['msg']}"

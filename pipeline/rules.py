@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -157,12 +158,30 @@ def _links_of_artifact(config: RunConfig) -> list[tuple[str, Method]]:
 def samples_of_calibration(config: RunConfig) -> list[str]:
     """A link that looks at a part of the calibration set cannot look at more than there is."""
     held = config.calibration.samples
-    asked = {stage: getattr(method, "samples", 0) for stage, method in config.chain.items()}
+    asked = {stage: getattr(method, "samples", None) or 0 for stage, method in config.chain.items()}
     return [
         f"compression.{stage}.samples={samples} is more than calibration.samples={held}; choose {held} or fewer"
         for stage, samples in asked.items()
         if samples > held
     ]
+
+
+def ignore_patterns(config: RunConfig) -> list[str]:
+    """`ignore` takes shell-style patterns: an empty one names nothing, and a regular expression something else."""
+    found = []
+    for stage, method in config.chain.items():
+        key = f"compression.{stage}.ignore"
+        for pattern in getattr(method, "ignore", ()):
+            if not pattern.strip():
+                found.append(f"{key}: an empty pattern names no module; leave it out, or write ignore=[] for none")
+            elif pattern.startswith("re:"):
+                meant = pattern.removeprefix("re:").strip("^$").replace("\\.", ".").replace(".*", "*")
+                near = f"; did you mean '{meant}'?" if re.fullmatch(r"[\w.*]+", meant) else ""
+                found.append(
+                    f"{key}={pattern}: patterns are shell-style (fnmatch), not regular expressions: '*.fc1', 'lm_head' "
+                    f"or '*.layers.[01].*'{near}"
+                )
+    return found
 
 
 def precision_on_device(config: RunConfig) -> list[str]:
@@ -351,6 +370,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     chain_order,
     pruning_grows,
     samples_of_calibration,
+    ignore_patterns,
     precision_on_device,
     float8,
     float16_epsilon,

@@ -17,6 +17,7 @@ from pipeline import checkpoints
 from pipeline.artifact import receipt, store
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
+from pipeline.earlier_run import OF_WEIGHTS, lock_of, with_group
 from pipeline.errors import ArtifactError, ConfigError, LeanfitError, ReceiptError, exhausted
 from pipeline.fitting import checkpoint_directory
 from pipeline.layers.pulse import pulse
@@ -28,8 +29,7 @@ from pipeline.planner.links import trace_artifact
 from pipeline.planner.plan import TRACED, Plan, plan, remember
 from pipeline.planner.search import Candidate
 from pipeline.proof import prove
-from pipeline.recipes import lock_text
-from pipeline.registry import decode_choice
+from pipeline.recipes import label, lock_text, locked_values
 from pipeline.report.console import console, mode
 from pipeline.report.markdown import write_report
 from pipeline.report.plan_table import plan_report, plan_table
@@ -168,7 +168,9 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     """Every stage of the run, its artifact and the proof of it."""
     earlier: list[dict[str, Any]] = []
     tokenizer = None
-    if config.job == "compress" and config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
+    if config.job == "compress" and config.artifact is not None and checkpoints.exists(Path(config.artifact)):
+        config = with_settings_of_run(config, Path(config.artifact), run_dir)
+    elif config.job == "compress" and config.artifact is not None:
         earlier = store.read_manifest(Path(config.artifact))["chain"]
         tokenizer = store.load_tokenizer(Path(config.artifact))
         config = with_data_of(config, Path(config.artifact), run_dir)
@@ -249,18 +251,41 @@ def with_data_of(config: RunConfig, artifact: Path, run_dir: Path) -> RunConfig:
 
     Single values of the command line (`data.evaluation_tokens=...`) are laid over it.
     """
-    typed = [re.fullmatch(r"\+*data(?:\.(\w+))?=.*", line, re.DOTALL) for line in config.overrides]
-    keys = [match[1] for match in typed if match]
-    if None in keys or chosen_by_recipe("data", run_dir):
+    keys = typed_keys(config, "data", run_dir)
+    if keys is None:
         return config
     made_with = store.read_manifest(artifact).get("data")
     if not isinstance(made_with, dict):  # of another writer than a run, or altered
         raise ArtifactError(f"{artifact}: its manifest does not say what data it was made with; choose data=CHOICE")
-    values = {**made_with, **{str(key): getattr(config.data, str(key)) for key in keys}}
-    data, problems = decode_choice("data", values, "data", lambda key: str(artifact))
-    if problems:
-        raise ConfigError(problems)
-    return replace(config, data=data, choices={**config.choices, "data": data.name})
+    return with_group(config, "data", {**made_with, **keys}, artifact)
+
+
+def with_settings_of_run(config: RunConfig, checkpoint: Path, run_dir: Path) -> RunConfig:
+    """The config with the model, data and adapters of the run that wrote a checkpoint, which says nothing of shapes
+    itself; as above, what is typed or a recipe says wins. Without that run's lock, the config as it is.
+    """
+    lock = lock_of(checkpoint)
+    if lock is None:
+        return config
+    said, taken = locked_values(lock), []
+    for group in OF_WEIGHTS:
+        keys = typed_keys(config, group, run_dir)
+        if keys is not None and isinstance(said.get(group), dict):
+            config = with_group(config, group, {**said[group], **keys}, lock)
+            taken.append(group + "".join(f", with {group}.{key} as given" for key in keys))
+    if taken and not config.sweep:
+        told = f"artifact={checkpoint}: settings of its run are taken from {label(lock)}: {'; '.join(taken)}"
+        console().print(told, soft_wrap=True)
+    return config
+
+
+def typed_keys(config: RunConfig, group: str, run_dir: Path) -> dict[str, Any] | None:
+    """Values of a group that the command line gives one by one; None where it, or a recipe, chooses the group."""
+    typed = [re.fullmatch(rf"\+*{group}(?:\.(\w+))?=.*", line, re.DOTALL) for line in config.overrides]
+    keys = [match[1] for match in typed if match]
+    if None in keys or chosen_by_recipe(group, run_dir):
+        return None
+    return {key: getattr(getattr(config, group), key) for key in keys}
 
 
 def chosen_by_recipe(group: str, run_dir: Path) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from pipeline.artifact import store
 from pipeline.chain import Stage
 from pipeline.compression.base import Context, Method
 from pipeline.compression.pruning import kept_share
-from pipeline.data.base import DataBundle
+from pipeline.data.base import DataBundle, DataSpec
 from pipeline.data.calibration import calibration_batches
+from pipeline.earlier_run import as_locked, lock_of
 from pipeline.errors import ConfigError, first_line
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.sparsity import MASK
@@ -54,11 +55,17 @@ def base_model(config: RunConfig, data: DataBundle, offload_to: Path | None = No
     else:
         model = config.model.build_offloaded(data.spec, config.precision.weight_dtype, offload_to)
     if config.artifact is not None:
-        if config.adapter.trains:
-            model = config.adapter.attach(model, describe(model), config.trainer.seed)
-        load_checkpoint(model, Path(config.artifact))
-        model = config.adapter.merge(model)
+        model = filled(model, config, Path(config.artifact), f"artifact={config.artifact}")
     return config.precision.convert(model)
+
+
+def filled(model: nn.Module, config: RunConfig, checkpoint: Path, said: str) -> nn.Module:
+    """`model` with the weights of a checkpoint and the adapters of `config`, merged. Raises as `load_checkpoint` does,
+    which is given `said`."""
+    if config.adapter.trains:
+        model = config.adapter.attach(model, describe(model), config.trainer.seed)
+    load_checkpoint(model, checkpoint, said, next(model.parameters()).device.type)
+    return config.adapter.merge(model)
 
 
 def shapes(config: RunConfig, data: DataBundle) -> nn.Module:
@@ -87,13 +94,46 @@ def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = 
         layer, _, leaf = name.rpartition(".")
         if leaf == MASK and layer in modules:
             model.get_submodule(layer).register_buffer(MASK, value)
+    given = {**held_tensors(model), **weights}
     try:
-        model.load_state_dict({**held_tensors(model), **weights})
+        model.load_state_dict(given)
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
-        if any(".lora_" in name for name in weights):
-            first += "; adapters were trained: give the same adapter=CHOICE and adapter.* settings"
-        raise ConfigError(f"{said}: these are not the weights of the model that was chosen: {first}") from error
+        differing = differences(model.state_dict(), given) or first_line(error)
+        told = f"{said}: its weights are not those of the model that was chosen: {differing}"
+        raise ConfigError(f"{told}; {remedy(said, path, given)}") from error
+
+
+def differences(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    """How weights differ from those that a model wants, in a few words, with the first of each kind."""
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
+    other = [
+        f"{name}: {list(given[name].shape)}, the model's is {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("too many", unknown), ("of another shape", other))
+    return ", ".join(
+        f"{len(names)} {'tensors' if len(names) > 1 else 'tensor'} {what} ({names[0]})"
+        for what, names in kinds
+        if names
+    )
+
+
+def remedy(said: str, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> str:
+    """What to give instead, where the weights of a checkpoint that `said` names do not fit."""
+    lock, link = lock_of(checkpoint), checkpoint.parent
+    if link.parent.name == "checkpoints":
+        return f"it is of the link '{link.name}', which may change shapes; give the artifact directory of its run"
+    if not said.startswith("artifact="):
+        apart = "give it where its run left it, beside recipe.lock.yaml, or the artifact directory of that run"
+        return apart if lock is None else "its run had other data; give a model of the same kind"
+    keys = "model=CHOICE, its model.* settings"
+    if any(".lora_" in name for name in weights):
+        keys += ", adapter=CHOICE, its adapter.* settings"
+    if lock is not None:
+        return f"leave out {keys} and data.sequence_length, to have those of its run"
+    return f"give {keys} and data.sequence_length of the run that wrote it"
 
 
 def stage_input(config: RunConfig, directory: Path, data: DataBundle, line: Sequence[Stage], stage: Stage) -> nn.Module:
@@ -198,10 +238,11 @@ def teacher_of(
     if other is None:
         first = directory / "stages" / FIRST
         return FrozenTeacher(lambda: frozen(store.load(first)), lambda: store.blueprint(first))
-    filled = base_model(config, data) if checkpoints.exists(Path(other)) else model  # earlier links may have changed it
+    alike = checkpoints.exists(Path(other)) and lock_of(Path(other)) is None
+    like = base_model(config, data) if alike else model  # earlier links may have changed it
     return FrozenTeacher(
-        lambda: frozen(open_guest(config, stage, filled, False, "teacher")),
-        lambda: open_guest(config, stage, filled, True, "teacher"),
+        lambda: frozen(open_guest(config, stage, like, False, "teacher")),
+        lambda: open_guest(config, stage, like, True, "teacher"),
     )
 
 
@@ -212,7 +253,8 @@ def guests(stage: Stage) -> dict[str, str]:
 
 
 def open_guest(config: RunConfig, stage: Stage, model: nn.Module, meta: bool, key: str) -> nn.Module:
-    """The model that the link's setting `key` names; a checkpoint fills a copy of `model`. With `meta`, its shapes.
+    """The model that the link's setting `key` names; a checkpoint fills a model of the run that wrote it, or a copy of
+    `model` where that left no lock. With `meta`, its shapes.
 
     Raises:
         ConfigError: it cannot be opened, or is not what it should be.
@@ -222,11 +264,25 @@ def open_guest(config: RunConfig, stage: Stage, model: nn.Module, meta: bool, ke
     if not checkpoints.exists(path):
         guest = open_directory(path, said, meta=meta, trainable=key != "teacher")
         return guest if meta or key == "teacher" else config.precision.convert(guest)
-    guest = copy.deepcopy(model)
-    if meta:
-        guest.to("meta")
-    load_checkpoint(guest, path, said, device="meta" if meta else "cpu")
-    return guest
+    lock, device = lock_of(path), "meta" if meta else "cpu"
+    if lock is None:
+        guest = copy.deepcopy(model).to(device)
+        load_checkpoint(guest, path, said, device)
+        return guest
+    theirs = as_locked(config, lock)
+    if theirs.data.task != config.data.task:
+        mine, other = (task.replace("_", " ") for task in (config.data.task, theirs.data.task))
+        raise ConfigError(f"{said} is of a run for {other}, this one is for {mine}; give a model of the same kind")
+    spec = replace(spec_of(model), sequence_length=getattr(theirs.data, "sequence_length", None))
+    # Opened in the middle of a fit, whose random numbers it must leave as they are.
+    with torch.random.fork_rng([]), torch.device("meta") if meta else contextlib.nullcontext():
+        return config.precision.convert(filled(theirs.model.build(spec), theirs, path, said))
+
+
+def spec_of(model: nn.Module) -> DataSpec:
+    """What the data of this run says to a model that is to be built, by the config of one that was."""
+    said = {"vocabulary": "vocab_size", "classes": "num_labels", "channels": "num_channels", "image_size": "image_size"}
+    return DataSpec(**{key: getattr(model.config, name, None) for key, name in said.items()})
 
 
 def guest_problems(stage: Stage, context: Context, data: DataBundle, tokenizer: Any) -> list[str]:
@@ -236,7 +292,7 @@ def guest_problems(stage: Stage, context: Context, data: DataBundle, tokenizer: 
         directory, said = Path(value), f"compression.{stage.name}.{key}={value}"
         problems += vocabulary_problems(directory, said, tokenizer)
         length = data.spec.sequence_length
-        if not checkpoints.exists(directory) and length is not None and context.open_model is not None:
+        if length is not None and context.open_model is not None:
             with contextlib.suppress(ConfigError):  # told by the method's own preflight
                 limit = positions(context.open_model(key))
                 if limit is not None and limit < length:

@@ -20,7 +20,7 @@ RANK = {
     "groups": 2, "tasks": 2, "layers": 2,
     "artifact": 2, "report": 2, "recipes": 3, "explain": 4, "arguments": 4, "provenance": 5, "schema": 6, "chain": 3,
     "usage": 6, "asked": 7, "rank_rules": 8, "rules": 9, "resuming": 7, "fitting": 8, "teacher": 8, "nodes": 8,
-    "launch": 9,
+    "earlier_run": 8, "launch": 9,
     "stage_input": 9, "recording": 10,
     "walk": 11, "proof": 12, "planner": 12, "runner": 13, "app": 14, "worker": 15, "ray_driver": 16,
 }  # fmt: skip

@@ -390,6 +390,14 @@ def test_all_mistakes_of_a_command_line_at_once() -> None:
             ["compression=[nosuch,int9,int4]", "compression.int4.group_size=a"],
             ["compression=nosuch: no such", "compression=int9: no such", "compression.int4.group_size=a must be"],
         ),
+        (
+            ["compression=distill", "compression.distill.teacher=/no/such", "compression.distill.temperature=-1"],
+            ["compression.distill.teacher=/no/such: no such file", "compression.distill.temperature=-1 must be"],
+        ),
+        (
+            ["data=text", "data.path=/no/such", "data.sequence_length=a"],
+            ["data.path=/no/such", "data.sequence_length=a must be"],
+        ),
         # what the link that is not known would be, nobody can say
         (["compression=[magnitude,structurd,sparsegpt]"], ["compression=structurd: no such choice"]),
     ],

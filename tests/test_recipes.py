@@ -53,6 +53,30 @@ def test_every_recipe_composes_and_decodes() -> None:
         app.compose([f"recipe={name}"])
 
 
+def test_two_of_four_is_text_without_quotes_in_recipes_and_in_groups(write: Write) -> None:
+    """YAML 1.1 reads a number of base 60 there."""
+    body = "pattern: 2:4\nsparsity: null\n"
+    recipe = write(
+        "half.yaml",
+        f"defaults: [override /compression: wanda]\ncompression: {{wanda: {{{body.replace(chr(10), ', ')}}}}}\n",
+    )
+    ours = write("conf/compression/half.yaml", f"# @package compression.half\ndefaults: [wanda@_here_, _self_]\n{body}")
+    assert app.compose([f"recipe={recipe}"]).chain["wanda"].pattern == "2:4"  # type: ignore[attr-defined]
+    source = app.loader(extra=ours.parent.parent)
+    assert app.check(["compression=half"], source).chain["half"].pattern == "2:4"  # type: ignore[attr-defined]
+    assert recipes.parsed("a: 1:30:00.5\nb: -1:30\nc: 130\nd: 1.5\ne: 1e-3\nf: ['12:60']") == {
+        "a": "1:30:00.5", "b": "-1:30", "c": 130, "d": 1.5, "e": 1e-3, "f": ["12:60"],
+    }  # fmt: skip
+
+
+def test_a_number_in_the_place_of_text_is_told_how_to_be_text_where_it_was_said(write: Write) -> None:
+    recipe = write("number.yaml", "defaults: [override /compression: wanda]\ncompression: {wanda: {pattern: 124}}\n")
+    (told,) = problems(f"recipe={recipe}")
+    assert told == f'compression.wanda.pattern=124 must be text; to mean the text, put it in quotes: "124" ({recipe})'
+    (told,) = problems("compression=wanda", "compression.wanda.pattern=124")
+    assert told.endswith("""quote it twice: "'124'" (command line)""")
+
+
 @pytest.mark.parametrize("name", recipes.listed())
 @pytest.mark.parametrize("chosen", ["none", "int8"])
 def test_the_command_line_wins_over_every_recipe(name: str, chosen: str) -> None:

@@ -76,7 +76,7 @@ def test_integers_pass_for_floats_and_lists_for_tuples() -> None:
         ),
         ("flag", 1, "sample.flag=1 must be true or false (conf/sample.yaml)"),
         ("flag", "true", "sample.flag=true must be true or false (conf/sample.yaml)"),
-        ("path", 3, "sample.path=3 must be text; to mean the text, quote it twice: \"'3'\" (conf/sample.yaml)"),
+        ("path", 3, 'sample.path=3 must be text; to mean the text, put it in quotes: "3" (conf/sample.yaml)'),
         ("pair", [1.0], "sample.pair=[1.0] must have at least 2 items (conf/sample.yaml)"),
         ("pair", [1, 2, 3], "sample.pair=[1, 2, 3] must have at most 2 items (conf/sample.yaml)"),
         ("pair", [1, "x"], "sample.pair[1]=x must be a number (conf/sample.yaml)"),
@@ -84,7 +84,7 @@ def test_integers_pass_for_floats_and_lists_for_tuples() -> None:
         (
             "ignore",
             ["a", 1],
-            "sample.ignore[1]=1 must be text; to mean the text, quote it twice: \"'1'\" (conf/sample.yaml)",
+            'sample.ignore[1]=1 must be text; to mean the text, put it in quotes: "1" (conf/sample.yaml)',
         ),
         ("teacher", {}, "sample.teacher={} must be text or be a list (conf/sample.yaml)"),
         ("width", ..., "sample.width is required: give sample.width=VALUE (conf/sample.yaml)"),

@@ -241,9 +241,25 @@ def test_pruning_goes_on_from_what_the_artifact_was_pruned_to(tmp_path: Path) ->
 
 
 def test_a_link_cannot_look_at_more_samples_than_there_are() -> None:
-    assert rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=16")) == []
-    (line,) = rules.samples_of_calibration(config("compression=mixed_bits", "calibration.samples=8"))
+    few = ("compression=mixed_bits", "calibration.samples=8")
+    assert rules.samples_of_calibration(config(*few, "compression.mixed_bits.samples=8")) == []
+    assert rules.samples_of_calibration(config(*few)) == []  # nobody asked for more
+    (line,) = rules.samples_of_calibration(config(*few, "compression.mixed_bits.samples=16"))
     assert line == "compression.mixed_bits.samples=16 is more than calibration.samples=8; choose 8 or fewer"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("''", "compression.int8.ignore: an empty pattern names no module; leave it out, or write ignore=[] for none"),
+        (r"'re:.*\.fc1$'", r"compression.int8.ignore=re:.*\.fc1$: patterns are shell-style (fnmatch), not regular"),
+        (r"'re:.*\.fc1$'", "; did you mean '*.fc1'?"),
+        ("'re:.*(q|k)_proj'", "or '*.layers.[01].*'"),
+    ],
+)
+def test_patterns_of_layers_to_spare_are_those_of_a_shell(pattern: str, said: str) -> None:
+    (line,) = rules.ignore_patterns(config("compression=int8", f"compression.int8.ignore=[lm_head,{pattern}]"))
+    assert line.startswith(said) or line.endswith(said)
 
 
 @pytest.mark.parametrize("job", ["compress", "evaluate", "verify", "generate"])

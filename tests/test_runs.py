@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import pipeline
@@ -152,6 +153,29 @@ def test_an_artifact_made_earlier_is_compressed_further(tmp_path: Path) -> None:
     # a checkpoint serves as well
     checkpoint = dense / "checkpoints" / "last.ckpt"
     assert leanfit(*TINY, "job=compress", f"artifact={checkpoint}", "compression=int8", into="from_checkpoint")[0] == 0
+
+
+def test_a_checkpoint_is_compressed_with_the_settings_of_its_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = finished / "checkpoints" / "last.ckpt"
+    few = ["data.evaluation_tokens=1024", "device=cpu", "compression=int4"]
+    code, directory = leanfit("job=compress", f"artifact={last}", *few)
+    assert code == 0
+    taken = f"{finished / 'recipe.lock.yaml'}: model; data, with data.evaluation_tokens as given; adapter"
+    assert f"artifact={last}: settings of its run are taken from {taken}" in capsys.readouterr().out
+    lock = yaml.safe_load((directory / "recipe.lock.yaml").read_text(encoding="utf-8"))
+    assert (lock["model"]["width"], lock["data"]["evaluation_tokens"]) == (64, 1024)
+    (tmp_path / "moved.ckpt").write_bytes(last.read_bytes())
+    for given, said in (
+        ([f"artifact={last}", "model.layers=3"], "16 tensors missing (model.decoder.layers.2.self_attn.k_proj.weight)"),
+        ([f"artifact={last}", "model.layers=3"], "to have those of its run"),
+        ([f"artifact={tmp_path}/moved.ckpt"], "data.sequence_length of the run that wrote it"),
+    ):
+        assert leanfit("job=compress", *few, *given, into="refused")[0] == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+        assert len(line) < 500
 
 
 def test_a_chain_prunes_then_quantizes_and_keeps_the_zeros() -> None:

@@ -308,7 +308,10 @@ class Distill(Method):
 
     def detail(self, model: nn.Module, context: Context) -> dict[str, Any]:
         assert context.teacher is not None
+        model_itself = "the model with fewer layers" if self._drops(context) else "the model"
         return {
+            "teacher": self.teacher,
+            "student": self.student or model_itself,
             "layers": len(context.architecture.blocks),
             "teacher_layers": len(context.teacher.architecture.blocks),
             "losses": {
@@ -319,6 +322,8 @@ class Distill(Method):
                 }.items()
                 if weight
             },
+            "temperature": self.temperature,
+            "top_k": self.top_k or "all",
         }  # fmt: skip
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from pipeline.layers.quantize import Grid
 
+ENOUGH = 16
+"""Calibration samples that sensitivity is measured on where `samples` is null, or all where there are fewer."""
+
 
 @register("compression", "mixed_bits")
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class MixedBits(Quantizer):
     bits: tuple[Bits, ...]
     group_size: Annotated[int, Ge(2)] | None
     symmetric: bool
-    samples: Annotated[int, Ge(1)]
+    samples: Annotated[int, Ge(1)] | None
     rounding: Literal["nearest", "gptq"]
 
     def problems(self) -> list[str]:
@@ -103,7 +106,7 @@ class MixedBits(Quantizer):
             return None
         measuring = {kind: size for kind, size in known.base.items() if kind != "hidden states"}
         assert context.calibration is not None
-        samples = first_samples(context.calibration(), self.samples)
+        samples = first_samples(context.calibration(), self.samples or ENOUGH)
         tokens = max(batch["input_ids"].numel() for batch in samples)
         moments = [{**measuring, "logits": 5 * 4 * tokens * classes}]
         if self.rounding == "gptq":
@@ -122,7 +125,7 @@ class MixedBits(Quantizer):
         assert context.calibration is not None
         layers, grids = self.layers(model, context), self.grids()
         require_finite(model, layers, "mixed_bits")
-        batches = first_samples(context.calibration(), self.samples)
+        batches = first_samples(context.calibration(), self.samples or ENOUGH)
         measured = sensitivities(model, layers, grids, batches, context.device)
         weights = {name: model.get_submodule(name).get_parameter("weight").numel() for name in layers}
         if self.budget is None:

@@ -65,7 +65,16 @@ class Pruner(Method):
 
     def problems(self) -> list[str]:
         """Settings that contradict each other. Imports no torch."""
-        key = f"compression.{self.name}"
+        key, found = f"compression.{self.name}", []
+        if self.schedule == "cubic" and self.steps == 0:
+            found.append(
+                f"{key}.schedule=cubic prunes over the link's own training, of which {key}.steps=0 leaves none; "
+                f"give {key}.steps=STEPS, or choose {key}.schedule=once"
+            )
+        return [*found, *self._target_problems(key)]
+
+    def _target_problems(self, key: str) -> list[str]:
+        """A sparsity and a pattern that contradict each other, or prune nothing."""
         if self.pattern is None:
             if not self.sparsity:
                 return [f"{key}.sparsity={_shown(self.sparsity)} prunes nothing; choose more than 0, 0.5 say"]
@@ -205,6 +214,7 @@ class Pruner(Method):
             "sparsity_by_layer": by_layer,
             "sparsity_target": self.target(),
             "pattern": self.pattern,
+            **({} if self.schedule == "once" else {"schedule": self.schedule}),
             **({} if self.pattern is None else {"kernel": self.kernels(model, selection.layers)}),
             "left_alone": selection.left_in_float,
         }

@@ -41,6 +41,8 @@ from pipeline.report.units import (
 AUTO_CLASSES = {"tokens/s": "AutoModelForCausalLM", "samples/s": "AutoModelForImageClassification"}
 OPEN_FORMATS = frozenset({"dense", "int-quantized", "pack-quantized"})
 """Artifact formats that plain transformers opens."""
+SHORT = 120
+"""Characters that a fact of more than three parts may take, to be said in full."""
 
 
 def cell(value: Any) -> str:
@@ -237,17 +239,33 @@ def _fit_detail(train: Any) -> str:
 def _in_words(value: Any) -> str:
     """A fact of a stage in a few words: what is said of many layers is counted; result.json holds it whole."""
     if isinstance(value, Mapping):
+        if _is_change(value):
+            return f"{_in_words(value['before'])} to {_in_words(value['after'])}"
         distinct = {json.dumps(item, default=str, sort_keys=True) for item in value.values()}
         if len(value) > 3 and len(distinct) == 1:
             return f"{_in_words(next(iter(value.values())))} in all {len(value)}"
-        if len(value) > 3:
-            return f"{len(value)} entries"
-        return ", ".join(f"{key}: {_in_words(item)}" for key, item in value.items()) or "none"
+        return _listed([f"{key}{' ' if _is_change(item) else ': '}{_inner(item)}" for key, item in value.items()])
     if isinstance(value, (list, tuple)):
-        return f"{len(value)} entries" if len(value) > 3 else ", ".join(map(_in_words, value)) or "none"
+        return _listed(list(map(_inner, value)))
     if isinstance(value, float):
         return significant(value, 4)
     return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), 200)
+
+
+def _is_change(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() == {"before", "after"}
+
+
+def _inner(value: Any) -> str:
+    """A fact within another: in parentheses where its own commas would be read as the other's."""
+    words = _in_words(value)
+    return f"({words})" if isinstance(value, (Mapping, list, tuple)) and ", " in words else words
+
+
+def _listed(words: Sequence[str]) -> str:
+    """All of a few or of short ones; of others the number, and where they are."""
+    text = ", ".join(words)
+    return (text or "none") if len(words) <= 3 or len(text) <= SHORT else f"{len(words)} entries in result.json"
 
 
 def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:

@@ -146,6 +146,16 @@ def test_later_links_are_checked_on_the_shapes_of_the_student(model, method):
     assert describe(promised) == describe(made)
 
 
+def test_the_facts_say_who_learned_from_whom_and_how():
+    model = opt()
+    detail = distill(teacher="/a/teacher", temperature=3.0, top_k=8).detail(model, context(model, opt(6)))
+    who = {"teacher": "/a/teacher", "student": "the model with fewer layers", "layers": 4, "teacher_layers": 6}
+    assert detail == {**who, "losses": {"task": 0.5, "logits": 0.5}, "temperature": 3.0, "top_k": 8}
+    assert distill(student="/a/student").detail(model, context(model))["student"] == "/a/student"
+    after = distill().detail(model, context(model, first=False))
+    assert (after["teacher"], after["student"], after["top_k"]) == ("self", "the model", "all")
+
+
 def test_layers_are_dropped_without_the_framework_too():
     model = llama(3)
     assert drop_layers(model, describe(model), 2) is model
@@ -478,7 +488,11 @@ def test_teachers_and_students_come_from_artifacts_directories_and_checkpoints(t
         tmp_path / "third", "model.layers=4", "compression=distill", f"{key}.teacher={last}", f"{key}.student=small"
     )
     assert result["stages"][0]["detail"]["layers"] == 1
-    assert main([*TINY, "compression=distill", f"{key}.teacher={last}", f"hydra.run.dir={tmp_path / 'no'}"]) == 2
+    learned = leanfit(tmp_path / "other", "compression=distill", f"{key}.teacher={last}", f"{key}.layers=all")
+    assert learned["stages"][0]["detail"]["teacher_layers"] == 4
+    (tmp_path / "moved.ckpt").write_bytes((tmp_path / last).read_bytes())
+    apart = f"{key}.teacher=moved.ckpt"
+    assert main([*TINY, "compression=distill", apart, f"hydra.run.dir={tmp_path / 'no'}"]) == 2
 
 
 @pytest.mark.slow

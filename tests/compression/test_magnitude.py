@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.app import compose
 from pipeline.compression.magnitude import Magnitude, prune_magnitude
-from pipeline.errors import LeanfitError
+from pipeline.errors import ConfigError, LeanfitError
 from pipeline.layers.sparsity import masked_layers
 from tests.tiny import context, opt
 from tests.tiny import odd_llama as llama
@@ -61,7 +62,7 @@ def test_what_is_no_pattern_is_told_with_one_that_is(pattern):
 
 
 def test_a_pattern_on_a_schedule_keeps_fewer_of_each_block_step_by_step():
-    method = magnitude(pattern="4:8", schedule="cubic")
+    method = magnitude(pattern="4:8", schedule="cubic", steps=10)
     assert method.problems() == []
     kept = [method.pattern_at(share) for share in (0.0, 0.1, 0.125, 0.3, 0.49, 0.5)]
     assert kept == [None, None, "7:8", "6:8", "5:8", "4:8"]
@@ -113,3 +114,20 @@ def test_a_gradual_link_starts_with_masks_that_keep_everything():
     masks = [layer.weight_mask for _, layer in masked_layers(prepared)]
     assert len(masks) == 12
     assert all(mask.all() for mask in masks)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_gradual_schedule_without_steps_is_refused_with_both_ways_out(method):
+    key = f"compression.{method}"
+    with pytest.raises(ConfigError) as told:
+        compose([f"compression={method}", f"{key}.schedule=cubic", f"{key}.steps=0"])
+    assert told.value.problems == [
+        f"{key}.schedule=cubic prunes over the link's own training, of which {key}.steps=0 leaves none; "
+        f"give {key}.steps=STEPS, or choose {key}.schedule=once (command line)"
+    ]
+
+
+def test_a_gradual_schedule_is_among_the_facts():
+    made = magnitude().prepare(opt(), context(opt()))
+    assert "schedule" not in magnitude().detail(made, context(made))
+    assert magnitude(schedule="cubic").detail(made, context(made))["schedule"] == "cubic"

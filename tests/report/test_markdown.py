@@ -182,7 +182,8 @@ def test_long_details_are_counted_not_listed(run_dir: Path, language: dict[str, 
         "few": ["a", "b"],
     }
     text = write_report(run_dir, language).read_text(encoding="utf-8")
-    facts = ["- names: 24 entries", "- bits: 8 in all 24", "- mixed: 24 entries", "- few: a, b"]
+    many = "24 entries in result.json"
+    facts = [f"- names: {many}", "- bits: 8 in all 24", f"- mixed: {many}", "- few: a, b"]
     assert "\n".join(["What int8 says of itself:", "", *facts, ""]) in text
 
 
@@ -190,6 +191,19 @@ def test_facts_are_said_in_words(run_dir: Path, language: dict[str, Any]) -> Non
     language["stages"][0]["detail"] = {"left_in_float": {"lm_head": "tied"}, "sparsity": 0.009847958, "none": []}
     text = write_report(run_dir, language).read_text(encoding="utf-8")
     assert "\n- left in float: lm\\_head: tied\n- sparsity: 0.009848\n- none: none\n" in text
+
+
+def test_facts_within_facts_are_said_in_full_where_they_are_short(run_dir: Path, language: dict[str, Any]) -> None:
+    kinds = {"ffn": (128, 64), "heads": (4, 2), "hidden": (64, 32), "blocks": (4, 3)}
+    language["stages"][0]["detail"] = {
+        "sizes": {kind: {"before": old, "after": new} for kind, (old, new) in kinds.items()},
+        "losses": {"task": 0.5, "logits": 0.25, "hidden": 0.1, "attention": 0.1, "sequence": 0.05},
+        "kept": {"blocks": [0, 1, 3], "hidden": "0-31", "ffn": [f"{n}-{60 + n}" for n in range(24)]},
+    }
+    text = write_report(run_dir, language).read_text(encoding="utf-8")
+    assert "\n- sizes: ffn 128 to 64, heads 4 to 2, hidden 64 to 32, blocks 4 to 3\n" in text
+    assert "\n- losses: task: 0.5000, logits: 0.2500, hidden: 0.1000, attention: 0.1000, sequence: 0.05000\n" in text
+    assert "\n- kept: blocks: (0, 1, 3), hidden: 0-31, ffn: 24 entries in result.json\n" in text
 
 
 @given(st.text())
