@@ -3,16 +3,14 @@ else: as fresh as ones that are started. Linux and macOS.
 
 `interpreter` makes one for `sys.executable`. What it is asked for that is `known` it has forked, and stands for: it
 hands on its streams, signals and exit code, and its end is the end of what was forked. All else the real interpreter
-does in its place. A process that was forked has in /proc the command line of the one it comes from; its own it has
-there as a part of that one's environment, with its own environment. Tests that look for more, that signal a whole group
-of processes, and those of what an interpreter does by itself, are marked `started`.
+does in its place. A process that was forked looks in /proc like the one it comes from; tests that look there, and those
+of what an interpreter does by itself, are marked `started`.
 
 As a script: `serve SOCKET SESSION` is the process that forks while the process SESSION lives, `run REAL SOCKET SESSION
 ARGUMENTS` what stands for one.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -32,8 +30,6 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 SCRIPTS = (ROOT / "run.py", ROOT / "tests" / "ranks.py")
-ROOM = "LEANFIT_FORKED"
-"""A variable of what forks: its room in /proc/PID/environ, which each that was forked fills anew."""
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 
@@ -105,7 +101,7 @@ def connected(real: str, place: str, session: str) -> socket.socket:
             if server is None:
                 import subprocess
 
-                variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), ROOM: " " * 2**14}
+                variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
                 nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
                 command = [real, __file__, "serve", place, session]
                 server = subprocess.Popen(command, env=variables, start_new_session=True, cwd=ROOT, **nowhere)
@@ -173,22 +169,11 @@ def keep(line: socket.socket) -> None:
             os._exit(0)
 
 
-def show(asked: dict) -> None:
-    """Have /proc show what this process was asked for, where it has the environment."""
-    libc = ctypes.CDLL(None)
-    libc.getenv.restype = ctypes.c_void_p
-    room = libc.getenv(ROOM.encode())
-    size = len(os.environ[ROOM])
-    words = [*asked["arguments"], *(f"{name}={value}" for name, value in asked["environment"].items())]
-    ctypes.memmove(room, "\0".join(words).encode()[:size].ljust(size, b"\0"), size)
-
-
 def be(asked: dict, streams: list[int]) -> None:
     """A whole program."""
     import atexit
     import random
     import runpy
-    import tempfile
     import threading
     import traceback
 
@@ -204,10 +189,8 @@ def be(asked: dict, streams: list[int]) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        show(asked)
         os.environ.clear()
         os.environ.update(asked["environment"])
-        tempfile.tempdir = None  # by the environment that it has now
         os.chdir(asked["cwd"])
         sys.executable = asked["interpreter"]
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores()))

@@ -23,6 +23,7 @@ from pipeline import checkpoints
 from pipeline.app import main
 from pipeline.heartbeat import unpack
 
+pytestmark = pytest.mark.started  # processes are found by their command lines and environments
 ROOT = Path(__file__).resolve().parent.parent
 SOON = 30
 """Seconds in which all of a run must be gone."""
@@ -101,7 +102,6 @@ def gone(directory: Path, within: float = SOON) -> bool:
 def rank_process(directory: Path, rank: int) -> int:
     beat = unpack((directory / f".beats-00-train-{rank}").read_bytes())
     assert beat is not None
-    assert beat.process in processes_of(directory)
     return beat.process
 
 
@@ -117,7 +117,6 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.started  # launchers are told by their command lines
 @pytest.mark.slow
 def test_two_nodes_train_as_one_device_and_end_together_when_a_launcher_is_killed(tmp_path: Path) -> None:
     """Then the run goes on elsewhere: started by mpirun, where there is one, until the program itself is killed; on
@@ -226,7 +225,6 @@ def test_a_rank_that_the_system_kills_for_want_of_memory_is_named_with_what_was_
     assert "planned were " in told
 
 
-@pytest.mark.started  # all of a process group is told
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs leanfit[ray]")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), [("ray", signal.SIGTERM), ("ray_fsdp", signal.SIGINT)])
