@@ -442,6 +442,7 @@ def test_a_half_deep_student_runs_alone_and_opens_in_plain_transformers(tmp_path
     result = leanfit(tmp_path / "run", "compression=distill", *(f"compression.distill.{e}" for e in extra))
     (stage,) = result["stages"]
     assert stage["detail"] == {
+        "teacher": "self", "student": "the model with fewer layers", "temperature": 2.0, "top_k": 8,
         "layers": 1, "teacher_layers": 2, "layers_kept": [0],
         "losses": {"task": 0.5, "logits": 0.5, "hidden": 1.0, "attention": 1.0, "sequence": 0.1},
     }  # fmt: skip
