@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.layers.packing import pack_int32, unpack_int32
+from pipeline.layers.sparsity import bitmask_bytes
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def taken(dense: Tensor, mask: Tensor) -> Tensor:
 
 def encoded_bytes(mask: Tensor, bits: int) -> int:
     """Bytes that `encode` would take."""
-    return math.ceil(mask.numel() / 8) + math.ceil(int(torch.count_nonzero(mask)) * bits / 8)
+    return bitmask_bytes(mask.numel(), int(torch.count_nonzero(mask)), bits)
 
 
 def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:

@@ -240,13 +240,4 @@ def _root(module: nn.Module, known: str) -> nn.Module:
 
 def kept_share(methods: Iterable[Method]) -> float:
     """Of weights under a mask, how many are not pruned, by what the links of `methods` declare: 1 where none prunes."""
-    shares = [1.0]
-    for method in methods:
-        if not isinstance(method, Pruner):
-            continue
-        if method.pattern is not None:
-            keep, _, block = method.pattern.partition(":")
-            shares.append(int(keep) / int(block))
-        elif method.sparsity is not None:
-            shares.append(1 - method.sparsity)
-    return min(shares)
+    return min((1 - method.target() for method in methods if isinstance(method, Pruner)), default=1.0)

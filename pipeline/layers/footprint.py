@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.layers.packing import packed_columns
 from pipeline.layers.quantize import Grid
-from pipeline.layers.sparsity import MASK
+from pipeline.layers.sparsity import MASK, bitmask_bytes, kept_of
 
 Stored = tuple[str, torch.dtype, tuple[int, ...]]
 """(name, dtype, shape) of a tensor in a file."""
@@ -56,8 +56,7 @@ def kept_weights(layer: nn.Module, share: float = 1.0) -> int:
     mask = getattr(layer, MASK, None)
     if type(mask) is Tensor and not mask.is_meta:  # a fake one is of a class of its own
         return int(torch.count_nonzero(mask))
-    elements = cast(Tensor, layer.weight).numel()
-    return elements - int((1 - share) * elements + 1e-6)
+    return kept_of(cast(Tensor, layer.weight).numel(), share)
 
 
 def smaller(dense: Stored, elements: int, kept: int, bits: int, dtype: torch.dtype) -> list[Stored]:
@@ -65,13 +64,11 @@ def smaller(dense: Stored, elements: int, kept: int, bits: int, dtype: torch.dty
 
     `bits`, `dtype`: of a value; below 8 bits they are packed.
     """
-    name = dense[0]
-    values = (kept,) if bits >= 8 else (math.ceil(kept * bits / 8),)
-    sparse: list[Stored] = [
-        (f"{name}.bitmask", torch.uint8, (math.ceil(elements / 8),)),
-        (f"{name}.values", dtype if bits >= 8 else torch.uint8, values),
-    ]
-    return sparse if data_bytes(sparse) < data_bytes([dense]) else [dense]
+    if bitmask_bytes(elements, kept, bits) >= data_bytes([dense]):
+        return [dense]
+    mask = (f"{dense[0]}.bitmask", torch.uint8, (math.ceil(elements / 8),))
+    name = f"{dense[0]}.values"
+    return [mask, (name, dtype, (kept,)) if bits >= 8 else (name, torch.uint8, (math.ceil(kept * bits / 8),))]
 
 
 def layer_bytes(model: nn.Module, name: str, grid: Grid, share: float = 1.0) -> int:

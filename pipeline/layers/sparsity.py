@@ -6,6 +6,7 @@ hold it. Sources: Han et al., 2015 (arXiv:1506.02626) for magnitudes, Mishra et 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -53,6 +54,16 @@ def n_of_m_mask(scores: Tensor, keep: int, block: int) -> Tensor:
 def mask_of(scores: Tensor, sparsity: float, pattern: str | None) -> Tensor:
     """The mask of a layer whose weights have these `scores`: by N:M where there is a pattern, else by `sparsity`."""
     return unstructured_mask(scores, sparsity) if pattern is None else n_of_m_mask(scores, *parse_pattern(pattern))
+
+
+def kept_of(elements: int, share: float) -> int:
+    """How many of so many weights a mask keeps that prunes all but `share` of them, as `unstructured_mask` counts."""
+    return elements - int((1 - share) * elements + 1e-6)
+
+
+def bitmask_bytes(elements: int, kept: int, bits: int) -> int:
+    """Bytes of a weight that is stored as one bit an element, and `kept` values of `bits` bits."""
+    return math.ceil(elements / 8) + math.ceil(kept * bits / 8)
 
 
 def require_pruned(model: nn.Module, layers: Sequence[str], what: str) -> None:

@@ -8,7 +8,6 @@ writes it, on fake tensors; and a checkpoint writes what training keeps, as it l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -22,7 +21,7 @@ from pipeline.artifact import sparse, store
 from pipeline.chain import Stage
 from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle
-from pipeline.layers.sparsity import masked_layers
+from pipeline.layers.sparsity import bitmask_bytes, kept_of, masked_layers
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
 from pipeline.planner.live import Live, Peak, by_kind
 from pipeline.planner.supposed import Supposing
@@ -118,19 +117,14 @@ def reading(config: RunConfig, model: nn.Module) -> Peak:
     values, and masks stay until all are read. On a GPU they are put together on its host."""
     share = kept_share(config.chain.values())
     weights = [layer.get_parameter("weight") for _, layer in masked_layers(model)]
-    small = [w for w in weights if encoded_bytes(w.numel(), 8 * w.itemsize, share) < w.nbytes]
+    small = [w for w in weights if bitmask_bytes(w.numel(), kept_of(w.numel(), share), 8 * w.itemsize) < w.nbytes]
     whole = held(model)
     masks = sum(weight.numel() for weight in weights)
     kinds = {**whole.kinds, "buffers": whole.kinds.get("buffers", 0) - masks}
     if config.device.kind() != "cuda":
-        values = (int(share * weight.numel()) * (weight.itemsize + 8) for weight in small)  # and where they are
+        values = (kept_of(weight.numel(), share) * (weight.itemsize + 8) for weight in small)  # and where they are
         kinds |= {"masks": masks, "working set": max(values, default=0)}
     return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
-
-
-def encoded_bytes(elements: int, bits: int, share: float) -> int:
-    """As `sparse.encoded_bytes`, of a mask that keeps `share`."""
-    return math.ceil(elements / 8) + math.ceil(int(share * elements) * bits / 8)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -152,10 +146,10 @@ def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBun
     share = kept_share(config.chain.values())
 
     def encoded(mask: Tensor, bits: int) -> int:
-        return encoded_bytes(mask.numel(), bits, share)
+        return bitmask_bytes(mask.numel(), kept_of(mask.numel(), share), bits)
 
     def taken(dense: Tensor, mask: Tensor) -> Tensor:
-        kept = int(share * mask.numel())
+        kept = kept_of(mask.numel(), share)
         _ = torch.empty(kept, mask.ndim, dtype=torch.int64)  # where they are
         return torch.empty(kept, dtype=dense.dtype)
 

@@ -132,12 +132,15 @@ def comparison(result: Mapping[str, Any]) -> list[Row]:
         format_seconds(after),
         times(quotient(before, after), "shorter", "longer", "the same"),
     )
+    training, compression, evaluation = (
+        (amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase))
+        for phase in ("train", "compress", "evaluate")
+    )
     peaks = [
-        (label, amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase))
-        for phase, label in (("train", "training"), ("compress", "compression"), ("evaluate", "evaluation"))
-    ]
-    peaks[1:1] = [(f"training: {name}", *peak) for name, peak in link_fits(result)]
-    for label, predicted, measured in peaks:
+        ("training", training), *((f"training: {name}", peak) for name, peak in link_fits(result)),
+        ("compression", compression), ("evaluation", evaluation),
+    ]  # fmt: skip
+    for label, (predicted, measured) in peaks:
         error = quotient(predicted, measured)
         change = "measured" if predicted is None else "planned"
         if error is not None:

@@ -155,14 +155,14 @@ class Module(lightning.LightningModule):
         return self.optimizer(self.model.parameters())
 
 
-def fit(tmp_path, model, optimizer, loss, data, steps, callbacks, **settings):
+def fit(tmp_path, model, optimizer, loss, data, steps, callbacks, ckpt_path=None, **settings):
     module = Module(model, optimizer, loss)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         default_root_dir=tmp_path, **settings,
     )  # fmt: skip
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -313,12 +313,8 @@ def test_a_fit_resumed_after_its_last_step_has_the_peak_that_was_measured_before
     rows, first, again = DataLoader(torch.randn(9, 16), batch_size=9), MeasureTraining(), MeasureTraining()
     trainer = fit(tmp_path, wide(16), lambda p: torch.optim.AdamW(p), square, rows, 5, [first])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    module = Module(wide(16), lambda p: torch.optim.AdamW(p), square)
-    resumed = lightning.Trainer(
-        accelerator="cpu", devices=1, max_steps=5, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[again], default_root_dir=tmp_path,
-    )  # fmt: skip
-    resumed.fit(module, rows, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    last = tmp_path / "last.ckpt"
+    fit(tmp_path, wide(16), lambda p: torch.optim.AdamW(p), square, rows, 5, [again], ckpt_path=last)
     assert again.skipped_steps == frozenset()
     assert again.peak_bytes == first.peak_bytes is not None
 
@@ -327,13 +323,8 @@ def test_a_resumed_fit_is_measured_at_its_own_third_step(tmp_path):
     rows = DataLoader(torch.randn(9, 16), batch_size=9)
     trainer = fit(tmp_path, wide(16), lambda p: torch.optim.AdamW(p), square, rows, 5, [])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    meter = MeasureTraining()
-    module = Module(wide(16), lambda p: torch.optim.AdamW(p), square)
-    again = lightning.Trainer(
-        accelerator="cpu", devices=1, max_steps=12, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[meter], default_root_dir=tmp_path,
-    )  # fmt: skip
-    again.fit(module, rows, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    meter, last = MeasureTraining(), tmp_path / "last.ckpt"
+    fit(tmp_path, wide(16), lambda p: torch.optim.AdamW(p), square, rows, 12, [meter], ckpt_path=last)
     assert meter.skipped_steps == {7, 8}
     assert meter.peak_bytes is not None
 
