@@ -16,8 +16,9 @@ import time
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -70,8 +71,8 @@ class Trace:
     freed unseen: when their address is in use again, it reports the release of a size that is long gone. Only what was
     allocated within this trace, by address, is therefore taken off again. About a microsecond an allocation.
 
-    Between processes gloo's threads hold what was sent some microseconds longer than whoever waited for it. What they
-    let go of last nobody reports, so whoever waits waits a little longer while a trace records.
+    Between processes gloo's threads hold what was sent a little longer than whoever waited for it, on a busy machine
+    milliseconds. What they let go of last nobody reports, so while a trace records, whoever waits waits for them too.
 
     The events that were recorded take little room, what the profiler makes of them at the end a hundredfold: long loops
     call `layers.pulse.pulse`, at which they are added up and forgotten.
@@ -129,6 +130,10 @@ RENEWED_AFTER = 0.2
 """Seconds."""
 LONGER = 0.001
 """Seconds; gloo's threads need some microseconds, on a busy processor more."""
+LONGEST = 1.0
+"""Seconds after which a thread is taken to be at work on something else."""
+THREADS = Path("/proc/self/task")
+GLOO = "pt_gloo_runloop"
 RELEASED = "leanfit released "
 
 
@@ -143,7 +148,7 @@ def waiting_longer() -> Iterator[None]:
     def longer(wait: Callable[..., Any]) -> Callable[..., Any]:
         def waits(*args: Any, **kwargs: Any) -> Any:
             done = wait(*args, **kwargs)
-            time.sleep(LONGER)
+            let_go()
             return done
 
         return waits
@@ -153,6 +158,26 @@ def waiting_longer() -> Iterator[None]:
         mock.patch.object(functional, "wait_tensor", longer(functional.wait_tensor)),
     ):
         yield
+
+
+def let_go() -> None:
+    """Until gloo's threads sleep, which they do not before they have let go of what was sent; a while without Linux."""
+    since = time.perf_counter()
+    while (states := gloo_states()) - {"S"} and time.perf_counter() - since < LONGEST:
+        time.sleep(LONGER / 10)
+    if not states:
+        time.sleep(LONGER)
+
+
+def gloo_states() -> set[str]:
+    """What the kernel says of gloo's threads: S sleeps, R runs or would if a processor were free."""
+    states = set()
+    for thread in THREADS.glob("*/stat"):
+        with suppress(OSError):  # it has ended
+            name, _, rest = thread.read_text().partition("(")[2].rpartition(")")
+            if name == GLOO:
+                states.add(rest.split(maxsplit=1)[0])
+    return states
 
 
 def _mark_release(size: int) -> None:

@@ -402,3 +402,39 @@ def test_buckets_that_hold_copies_of_gradients_are_counted(tmp_path):
     )
     (viewed, plain, _), (copied, _, held) = (map(int, line.split()) for line in said.stdout.splitlines())
     assert (viewed, plain, copied) == (0, 0, held)
+
+
+LETTING_GO = """
+import ctypes, hashlib, os, sys, threading, time, torch
+from pipeline.memory.measure import gloo_states, let_go
+print(*gloo_states(), "of none")
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+torch.distributed.all_reduce(torch.ones(8))
+let_go()
+print(*gloo_states())
+
+starts, over = threading.Event(), threading.Event()
+much = bytes(100_000_000)
+
+def work():
+    ctypes.CDLL(None).prctl(15, b"pt_gloo_runloop")  # PR_SET_NAME
+    starts.set()
+    hashlib.sha256(much)  # without the interpreter's lock
+    over.set()
+    threading.Event().wait()
+
+threading.Thread(target=work, daemon=True).start()
+starts.wait()
+time.sleep(0.01)
+let_go()
+print(over.is_set(), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux for the state of threads")
+def test_who_waits_for_gloo_waits_until_its_threads_sleep(tmp_path):
+    said = subprocess.run(
+        [sys.executable, "-c", LETTING_GO, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert said.stdout.splitlines() == ["of none", "S", "True"]
