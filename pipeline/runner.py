@@ -68,10 +68,11 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     here = not config.device.problems(1)  # a plan may be for a machine that is not
     name = config.device.description() if here else None
     result["device"] = {"kind": config.device.kind(), "name": name, "reason": reason}
-    if reason is not None:
-        log.info(reason)
-        if not config.sweep and config.job != "generate":  # whose output is the text alone
-            console().print(reason)
+    for said in (reason, config.model.note() if config.artifact is None else None):
+        if said is not None:
+            log.info(said)
+            if not config.sweep and config.job != "generate":  # whose output is the text alone
+                console().print(said, soft_wrap=True, markup=False)
     started = time.perf_counter()
     try:
         jobs[config.job](config, run_dir, result)

@@ -24,6 +24,7 @@ from pipeline.layers.distillation import observing
 from pipeline.layers.logit_cache import LogitCache
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
+from pipeline.models.gpt2 import rewritten
 from pipeline.models.unfilled import on_meta
 
 
@@ -124,14 +125,14 @@ def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
         for file in directory.glob("*.safetensors"):  # a file that was cut short shows so in its header
             with safe_open(file, "pt"):
                 pass
-        return on_meta(cls, cls.config_class.from_pretrained(directory))
+        return rewritten(on_meta(cls, cls.config_class.from_pretrained(directory)))
     model, loading = cls.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     # transformers fills what a file lacks with random numbers and goes on.
     if absent := sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]})):
         raise ConfigError(f"{said} lacks {len(absent)} of the model's weights, such as {absent[0]}; it is incomplete")
-    return cast(nn.Module, model)
+    return rewritten(model)
 
 
 def vocabulary_problems(directory: Path, said: str, tokenizer: Any) -> list[str]:

@@ -37,7 +37,7 @@ def select(
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
     than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; matrices of
-    modules of another kind (a mixture's experts in one tensor, GPT-2's Conv1D).
+    modules of another kind (a mixture's experts in one tensor, the `Conv1D` of GPT-1).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}

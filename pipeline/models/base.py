@@ -49,6 +49,10 @@ class Model:
         """The tokenizer that belongs to the model; None where the task has none."""
         return None
 
+    def note(self) -> str | None:
+        """One line on what runs where that is not quite what was named; None where it is."""
+        return None
+
     def problems(self) -> list[str]:
         """What is wrong with these settings that types and ranges cannot say. Must not import torch."""
         return []

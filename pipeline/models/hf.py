@@ -1,6 +1,7 @@
 """`model=hf`: a causal language model of the Hugging Face hub or of a local directory, with its own tokenizer.
 
-One of our own artifacts is such a directory too, as long as its weights are dense floats.
+One of our own artifacts is such a directory too, as long as its weights are dense floats. A GPT-2 becomes an OPT of the
+same function (models/gpt2.py), since its own layers are of a kind that nothing compresses.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class HuggingFace(Model):
         import torch
         from transformers import AutoModelForCausalLM
 
+        from pipeline.models.gpt2 import rewritten
+
         config = self._config(spec)
         auto: Any = AutoModelForCausalLM
         if torch.get_default_device().type == "meta":
@@ -83,7 +86,20 @@ class HuggingFace(Model):
                     self.source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
                 )
             )
-        return cast("PreTrainedModel", model.train())
+        return cast("PreTrainedModel", rewritten(model).train())
+
+    def note(self) -> str | None:
+        from transformers import AutoConfig
+
+        from pipeline.models.gpt2 import can_be_opt
+
+        try:
+            config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+        except (OSError, ValueError, KeyError):  # `build` says what is wrong
+            return None
+        if not can_be_opt(config):
+            return None
+        return f"model.pretrained={self.pretrained} is a GPT-2 and is run as OPT, the same function with linear layers"
 
     def lies_in_files(self) -> bool:
         return bool(self._weight_files())
@@ -104,6 +120,7 @@ class HuggingFace(Model):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         from pipeline.layers.offload import maps_file, offload, offload_module
+        from pipeline.models.gpt2 import rewritten
 
         files = self._weight_files()
         if not files:
@@ -132,7 +149,7 @@ class HuggingFace(Model):
         model = self._opened(read)
         for module in model.modules():  # what transformers puts together from several tensors
             offload_module(module, directory)
-        return cast("PreTrainedModel", model.train())
+        return cast("PreTrainedModel", rewritten(model).train())
 
     def _config(self, spec: DataSpec) -> Any:
         """The config of the checkpoint. Raises ConfigError as `build` does."""
