@@ -23,8 +23,8 @@ from pipeline.models.base import Architecture, Attention
 from pipeline.models.unfilled import on_meta, to_be_filled
 
 HIDDEN = ("hidden_size", "n_embd", "d_model")
-FFN = ("intermediate_size", "ffn_dim", "n_inner")
-HEADS = ("num_attention_heads", "n_head")
+FFN = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+HEADS = ("num_attention_heads", "n_head", "num_heads")
 KEY_VALUE_HEADS = "num_key_value_heads"
 HEAD_DIM = "head_dim"
 EMBEDDING = "word_embed_proj_dim"
@@ -67,6 +67,12 @@ def config_key(config: Any, names: Sequence[str]) -> str | None:
     """The key of `names` under which `config` is written; None where it has none with a number."""
     written = config.to_dict()
     return next((name for name in names if isinstance(written.get(name), int)), None)
+
+
+def stated_key(config: Any, names: Sequence[str]) -> str | None:
+    """As `config_key`; without a number, the key that may have one and is null (four times the width, mostly)."""
+    written = config.to_dict()
+    return config_key(config, names) or next((name for name in names if name in written), None)
 
 
 def changed_config(config: Any, changes: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from pipeline.layers.structure import (
     described_shapes,
     find_cuts,
     head_units,
+    stated_key,
 )
 from pipeline.models.base import Architecture
 
@@ -155,14 +156,20 @@ def _instead(layout: _Layout) -> str:
 def _layout(model: Any, architecture: Architecture) -> _Layout:
     config, kind, blocks = model.config, type(model).__name__, architecture.blocks
     refused: dict[str, str] = {"channels": "channels are those of convolutional blocks"}
-    keys = {name: config_key(config, names) for name, names in (("hidden", HIDDEN), ("ffn", FFN), ("heads", HEADS))}
+    keys = {"hidden": config_key(config, HIDDEN), "ffn": stated_key(config, FFN), "heads": config_key(config, HEADS)}
     known = {name: found for name, found in keys.items() if found}
-    value = {name: int(getattr(config, found)) for name, found in known.items()}
+    value = {name: int(getattr(config, found)) for name, found in known.items() if name != "ffn"}
+    pairs = [block.feed_forward for block in blocks if block.feed_forward and _linear(model, block.feed_forward.down)]
+    ffn = 0
     attention = blocks[0].attention if blocks else None
     if not blocks or depth_problem(model, architecture, (0,)):
         refused["depth"] = f"the config of {kind} does not count blocks that can be dropped"
-    if "ffn" not in value or not all(b.feed_forward and _linear(model, b.feed_forward.down) for b in blocks):
+    if not blocks or len(pairs) < len(blocks):
         refused["ffn"] = f"{kind} has no feed-forward layers of a known layout"
+    elif "ffn" not in known:
+        refused["ffn"] = f"the config of {kind} does not state the size of its feed-forward layers"
+    else:
+        ffn = model.get_submodule(pairs[0].down).weight.shape[1]
     if "hidden" not in value:
         refused["hidden"] = f"the config of {kind} has no hidden size"
     own = False
@@ -187,7 +194,7 @@ def _layout(model: Any, architecture: Architecture) -> _Layout:
         key_value_heads=attention.key_value_heads if attention else 0,
         units=head_units(attention) if attention else 0,
         head_dim=head_dim,
-        ffn=value.get("ffn", 0),
+        ffn=ffn,
         keys=known,
         own_head_dim=own,
         refused=refused,
@@ -263,7 +270,7 @@ def _plan_stream(
         fix = " and ".join(f"{kind}={_smallest(needed[kind])}" for kind in shares)
         return [f"{said} removes nothing that the config of {type(model).__name__} can say; choose at least {fix}"]
     units, hidden = within
-    made["changes"].update(_stream_changes(model, layout, units, hidden))
+    made["changes"] = _stream_changes(model, layout, units, hidden) | made["changes"]
     if units < layout.units:
         made["heads"] = units
         made["sizes"]["heads"] = (layout.heads, units * layout.heads // layout.units)
@@ -314,6 +321,8 @@ def _stream_changes(model: Any, layout: _Layout, units: int, hidden: int) -> dic
         changes[layout.keys["hidden"]] = hidden
         if written.get(EMBEDDING) == layout.hidden:
             changes[EMBEDDING] = hidden
+        if "ffn" in layout.keys and written[layout.keys["ffn"]] is None:
+            changes[layout.keys["ffn"]] = layout.ffn  # null would follow the hidden size
     if layout.own_head_dim:
         changes[HEAD_DIM] = layout.head_dim
     return changes

@@ -42,7 +42,9 @@ FEED_FORWARD_LAYOUTS = (
     _FeedForwardLayout("up_proj", "down_proj", "gate_proj"),  # Llama, Mistral, Qwen
     _FeedForwardLayout("fc1", "fc2"),  # OPT, BART, Phi
     _FeedForwardLayout("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
-    _FeedForwardLayout("c_fc", "c_proj"),  # GPT-2
+    _FeedForwardLayout("c_fc", "c_proj"),  # GPT-2, GPT-Neo, Starcoder2
+    _FeedForwardLayout("fc_in", "fc_out"),  # GPT-J, CodeGen
+    _FeedForwardLayout("up_proj", "down_proj"),  # Nemotron, MPT
     _FeedForwardLayout("intermediate.dense", "output.dense"),  # BERT
 )
 """Linears by their names below the feed-forward module, or below the block where they stand in it directly."""

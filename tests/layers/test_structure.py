@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -264,6 +265,42 @@ def test_an_opt_shrinks_its_hidden_size_by_whole_heads_as_a_slice_by_hand_does(t
     assert (made.lm_head.weight is made.model.decoder.embed_tokens.weight) == tied
 
 
+SIZES = {"vocab_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
+N_SIZES = {"vocab_size": 64, "n_head": 4, "n_layer": 2, "n_embd": 32, "n_positions": 32, "rotary_dim": 4}
+NEO = {"attention_types": [[["global", "local"], 1]], "num_heads": 4, "num_layers": 2, "hidden_size": 32}
+OTHERS = {
+    "GPT-J": transformers.GPTJConfig(**N_SIZES),
+    "CodeGen": transformers.CodeGenConfig(**N_SIZES, n_inner=96),
+    "GPT-Neo": transformers.GPTNeoConfig(vocab_size=64, **NEO),
+    "Falcon": transformers.FalconConfig(**SIZES),
+    "Starcoder2": transformers.Starcoder2Config(**SIZES, intermediate_size=128, num_key_value_heads=2),
+    "Nemotron": transformers.NemotronConfig(**SIZES, intermediate_size=128, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden"),
+    [
+        *((family, 0.0) for family in OTHERS),
+        *((family, 0.25) for family in OTHERS if family not in ("CodeGen", "Falcon")),
+    ],
+)
+def test_feed_forwards_of_other_families_shrink_alone_and_with_the_hidden_size(family, hidden, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS[family])).eval()
+    blocks = describe(model).blocks
+    size = model.get_submodule(blocks[0].feed_forward.down).in_features
+    for block in blocks:
+        silence(model.get_submodule(block.feed_forward.down), range(0, size, 4))
+    made, kept = pruned(model, {"ffn": 0.25} | ({"hidden": hidden} if hidden else {}))
+    assert all(units.tolist() == [unit for unit in range(size) if unit % 4] for units in kept.ffn)
+    if not hidden:
+        torch.testing.assert_close(made(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    made.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(opened(input_ids=IDS).logits, made(input_ids=IDS).logits, rtol=0, atol=0)
+
+
 CASES = {
     "opt tied": (opt, {"tied": True}, {"hidden": 0.5, "ffn": 0.3}),
     "opt untied": (opt, {"tied": False}, {"hidden": 0.25}),
@@ -497,6 +534,9 @@ def test_what_a_config_cannot_say_is_refused_with_what_it_can():
     (told,) = planned(efficientnet(), {"channels": 0.1})[1]
     assert "expansion ratios, [1, 6]; choose at least 0.1667" in told
     assert planned(efficientnet(), {"channels": 0.1667})[0].changes == {"expand_ratios": [1, 5]}
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))
+    (told,) = planned(bloom, {"ffn": 0.5})[1]
+    assert "the config of BloomForCausalLM does not state the size of its feed-forward layers; use depth" in told
     (told,) = planned(nn.Linear(2, 2), {"ffn": 0.5})[1]
     assert "no config" in told
 
