@@ -67,7 +67,8 @@ class Like(NamedTuple):
 class Pattern:
     """What one block did: numbers of events; and the leaves of its output, tensors as `Like`.
 
-    `between`: what the block was given and what it gave, in both directions. Its likes have tensors of their own there.
+    `between`: what the block was given and what it gave, in both directions. Its likes have tensors of their own there,
+    which of what they give (`gave`) are there at the end: some may be made long before, as attention's weights are.
     """
 
     forward: range = range(0)
@@ -76,6 +77,7 @@ class Pattern:
     leaves: list[Any] = field(default_factory=list)
     spec: TreeSpec | None = None
     between: list[Block | None] = field(default_factory=list)
+    gave: list[Block | None] = field(default_factory=list)
 
     def events(self, timeline: Timeline, backward: bool) -> dict[int, Event]:
         """What a like of the block adds to a pass, by the number of the event."""
@@ -86,6 +88,11 @@ class Pattern:
         events = {number: timeline.events[number] for number in span}
         # A workspace is taken once, by whichever block comes first.
         return {n: event for n, event in events.items() if id(event[0]) not in apart and event[0].kind != WORKSPACES}
+
+    def gives(self, timeline: Timeline) -> Iterator[tuple[int, Event]]:
+        """What the forward pass of a like makes of what it gives, by the number of the event."""
+        gave = {id(block) for block in self.gave}
+        yield from ((n, timeline.events[n]) for n in self.forward if id(timeline.events[n][0]) in gave)
 
 
 @dataclass
@@ -120,9 +127,12 @@ class Folding:
                 marks.append((len(events), waiting.popleft()[1]))
             while repeats and repeats[0][0] == number:
                 _, pattern, backward = repeats.popleft()
-                for event in pattern.events(folded, backward).values():
+                does = pattern.events(folded, backward)
+                for event in does.values():
                     copies[id(event[0])] += event[1]
-                    events.append(event)
+                given = {} if backward else dict(pattern.gives(folded))
+                events += (event for _, event in sorted({**does, **given}.items(), key=lambda told: told[0]))
+                events += ((block, -sign, ran) for block, sign, ran in given.values())  # the like's own come next
             for event in folded.events[number : number + 1]:
                 block, sign, _ = event
                 events += [event] * (1 + (copies.pop(id(block), 0) if sign < 0 and number not in own else 0))
@@ -180,7 +190,8 @@ def _computed(
     leaves, pattern.spec = tree_flatten(out)
     pattern.leaves = [_alike(leaf) for leaf in leaves]
     block_of = folding.account.block
-    pattern.between = [block_of(tensor) for tensor in [*inputs, *leaves] if isinstance(tensor, Tensor)]
+    pattern.gave = [block_of(tensor) for tensor in leaves if isinstance(tensor, Tensor)]
+    pattern.between = [*map(block_of, inputs), *pattern.gave]
     left = sum(given.requires_grad for given in inputs)
 
     def begin(after: list[Callable[[Tensor], None]], gradient: Tensor) -> None:
