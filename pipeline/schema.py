@@ -56,12 +56,14 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """What a run makes of its plan.
+    """How a run is planned, and what it makes of its plan.
 
+    level: `trace` runs it on fake tensors, in seconds; `formula` computes, in less and less exactly.
     enforce: one that is predicted not to fit in memory stops before it starts.
     calibrate: what it measures is kept for later plans on this machine (~/.cache/leanfit), which are corrected by it.
     """
 
+    level: Literal["trace", "formula"]
     enforce: bool
     calibrate: bool
 

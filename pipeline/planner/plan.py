@@ -2,7 +2,8 @@
 
 Two levels: `trace` runs the composed fit, the links and the evaluation on fake tensors (`training`, `links`,
 `evaluation`), in seconds; `formula` computes (`formula`), in well under one. What cannot be traced is computed, and
-`untraced` says why; what cannot be computed either is in `open`, and is not guessed.
+`untraced` says why; links that no formula is known for are traced at either level; the rest is in `open`, and is not
+guessed.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ class Plan:
         has = self.capacity + self.left.get(name, 0)
         said = f"{name} needs {format_bytes(peak.bytes)} of {format_bytes(has)} ({parts})"
         short = peak.most - has
+        said += f"; not planned: {', '.join(self.open)}" if self.open else ""
         said += f"; {self.beside}" if self.beside else ""
         return f"fits: {said}" if self.fits else f"does not fit by {format_bytes(short)}, its margin included: {said}"
 
@@ -138,19 +140,21 @@ class Plan:
         path.write_text(flat + "\n", encoding="utf-8")
 
 
-def plan(config: RunConfig, data: DataBundle | None = None, tokenizer: Any = None, level: Level = "trace") -> Plan:
+def plan(config: RunConfig, data: DataBundle | None = None, tokenizer: Any = None, level: Level | None = None) -> Plan:
     """The plan of `job=run` or `compress` with this config; allocates no tensor of the model's size.
 
     Args:
         data: what `config.data` opens; None: it is opened.
         tokenizer: the run's, for links with a calibration text of their own; None: the model's.
+        level: None: `config.plan.level`.
     """
+    level = level or config.plan.level
     tokenizer = tokenizer or config.model.tokenizer()
     data = data or config.data.open(tokenizer)
     task = lookup.get(config.data.task)
     line = stages_of(config)
     found = Plan(capacity=capacity(config), beside=CONTEXT if config.device.kind() == "cuda" else "")
-    why = "level=formula was asked for" if level == "formula" else untraceable(config)
+    why = "plan.level=formula was asked for" if level == "formula" else untraceable(config)
     first = line[0]
     attempt(found, "load", lambda: plan_opening(config, data, found))
     if first.fit is not None:
@@ -297,10 +301,9 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
         why = f"links are not planned for device={config.device.kind()}"
         found.open |= dict.fromkeys(("compress", "evaluate"), why)
         return
-    if level == "formula":
-        links = declare_links(config, data, tokenizer)
-    else:
-        links = trace_links(config, data, tokenizer, untraceable(config))
+    links = declare_links(config, data, tokenizer) if level == "formula" else None
+    if links is None or links.open:  # what no formula is known for
+        level, links = "trace", trace_links(config, data, tokenizer, untraceable(config))
     convolutions = convolutional(stage_input.shapes(config, data))
     enter(config, found, "load", "computed", [links.load], convolutions)
     for phase, peak in links.phases().items():

@@ -250,6 +250,22 @@ def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk()
     assert {name: phase.bytes for name, phase in by_formula.phases.items()} == pytest.approx(expected, rel=0.1)
 
 
+def test_links_that_no_formula_is_known_for_are_traced_at_either_level():
+    words = [*GPT, "compression=[structured,int8]", "compression.structured.ffn=0.5"]
+    found, whole = (plan(compose([*words, f"plan.level={level}"])) for level in ("formula", "trace"))
+    assert found.open == {}
+    assert (found.phases["train"].source, found.phases["compress"].source) == ("computed", "traced")
+    assert found.phases["compress"].bytes == whole.phases["compress"].bytes
+    assert found.untraced == {"train": "plan.level=formula was asked for"}
+
+
+def test_the_verdict_names_what_is_not_planned():
+    found = plan(compose([*GPT, "device.memory=80GiB"]))
+    assert "not planned" not in found.verdict()
+    found.open["compress"] = "links are not planned for device=mps"
+    assert found.verdict().endswith("; not planned: compress")
+
+
 def test_where_nothing_trains_no_checkpoint_goes_to_disk():
     config = compose([*GPT, "trainer.max_steps=0", "compression=int8"])
     assert set(plan(config).disk) == {"artifact"}
