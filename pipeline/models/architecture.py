@@ -30,7 +30,8 @@ class _FeedForwardLayout(NamedTuple):
 
 ATTENTION_LAYOUTS = (
     _AttentionLayout("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Mistral, Qwen
-    _AttentionLayout("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART
+    _AttentionLayout("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, GPT-J, GPT-Neo
+    _AttentionLayout("q_proj", "k_proj", "v_proj", "dense"),  # Phi
     _AttentionLayout("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),  # Phi-3
     _AttentionLayout("query_key_value", "query_key_value", "query_key_value", "dense"),  # GPT-NeoX, BLOOM, Falcon
     _AttentionLayout("c_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2

@@ -109,6 +109,15 @@ def test_fused_query_key_value_of_gpt_neox_is_one_name() -> None:
     assert found.final_norm == "gpt_neox.final_layer_norm"
 
 
+def test_phi_has_its_own_name_for_the_way_out_of_attention() -> None:
+    model = on_meta(transformers.PhiConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    found = describe(model)
+    check_names(model, found)
+    attention = found.blocks[1].attention
+    assert attention is not None
+    assert (attention.value, attention.output) == ("model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.dense")
+
+
 def test_gpt2_and_bert_feed_forwards_are_not_mistaken_for_attention_outputs() -> None:
     sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
     gpt2 = describe(on_meta(transformers.GPT2Config(**sizes)))
