@@ -5,11 +5,13 @@ in tiles. Where a CPU multiplies 16-bit matrices itself (AMX, AVX512-FP16), oneD
 its kernel reads; it lays out channels in blocks for convolutions, and keeps a workspace of a recurrent layer for its
 backward pass. How much that takes depends on the kernel it picks, by shapes, strides, dtype and threads, and oneDNN
 does not say. BLAS copies an operand that is one row for all, as the gradient of a sum is. So a plan runs such operators
-for real, each kind once, where that is small enough, and looks.
+for real, each kind once, where that is small enough, and looks. Of a large product it runs parts, since a kernel that
+works in tiles holds no more for more of them; of large attention one head and two, since each takes the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,18 +25,21 @@ from pipeline.precision import cpu_kernels
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_backward"})
 RECURRENT = "aten::mkldnn_rnn_layer"
-ALWAYS = frozenset(
-    {
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-        RECURRENT,
-        f"{RECURRENT}_backward",
-    }
-)
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+ALWAYS = frozenset({ATTENTION, f"{ATTENTION}_backward", RECURRENT, f"{RECURRENT}_backward"})
 """Tried in every dtype."""
 TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
 LARGEST = 1 << 28
 """Bytes of the operands of an operator that is tried."""
+LONG = 1 << 34
+"""Multiplications above which parts of an operator are tried."""
+TILES = 1024
+"""Rows and columns that are left out of a product, several times. It holds no more for one such part than for two, or
+is tried whole."""
+
+
+Kinds = tuple[Any, ...]
+Parts = Callable[[Kinds, Callable[[Kinds], int]], int | None]
 
 
 class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
@@ -51,6 +56,10 @@ def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return 0
     if name in PRODUCTS and dtype not in cpu_kernels.NARROW and not any(_repeated(tensor) for tensor in tensors):
         return 0
+    if name in ("aten::mm", "aten::addmm"):
+        return _looked_at(func, args, kwargs, _of_product)[0]
+    if name in (ATTENTION, f"{ATTENTION}_backward"):
+        return _looked_at(func, args, kwargs, _of_attention)[0]
     return _looked_at(func, args, kwargs)[0]
 
 
@@ -65,12 +74,73 @@ def _repeated(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _looked_at(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+def _looked_at(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], by_parts: Parts | None = None
+) -> tuple[int, tuple[int, ...]]:
     tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
     if sum(tensor.nbytes for tensor in tensors) > LARGEST:
         return 0, ()
-    named = tuple((key, _kind(value)) for key, value in kwargs.items())
-    return _tried(func, tuple(map(_kind, args)), named, torch.get_num_threads(), torch.is_grad_enabled())
+    kinds = tuple(_kind(value) for value in (*args, *kwargs.values()))
+
+    def tried(kinds: Kinds) -> tuple[int, tuple[int, ...]]:
+        named = tuple(zip(kwargs, kinds[len(args) :], strict=True))
+        return _tried(func, kinds[: len(args)], named, torch.get_num_threads(), torch.is_grad_enabled())
+
+    held = by_parts(kinds, lambda cut: tried(cut)[0]) if by_parts else None
+    return tried(kinds) if held is None else (held, ())
+
+
+def _of_product(kinds: Kinds, tried: Callable[[Kinds], int]) -> int | None:
+    """What a long product of matrices holds, by that of its first rows and columns; None: it is to be tried whole."""
+    left, right = [kind for kind in kinds if isinstance(kind, Kind)][-2:]
+    (rows, inner), columns = left[0], right[0][1]
+    if rows * inner * columns <= LONG:
+        return None
+
+    def cut(kind: Any, parts: int) -> Any:
+        if not isinstance(kind, Kind):
+            return kind
+        shape = [min(size, parts * TILES + size % TILES) for size in kind[0]]
+        if kind is left:
+            shape[1] = inner
+        if kind is right:
+            shape[0] = inner
+        return Kind((tuple(shape), *kind[1:]))
+
+    one, two = (tried(tuple(cut(kind, parts) for kind in kinds)) for parts in (1, 2))
+    return two if one == two else None
+
+
+def _of_attention(kinds: Kinds, tried: Callable[[Kinds], int]) -> int | None:
+    """What long attention holds, by that of one key-value head of one sample, with the queries that it serves, and of
+    two; None: it is to be tried whole. Tensors are (samples, heads, ...), the key-value heads fewest of all."""
+    tensors = [kind[0] for kind in kinds if isinstance(kind, Kind) and len(kind[0]) > 2 and kind[0][1] > 1]
+    if not tensors:
+        return None
+    samples, most, length, size = max(tensors, key=lambda shape: (len(shape), shape[1]))
+    heads = min(shape[1] for shape in tensors)
+    if heads < 3 or samples * most * length * length * size <= LONG:
+        return None
+
+    def cut(kind: Any, count: int) -> Any:
+        if not isinstance(kind, Kind):
+            return kind
+        _, several, *rest = kind[0]
+        shape = (1, several if several == 1 else several // heads * count, *rest)
+        return Kind((shape, _packed(shape, kind[1]), kind[2]))
+
+    one, two = (tried(tuple(cut(kind, count) for kind in kinds)) for count in (1, 2))
+    return one + (samples * heads - 1) * (two - one)
+
+
+def _packed(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor without gaps whose dimensions lie in the order of `strides`; where these are 0, they stay."""
+    found, step = [0] * len(shape), 1
+    for axis in sorted(range(len(shape)), key=lambda axis: (strides[axis], -axis)):
+        if strides[axis]:
+            found[axis] = step
+            step *= shape[axis]
+    return tuple(found)
 
 
 def _kind(argument: Any) -> Any:

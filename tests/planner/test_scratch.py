@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.memory.measure import measure_peak
+from pipeline.planner import scratch
 from pipeline.planner.fakes import fake_batch, inside, tracing
 from pipeline.planner.live import Live
 from pipeline.planner.supposed import Supposing
@@ -169,3 +170,55 @@ def test_the_blocks_of_a_convolution_in_32_bits_in_its_backward_pass_are_found_b
 
     predicted, measured = held(trained, made)
     assert predicted == measured
+
+
+@pytest.mark.skipif(not NATIVE, reason="this CPU multiplies no 16-bit matrices itself")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(3000, 1024, 2500), (200, 2048, 5120), (4096, 512, 4096)])
+def test_parts_of_a_long_product_hold_what_it_holds(rows, inner, columns, turned, monkeypatch):
+    def made():
+        left = torch.ones(inner, rows, dtype=NATIVE[0]).t() if turned else torch.ones(rows, inner, dtype=NATIVE[0])
+        return left, torch.ones(columns, inner, dtype=NATIVE[0]), torch.ones(columns, dtype=NATIVE[0])
+
+    tried, parts = watched(monkeypatch)
+    predicted, measured = held(lambda left, weight, bias: F.linear(left, weight, bias), made)
+    assert predicted == measured
+    assert len(parts) == 2
+    assert len(tried) == 2 or rows != 4096  # the others are tried whole where two parts hold more than one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups", "length"), [(8, 8, 512), (4, 4, 777), (12, 3, 640)])
+def test_one_head_and_two_hold_what_long_attention_holds(heads, groups, length, dtype, monkeypatch):
+    def made():
+        sizes = (heads, groups, groups)
+        return tuple(torch.ones(2, length, n, 64, dtype=dtype, requires_grad=True) for n in sizes)
+
+    def attention(*projected):
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in projected)
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out.sum(), projected) if heads == groups else out
+
+    tried, parts = watched(monkeypatch)
+    predicted, measured = held(attention, made)
+    assert predicted == pytest.approx(measured, rel=0.001)
+    assert len(parts) == len(tried) == (4 if heads == groups else 2)
+
+
+def watched(monkeypatch):
+    """What is tried, and what of that in parts, where little is long."""
+    tried, parts = [], []
+    real = scratch._tried
+
+    def trying(func, kinds, *rest):
+        tried.append(kinds)
+        return real(func, kinds, *rest)
+
+    def by_parts(way):
+        return lambda kinds, trial: way(kinds, lambda cut: parts.append(cut) or trial(cut))
+
+    monkeypatch.setattr(scratch, "LONG", 1 << 20)
+    monkeypatch.setattr(scratch, "_tried", trying)
+    monkeypatch.setattr(scratch, "_of_product", by_parts(scratch._of_product))
+    monkeypatch.setattr(scratch, "_of_attention", by_parts(scratch._of_attention))
+    return tried, parts
