@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from pipeline.errors import ConfigError
 from pipeline.layers.schemes import quantize_layers
@@ -165,6 +172,16 @@ def test_layouts_that_tensor_parallelism_does_not_know_are_refused():
         opt(), ("model.decoder.layers.0.fc1",), "weight_only", bits=8, group_size=None, symmetric=True
     )
     assert any("'model.decoder.layers.0.fc1' is a" in said for said in shape_problems(model))
+
+
+def test_norms_over_all_heads_are_refused_and_norms_of_each_head_are_not():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (said,) = shape_problems(Olmo2ForCausalLM(Olmo2Config(**sizes, **heads)))
+    assert said == (
+        "parallelism=tp over 2 devices: Olmo2RMSNorm works on all heads at once in this model; use parallelism=fsdp"
+    )
+    assert shape_problems(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, head_dim=16))) == []
 
 
 def test_every_part_of_a_block_has_its_place_in_the_plan():
