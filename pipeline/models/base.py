@@ -45,6 +45,11 @@ class Model:
         """Whether `build_offloaded` lays weights into files."""
         return False
 
+    def mapped(self) -> tuple[int, list[tuple[int, ...]]]:
+        """Bytes of the files that `build` maps to read them, and the shapes of the tensors in them that the model takes
+        as they lie there; all others are copies. 0 where it reads none."""
+        return 0, []
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that belongs to the model; None where the task has none."""
         return None

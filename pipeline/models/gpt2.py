@@ -23,6 +23,8 @@ EPSILON = 1e-5
 """Of OPT's norms, which its config does not say."""
 OFFSET = 2
 """Rows before OPT's first position."""
+COPIED = ("wpe.weight", "c_attn.weight", "c_attn.bias", "c_proj.weight", "c_fc.weight")
+"""Of GPT-2's weights those that OPT has in another form; all others are moved."""
 
 
 def rewritten(model: Any) -> PreTrainedModel:

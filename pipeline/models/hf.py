@@ -7,12 +7,15 @@ same function (models/gpt2.py), since its own layers are of a kind that nothing 
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+from unittest import mock
 
 from pipeline.errors import ConfigError
 from pipeline.models.base import Model, TaskName
@@ -81,11 +84,16 @@ class HuggingFace(Model):
         if torch.get_default_device().type == "meta":
             model = self._opened(lambda: (auto.from_config(config, dtype=torch.float32, trust_remote_code=False), {}))
         else:
-            model = self._opened(
-                lambda: auto.from_pretrained(
-                    self.source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            with _one_by_one():
+                model = self._opened(
+                    lambda: auto.from_pretrained(
+                        self.source,
+                        config=config,
+                        dtype=torch.float32,
+                        trust_remote_code=False,
+                        output_loading_info=True,
+                    )
                 )
-            )
         return cast("PreTrainedModel", rewritten(model).train())
 
     def note(self) -> str | None:
@@ -108,6 +116,19 @@ class HuggingFace(Model):
         """The local files of weights; none where there are none, or no safetensors."""
         local = Path(self.source)
         return sorted({local / name for name in _weight_map(local).values()}) if local.is_dir() else []
+
+    def mapped(self) -> tuple[int, list[tuple[int, ...]]]:
+        from pipeline.models.gpt2 import COPIED
+
+        files = self._weight_files()
+        copied = COPIED if self.note() else ()  # a GPT-2 that becomes an OPT
+        taken = [
+            tuple(entry["shape"])
+            for file in files
+            for name, entry in _tensors_of(file).items()
+            if entry["dtype"] == "F32" and not name.endswith(copied)
+        ]
+        return sum(file.stat().st_size for file in files), taken
 
     def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
         """The model of `build` with weights in `dtype`, each in a file of its own in `directory` (layers/offload.py).
@@ -198,6 +219,12 @@ class HuggingFace(Model):
         return tokenizer
 
 
+def _one_by_one() -> AbstractContextManager[Any]:
+    """transformers converts each tensor as it needs it, and in this thread, where the peak of loading is measured; with
+    threads of its own it holds many that wait to be put together."""
+    return mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
+
+
 def _config_problems(said: str, config: dict[str, Any]) -> list[str]:
     found = []
     kinds = config.get("architectures") or []
@@ -250,6 +277,14 @@ def _file_problems(said: str, directory: Path) -> list[str]:
         elif (told := _safetensors_problem(path)) is not None:
             found.append(f"{said} cannot be opened: {name} {told}; copy or download it again")
     return found
+
+
+def _tensors_of(file: Path) -> dict[str, Any]:
+    """{name: entry of a safetensors file's header}, of its tensors."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def _safetensors_problem(path: Path) -> str | None:

@@ -8,6 +8,7 @@ writes it, on fake tensors; and a checkpoint writes what training keeps, as it l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -44,7 +45,8 @@ def trace_opening(config: RunConfig, data: DataBundle) -> Peak | None:
             if stored:
                 made = copies((*model.parameters(), *model.buffers()))
             else:
-                made = built(model, each=not config.model.lies_in_files())
+                size, taken = config.model.mapped()
+                made = read(model, size, taken) if size else built(model)
                 if config.artifact is not None:
                     made.append(torch.empty(checkpoint_bytes(config), dtype=torch.uint8))
                     live.hold(made[-1:], "checkpoint")
@@ -70,15 +72,29 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def built(model: nn.Module, each: bool) -> list[Tensor]:
-    """A model's tensors, in the order in which they are converted. `each`: tied ones are made each for itself before
-    they are one, as modules make them."""
+def built(model: nn.Module) -> list[Tensor]:
+    """A model's tensors, in the order in which they are converted: tied ones are made each for itself before they are
+    one, as modules make them."""
     shapes = list(own_tensors(model))
-    made = copies(shapes if each else {id(tensor): tensor for tensor in shapes}.values())
-    if not each:
-        return made
+    made = copies(shapes)
     first = {id(tensor): place for place, tensor in reversed(list(enumerate(shapes)))}
     return [made[place] for place in sorted(first.values())]
+
+
+def read(model: nn.Module, size: int, taken: Iterable[tuple[int, ...]]) -> list[Tensor]:
+    """A model's tensors as they are read in float32 from mapped files of `size` bytes: those of a shape that is `taken`
+    are parts of the files, which stay as long as one of these does, and all others lie beside them."""
+    mapped = torch.empty(size, dtype=torch.uint8)
+    there = Counter(taken)
+    made = []
+    for tensor in {id(tensor): tensor for tensor in own_tensors(model)}.values():
+        shape = tuple(tensor.shape)
+        if there[shape] and tensor.dtype == torch.float32:
+            there[shape] -= 1
+            made.append(mapped[: tensor.nbytes].view(torch.float32).view(shape))
+        else:
+            made += copies([tensor])
+    return made
 
 
 def own_tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -3,6 +3,8 @@
 import gc
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from pipeline.app import compose
 from pipeline.artifact import store
@@ -59,6 +61,29 @@ def test_a_pretrained_model_an_artifact_and_a_checkpoint_are_opened_in_what_was_
         with measure_peak("cpu") as peak:
             base_model(config, data)
         assert trace_opening(config, data).bytes == pytest.approx(peak.bytes, rel=0.05), name
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-true"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "gpt2", "experts"])
+def test_files_stay_mapped_while_a_pretrained_model_is_opened_beside_them(tmp_path, kind, precision):
+    """As long as one tensor is a part of them, or transformers is at it; copies come beside them."""
+    config, data = opened(GPT)
+    vocabulary = data.spec.vocabulary
+    sizes = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **sizes))
+    elif kind == "experts":
+        sizes |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_local_experts": 8}
+        model = MixtralForCausalLM(MixtralConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    else:
+        model = base_model(config, data)
+    model.to(torch.bfloat16 if kind == "bfloat16" else torch.float32).save_pretrained(tmp_path)
+    config.model.tokenizer().save_pretrained(tmp_path)
+    config, data = opened([*GPT, "model=hf", f"model.pretrained={tmp_path}", f"precision={precision}"])
+    gc.collect()
+    with measure_peak("cpu") as peak:
+        base_model(config, data)
+    assert trace_opening(config, data).bytes == pytest.approx(peak.bytes, rel=0.05)
 
 
 def compressed(model, how):
