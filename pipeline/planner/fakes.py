@@ -7,11 +7,11 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _meta_registrations, nn
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -185,6 +185,12 @@ def _real(*_: Any) -> bool:
     return False
 
 
+def _grouped_product(one: Tensor, other: Tensor, *, offs: Tensor | None, out_dtype: Any, **_: Any) -> Tensor:
+    """A product of experts in any dtype: of fake tensors torch takes it in bfloat16 alone."""
+    create: Any = _meta_registrations._create_grouped_mm_output_tensor
+    return cast(Tensor, create(one, other, offs, out_dtype))
+
+
 @contextmanager
 def generator_states() -> Iterator[None]:
     """States of the CPU's generator are fake tensors too, which no operator makes: a checkpointed block keeps one. Of a
@@ -213,6 +219,7 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         mock.patch.object(masking_utils, "is_tracing", _real),
+        mock.patch.object(_meta_registrations, "_meta_grouped_mm_common", _grouped_product),
     ):
         # Copies of tensors ask whether there is memory behind them.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

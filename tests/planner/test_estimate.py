@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 import pipeline.memory
 from pipeline.memory.measure import measure_peak
@@ -50,6 +50,11 @@ class Branching(nn.Module):
 def bert() -> nn.Module:
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     return BertForSequenceClassification(BertConfig(vocab_size=500, **size))
+
+
+def experts() -> nn.Module:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=100, intermediate_size=96, num_local_experts=4, **sizes))
 
 
 def classify(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -105,6 +110,10 @@ CASES = {
     "recommender": (
         Recommender, torch.optim.AdamW, (torch.zeros(64, 20, dtype=torch.long), torch.zeros(64, dtype=torch.long)),
         classify, 0.01,
+    ),
+    "a mixture of experts, whose products go by groups": (
+        experts, torch.optim.AdamW, dict.fromkeys(("input_ids", "labels"), torch.zeros(4, 64, dtype=torch.long)),
+        None, 0.01,
     ),
     "bert": (
         bert, partial(torch.optim.AdamW, foreach=False),
