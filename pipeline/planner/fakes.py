@@ -145,6 +145,17 @@ def promoted(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return out
 
 
+def safe_softmax(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What attention without a kernel of its own (queries that share one key, dropout) holds beside its weights: which
+    of them are hidden, and of which rows all."""
+    if name != "aten::_safe_softmax":
+        return NotImplemented
+    out = func(*args, **kwargs)
+    hidden = torch.empty(out.shape, dtype=torch.bool)
+    _ = torch.empty(hidden.narrow(args[1], 0, 1).shape, dtype=torch.bool)
+    return out
+
+
 def tried(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What only a kernel itself tells: it was run for real."""
     taken = scratch.scratch(name, func, args, kwargs)
@@ -168,7 +179,7 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     out = sixteen_bit(name, func, args, kwargs)
     _within = True
     try:
-        for does in (converted, promoted, blocked, tried):
+        for does in (converted, promoted, blocked, safe_softmax, tried):
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:
         _within = False

@@ -54,7 +54,7 @@ WHOLE = frozenset(
     {
         torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.ops.aten.conv2d.default,
         torch.ops.aten.conv2d.padding, torch.ops.aten._convolution_mode.default,
-        torch.ops.aten.scaled_dot_product_attention.default,
+        torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten._scaled_dot_product_attention_math.default,
     }
 )  # fmt: skip
 """Operators made of others, which a mode gets whole where autograd does not take them apart: in inference mode."""

@@ -130,6 +130,21 @@ def test_labels_that_are_the_inputs_are_one_tensor_in_plans_too():
     assert made["attention_mask"] is not made["input_ids"]
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_whose_queries_share_one_key_is_computed_step_by_step(masked, context):
+    def made():
+        query, key, value = (torch.ones(8, heads, 64, 24) for heads in (4, 1, 1))
+        return query, key, value, torch.ones(8, 1, 64, 64, dtype=torch.bool)
+
+    def attention(query, key, value, mask):
+        with context():
+            return F.scaled_dot_product_attention(query, key, value, mask if masked else None, is_causal=not masked)
+
+    predicted, measured = held(attention, made)
+    assert predicted == pytest.approx(measured, rel=0.001)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", [(8, 4, 128, 32), (2, 2, 600, 16), (4, 2, 1, 64)])
