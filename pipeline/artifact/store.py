@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -153,7 +155,7 @@ class Parts:
 
 def parts_of(model: nn.Module, probe: Mapping[str, Tensor]) -> Parts:
     """All that `save` computes, and so all that it holds beside the model."""
-    tensors, tied, encodings = _plain_tensors(model)
+    tensors, tied, encodings = plain_tensors(model)
     return Parts(tensors, tied, encodings, _probe_tensors(model, probe), count(model), _layer_records(model))
 
 
@@ -194,6 +196,20 @@ def tensor_bytes(directory: Path) -> int:
     """Bytes of the weights on disk."""
     directory = Path(directory)
     return sum((directory / name).stat().st_size for name in manifests.weight_files(os.listdir(directory)))
+
+
+def kept_share(directory: Path) -> float:
+    """Of float weights that are stored as bitmasks, how many are kept; 1 where there are none."""
+    directory, elements, kept = Path(directory), 0, 0
+    encodings = manifests.read(directory)["encodings"]
+    for file in manifests.weight_files(os.listdir(directory)):
+        with safe_open(directory / file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                encoding = encodings.get(name.removesuffix(".values"))
+                if encoding is not None and not encoding["packed"]:
+                    elements += math.prod(encoding["shape"])
+                    kept += math.prod(stored.get_slice(name).get_shape())
+    return kept / elements if elements else 1.0
 
 
 def load(
@@ -268,7 +284,7 @@ def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
     return model
 
 
-def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+def plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
     """(tensors to store, aliases of tied ones -> the name that is stored, encodings of those stored as bitmasks)."""
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}

@@ -23,10 +23,11 @@ Stored = tuple[str, torch.dtype, tuple[int, ...]]
 """(name, dtype, shape) of a tensor in a file."""
 
 CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
+"""In the order in which a file has them."""
 
 
 def layer_tensors(model: nn.Module, name: str, grid: Grid, share: float = 1.0) -> list[Stored]:
@@ -107,7 +108,7 @@ def file_bytes(tensors: Iterable[Stored]) -> int:
     """Bytes of the safetensors file that holds `tensors`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, dtype, shape in sorted(tensors, key=lambda stored: (-stored[1].itemsize, stored[0])):
+    for name, dtype, shape in sorted(tensors, key=lambda stored: (list(CODES).index(stored[1]), stored[0])):
         end = offset + _bytes(dtype, shape)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

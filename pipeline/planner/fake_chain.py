@@ -65,7 +65,7 @@ class Links:
     evaluate: Peak | None = None
     generate: Peak | None = None
     stored: int | None = None
-    """Bytes of the artifact's weights; masked ones may take less."""
+    """Bytes of the artifact's weights; those that are masked and quantized may take less."""
     open: dict[str, str] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
     untraced: dict[str, str] = field(default_factory=dict)

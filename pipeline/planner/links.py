@@ -19,7 +19,6 @@ from pipeline.compression.pruning import Pruner
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
 from pipeline.errors import first_line
-from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import positions
 from pipeline.planner.evaluation import trace_evaluation, traced_evaluation
 from pipeline.planner.fake_chain import Chain, Links, as_loaded, give_masks, twin
@@ -29,7 +28,7 @@ from pipeline.planner.gpu import as_on_device
 from pipeline.planner.live import Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
-from pipeline.planner.transfers import opens_in_memory, reading
+from pipeline.planner.transfers import opens_in_memory, reading, stored_bytes
 from pipeline.planner.unreal import unreal
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES, workspace
 from pipeline.schema import RunConfig
@@ -65,10 +64,10 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 chain.saved(found, model, task)
                 del left[0]
             found.load = reading(config, model) if opens_in_memory(config, line) else None
+            found.stored = stored_bytes(config, model)
             loaded = as_loaded(model)
             if not chain.trains:  # what lay in files is read, but by an evaluation on a CPU
                 faked(loaded)
-            found.stored = file_bytes(model_tensors(loaded, {}))
             if "generate" in left:
                 found.generate = traced_generation(config, loaded, task, PROMPT_TOKENS, chain.counting)
                 del left[0]
@@ -170,8 +169,9 @@ def declare_left(config: RunConfig, data: DataBundle, chain: Chain, found: Links
     in_memory = opens_in_memory(config, changing_stages(stages_of(config)))
     if in_memory:
         found.load = reading(config, model)
+    with unreal(config):
+        found.stored = stored_bytes(config, faked(twin(model)))
     loaded = as_loaded(model)
-    found.stored = file_bytes(model_tensors(loaded, {}))
     continued = twin(loaded)
     with unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
         if generates(config, task):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,7 @@ from pipeline.artifact import sparse, store
 from pipeline.chain import Stage
 from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle
+from pipeline.layers.footprint import file_bytes
 from pipeline.layers.sparsity import bitmask_bytes, kept_of, masked_layers
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
 from pipeline.planner.live import Live, Peak, by_kind
@@ -131,7 +133,7 @@ def opens_in_memory(config: RunConfig, line: Sequence[Stage]) -> bool:
 def reading(config: RunConfig, model: nn.Module) -> Peak:
     """An artifact is opened, of which `model`, of fake tensors, has been stored: masked weights come as a mask and
     values, and masks stay until all are read. On a GPU they are put together on its host."""
-    share = kept_share(config.chain.values())
+    share = share_of(config)
     weights = [layer.get_parameter("weight") for _, layer in masked_layers(model)]
     small = [w for w in weights if bitmask_bytes(w.numel(), kept_of(w.numel(), share), 8 * w.itemsize) < w.nbytes]
     whole = held(model)
@@ -159,7 +161,29 @@ def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBun
     live = Supposing(*kernels_of(config))
     live.hold_model(model)
     live.phase = "working set"
+    with live, masks_keeping(share_of(config)):
+        store.parts_of(model, fake_batch(batch))
+    return live.timeline.peak()
+
+
+def stored_bytes(config: RunConfig, model: nn.Module) -> int:
+    """Bytes of the weights of `model`, of fake tensors, as an artifact. Of masked ones that are quantized it takes less
+    where rounding makes more of them zero. To be called within `tracing`."""
+    with masks_keeping(share_of(config)):
+        tensors, _, _ = store.plain_tensors(model)
+    return file_bytes((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+def share_of(config: RunConfig) -> float:
+    """Of weights under a mask, how many are kept: by the links, or by the artifact that they go on with."""
     share = kept_share(config.chain.values())
+    path = None if config.artifact is None else Path(config.artifact)
+    return share if path is None or checkpoints.exists(path) else min(share, store.kept_share(path))
+
+
+@contextmanager
+def masks_keeping(share: float) -> Iterator[None]:
+    """Masks of fake tensors are stored as if they kept this share of what is under them."""
 
     def encoded(mask: Tensor, bits: int) -> int:
         return bitmask_bytes(mask.numel(), kept_of(mask.numel(), share), bits)
@@ -169,6 +193,5 @@ def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBun
         _ = torch.empty(kept, mask.ndim, dtype=torch.int64)  # where they are
         return torch.empty(kept, dtype=dense.dtype)
 
-    with live, mock.patch.object(sparse, "encoded_bytes", encoded), mock.patch.object(sparse, "taken", taken):
-        store.parts_of(model, fake_batch(batch))
-    return live.timeline.peak()
+    with mock.patch.object(sparse, "encoded_bytes", encoded), mock.patch.object(sparse, "taken", taken):
+        yield
