@@ -8,6 +8,8 @@ by their median, and says by how much they differ.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import statistics
 from collections.abc import Mapping
 from os import environ
@@ -18,6 +20,7 @@ from pipeline.report.result import write_text
 from pipeline.schema import RunConfig
 from pipeline.versions import versions
 
+log = logging.getLogger(__name__)
 KEPT = 20
 """Runs of one kind that are remembered, the latest."""
 NEEDED = 3
@@ -44,25 +47,32 @@ def ratios(file: Path, kind: str) -> list[float]:
 
 
 def _ratios(found: Any) -> list[float]:
-    return [ratio for ratio in found if isinstance(ratio, float)] if isinstance(found, list) else []
+    """Those that are some: a damaged file may hold anything, NaN too."""
+    given = found if isinstance(found, list) else []
+    return [ratio for ratio in given if isinstance(ratio, float) and 0 < ratio < math.inf]
 
 
 def remember(file: Path, ratio_of: Mapping[str, float]) -> None:
-    """Add one run's ratios, by kind. Of two runs that end at once one may be forgotten."""
+    """Add one run's ratios, by kind. Of two runs that end at once one may be forgotten, and all where nothing can be
+    written there: the run is done, and not lost for that."""
     known = _read(file)
     for name, ratio in ratio_of.items():
         known[name] = [*_ratios(known.get(name)), ratio][-KEPT:]
-    write_text(file, json.dumps(known, indent=1) + "\n")
+    try:
+        write_text(file, json.dumps(known, indent=1) + "\n")
+    except OSError as error:
+        log.warning("%s cannot be written: %s", file, error)
 
 
 def correction(found: list[float]) -> tuple[float, float] | None:
-    """(factor for a prediction, largest relative distance of a run from it); None: too few runs, or no need."""
+    """(factor for a prediction, largest relative distance of a run from it, or what is taken for none); None: too few
+    runs, or no need."""
     if len(found) < NEEDED:
         return None
     factor = statistics.median(found)
     if abs(factor - 1) < NEGLIGIBLE:
         return None
-    return factor, max(abs(ratio / factor - 1) for ratio in found)
+    return factor, max(NEGLIGIBLE, *(abs(ratio / factor - 1) for ratio in found))
 
 
 def _read(file: Path) -> dict[str, Any]:

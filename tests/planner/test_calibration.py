@@ -24,18 +24,27 @@ def test_it_takes_three_runs_of_a_kind_and_a_difference_to_correct_a_plan():
     factor, spread = calibration.correction([1.04, 1.05, 1.08])
     assert factor == 1.05
     assert spread == pytest.approx(1.08 / 1.05 - 1)
+    assert calibration.correction([1.05, 1.05, 1.05]) == (1.05, calibration.NEGLIGIBLE)  # alike so far
 
 
 def test_only_the_latest_runs_are_kept_and_a_damaged_file_is_none(file: Path):
-    for ratio in range(30):
+    for ratio in range(1, 31):
         calibration.remember(file, {"a": float(ratio)})
-    assert calibration.ratios(file, "a") == [float(ratio) for ratio in range(10, 30)]
+    assert calibration.ratios(file, "a") == [float(ratio) for ratio in range(11, 31)]
     assert calibration.ratios(file, "b") == []
-    for damaged in ("{", "[]", '{"a": 3}', '{"a": ["x", null]}'):
+    for damaged in ("{", "[]", '{"a": 3}', '{"a": ["x", null]}', '{"a": [NaN, Infinity, -1.0, 0.0]}'):
         file.write_text(damaged)
         assert calibration.ratios(file, "a") == []
         calibration.remember(file, {"b": 1.0})
         assert calibration.ratios(file, "b") == [1.0]
+
+
+def test_where_nothing_can_be_kept_nothing_is_and_the_run_is_not_lost(file: Path):
+    file.mkdir(parents=True)
+    calibration.remember(file, {"a": 1.0})
+    assert calibration.ratios(file, "a") == []
+    (file / "more").touch()
+    calibration.remember(file / "more" / "calibration.json", {"a": 1.0})
 
 
 def test_kinds_tell_models_precisions_and_links_apart():
