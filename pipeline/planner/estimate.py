@@ -67,7 +67,10 @@ def estimate(
                 live.hold((p.grad for p in trained if p.grad is not None), "gradients")
                 live.phase = "optimizer step"
                 live.mark("optimizer step")
+                # Which divides by how far a product of its momentums is from 1; ASGD asks whether something is 1 still.
+                live.number = 0.5 if isinstance(steps, torch.optim.NAdam) else 1.0
                 steps.step()
+                live.number = 1.0
                 state = (value for held in steps.state.values() for value in held.values())
                 live.hold((value for value in state if isinstance(value, Tensor)), "optimizer state")
                 steps.zero_grad()

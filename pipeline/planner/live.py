@@ -215,6 +215,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline = Timeline(cuda=workspace > 0)
         self.phase = "other"
         """What storages that appear now are for, unless somebody says."""
+        self.number = 1.0
+        """What a float is taken for."""
         self._inner = inner
         self._within = ""  # the operator that `inner` is asked about
         self._workspace = workspace
@@ -288,7 +290,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             # Fake tensors have no values. With these no mask hides anything, and no count of steps or tokens is 0.
-            return self.truth(args[0]) if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            if args[0].dtype == torch.bool:
+                return self.truth(args[0])
+            return self.number if args[0].is_floating_point() else 1
         if func in WHOLE:
             with self:
                 return func.decompose(*args, **kwargs)

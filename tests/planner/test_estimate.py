@@ -104,6 +104,12 @@ CASES = {
     "a sum, whose gradient is one number that a product copies": (
         partial(nn.Linear, 256, 512), torch.optim.Adagrad, (torch.randn(512, 256),), total, 0.01,
     ),
+    "an optimizer that divides by what it reads of its state": (
+        partial(nn.Linear, 256, 512), torch.optim.NAdam, (torch.randn(64, 256),), total, 0.01,
+    ),
+    "an optimizer that asks whether what it reads is 1": (
+        partial(nn.Linear, 256, 512), torch.optim.ASGD, (torch.randn(64, 256),), total, 0.01,
+    ),
     "branches, whose gradients are added in place": (
         Branching, partial(torch.optim.SGD, lr=0.1), (torch.randn(2048, 64),), total, 0.01,
     ),
