@@ -265,6 +265,8 @@ def _must(item: Any, value: Any, place: str) -> str:
         in_a_shell = place in ("", "command line")
         how = f"quote it twice: \"'{json.dumps(value)}'\"" if in_a_shell else f'put it in quotes: "{json.dumps(value)}"'
         return f"be text; to mean the text, {how}"
+    if kind in ("list_type", "tuple_type") and isinstance(value, bool | int | float | str):
+        return f"be a list; did you mean [{value if isinstance(value, str) else json.dumps(value)}]?"
     if kind in _MUST:
         return _MUST[kind].format(**context)
     return f"satisfy: {item['msg']}"

@@ -80,7 +80,7 @@ def test_integers_pass_for_floats_and_lists_for_tuples() -> None:
         ("pair", [1.0], "sample.pair=[1.0] must have at least 2 items (conf/sample.yaml)"),
         ("pair", [1, 2, 3], "sample.pair=[1, 2, 3] must have at most 2 items (conf/sample.yaml)"),
         ("pair", [1, "x"], "sample.pair[1]=x must be a number (conf/sample.yaml)"),
-        ("ignore", "head", "sample.ignore=head must be a list (conf/sample.yaml)"),
+        ("ignore", "head", "sample.ignore=head must be a list; did you mean [head]? (conf/sample.yaml)"),
         (
             "ignore",
             ["a", 1],
