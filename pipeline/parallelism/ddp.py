@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 POWERSGD_AFTER = 10
 """Steps with whole gradients first: early ones have no low rank."""
+ONE_BUCKET = 1 << 20
+"""MiB of gradients that are sent at once where that is to be all of them. PowerSGD sends factors from threads of gloo,
+which take several buckets in another order on each rank: what was sent of one came as part of another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class DataParallel(Parallelism):
             find_unused_parameters=False,
             gradient_as_bucket_view=self.bucket_view,
             static_graph=self.static_graph,
+            bucket_cap_mb=ONE_BUCKET if self.gradient_compression == "powersgd" and device == "cpu" else None,
         )
 
 
