@@ -41,10 +41,31 @@ def first_line(error: BaseException, width: int = 150) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:width]}"
 
 
+ALSO_CALLED = {
+    "gpu": ("cuda",),
+    "fp16": ("float16", "16-mixed"),
+    "fp16-mixed": ("16-mixed",),
+    "float16": ("16-mixed",),
+    "half": ("float16", "16-mixed"),
+    "bf16": ("bfloat16", "bf16-mixed"),
+    "bfloat16": ("bf16-mixed",),
+    "fp32": ("float32", "32-true"),
+    "float32": ("32-true",),
+    "fp64": ("float64", "64-true"),
+    "float64": ("64-true",),
+    "double": ("float64", "64-true"),
+    "zero": ("deepspeed",),
+    "true": ("full",),
+    "false": ("none",),
+}
+"""What others call our choices, where the spelling is nearer to another one or to none."""
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'int8'?"` for the nearest allowed word, capitals aside; an empty string when none is near."""
     spelt = {one.lower(): one for one in allowed}
-    near = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.5)
+    near = [name for name in ALSO_CALLED.get(word.lower(), ()) if name in spelt]
+    near = near or difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.5)
     return f"; did you mean '{spelt[near[0]]}'?" if near else ""
 
 

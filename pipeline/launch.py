@@ -24,7 +24,7 @@ from pipeline import environment
 from pipeline.chain import Stage
 from pipeline.device.cpu import cores
 from pipeline.device.system_memory import oom_kills, suspicion
-from pipeline.errors import LeanfitError
+from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted
 from pipeline.heartbeat import Watch, read_files
 from pipeline.interrupts import PARENT, parent
@@ -59,7 +59,12 @@ def beat_file(run_dir: Path, stage: Stage, rank: int) -> Path:
 
 
 def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool, nodes: Leader | None = None) -> Fitted:
-    """Fit `stage` on all devices of all nodes and wait. Raises LeanfitError when a rank, or a node, fails."""
+    """Fit `stage` on all devices of all nodes and wait.
+
+    Raises:
+        ConfigError: what only the model itself shows was found on a rank.
+        LeanfitError: a rank, or a node, failed.
+    """
     parallelism = config.parallelism
     figures, failure = figures_file(run_dir, stage), error_file(run_dir, stage)
     for leftover in (figures, failure):
@@ -75,6 +80,8 @@ def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool, node
         if nodes is not None:
             nodes.stop()
         said = failure.read_text(encoding="utf-8") if failure.is_file() else None
+        if not why and said and (wrong := re.fullmatch(r"rank \d+: ConfigError: (.+)", said, re.DOTALL)):
+            raise ConfigError(wrong[1].splitlines())  # as on one device, where it is found by this process
         why = why or said or f"the ranks ended with exit code {code}, and did not say why"
         count = f"{parallelism.ranks} devices" + (f" of {parallelism.nodes} nodes" if parallelism.nodes > 1 else "")
         raise LeanfitError(f"stage '{stage.name}' on {count}: {why}")

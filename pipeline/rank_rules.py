@@ -47,6 +47,17 @@ def gradient_compression(config: RunConfig) -> list[str]:
     return ["parallelism.gradient_compression=bfloat16 needs device=cuda; use parallelism.gradient_compression=float16"]
 
 
+def static_graph(config: RunConfig) -> list[str]:
+    """torch plans from the first backward pass, which must sum over devices: that of the first micro batch does not."""
+    trainer, ranks = config.trainer, config.parallelism.data_ranks
+    accumulates = (trainer.micro_batch_size or trainer.batch_size) * ranks < trainer.batch_size
+    if not getattr(config.parallelism, "static_graph", False) or not accumulates or not trains(config):
+        return []
+    given = f"trainer.micro_batch_size={trainer.micro_batch_size}"
+    said = f"parallelism.static_graph=true cannot sum micro batches ({given})"
+    return [f"{said}; use parallelism.static_graph=false, or trainer.micro_batch_size=null"]
+
+
 def steppable(parallelism: Parallelism) -> tuple[str, ...]:
     """What of a weight an optimizer must be able to step apart from the rest: see `Optimizer.steps_apart`."""
     if parallelism.name == "deepspeed":  # all weights in one flat tensor
@@ -133,6 +144,7 @@ OF_RANKS: tuple[Callable[[RunConfig], list[str]], ...] = (
     nodes,
     gradient_dtype,
     gradient_compression,
+    static_graph,
     sharded,
     deepspeed,
     horovod,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -154,6 +154,8 @@ def decode(cls: type[T], values: Any, key: str, said: Said, leaves: Iterable[str
             else:
                 musts.setdefault(full, (value, []))[1].append(_must(item, value, said(full)))
         for full, (value, must) in musts.items():
+            field = full.removeprefix(f"{key}.") if key else full
+            must = ["be null", *must] if _takes_null(cls, field) else must
             lines.append(f"{shown(full, value)} must {' or '.join(dict.fromkeys(must))}{_where(said, full)}")
         return None, lines
 
@@ -252,6 +254,12 @@ _MUST = {
     "multiple_of": "be a multiple of {multiple_of}",
     "size": "be {forms}",
 }
+
+
+def _takes_null(cls: type[Any], field: str) -> bool:
+    """Whether null turns a field off, which pydantic does not tell; of one that is text, text was meant."""
+    kinds = get_args(get_type_hints(cls)[field]) if field in field_names(cls) else ()
+    return type(None) in kinds and str not in kinds
 
 
 def _must(item: Any, value: Any, place: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import launch
 from pipeline.app import compose
+from pipeline.errors import ConfigError, LeanfitError
 from pipeline.heartbeat import Beat, Phase, Watch, pack
 from pipeline.parallelism.base import Meeting
 from pipeline.walk import stages_of
@@ -129,3 +130,24 @@ def test_ranks_share_the_cores_that_the_program_may_use(
     config = compose(["parallelism=ddp", "parallelism.devices=2", "device=cpu"])
     launch.Ranks(config, stages_of(config)[0], tmp_path, range(2)).run(Meeting("127.0.0.1", 1), False, lambda: None)
     assert given["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        ("rank 1: ConfigError: a=1: wrong\nb=2: wrong too", ConfigError, "a=1: wrong\nb=2: wrong too"),
+        ("rank 1: RuntimeError: lost", LeanfitError, "stage 'train' on 2 devices: rank 1: RuntimeError: lost"),
+    ],
+)
+def test_a_mistake_in_the_config_that_a_rank_finds_is_one_as_on_a_single_device(
+    said: str, kind: type[LeanfitError], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(["parallelism=ddp", "parallelism.devices=2", "device=cpu"])
+    stage = stages_of(config)[0]
+    file = str(launch.error_file(tmp_path, stage))
+    rank = f"import pathlib, sys; pathlib.Path({file!r}).write_text({said!r}); sys.exit(1)"
+    monkeypatch.setattr(type(config.parallelism), "command", lambda *_: [sys.executable, "-c", rank])
+    with pytest.raises(kind) as caught:
+        launch.launch(config, stage, tmp_path, resume=False)
+    assert type(caught.value) is kind
+    assert str(caught.value) == told

@@ -18,6 +18,7 @@ from pipeline.registry import Absent, decode, decode_choice, lookup, names, show
 class Sample:
     width: Annotated[int, Ge(1)]
     rate: Annotated[float, Gt(0), Le(10)]
+    limit: Annotated[int, Ge(1)] | None
     kind: Literal["cosine", "linear"]
     flag: bool
     path: str | None
@@ -29,6 +30,7 @@ class Sample:
 GOOD: dict[str, Any] = {
     "width": 4,
     "rate": 0.5,
+    "limit": None,
     "kind": "cosine",
     "flag": True,
     "path": None,
@@ -74,6 +76,7 @@ def test_integers_pass_for_floats_and_lists_for_tuples() -> None:
             "cosin",
             "sample.kind=cosin must be one of cosine, linear; did you mean 'cosine'? (conf/sample.yaml)",
         ),
+        ("limit", 0, "sample.limit=0 must be null or be at least 1 (conf/sample.yaml)"),
         ("flag", 1, "sample.flag=1 must be true or false (conf/sample.yaml)"),
         ("flag", "true", "sample.flag=true must be true or false (conf/sample.yaml)"),
         ("path", 3, 'sample.path=3 must be text; to mean the text, put it in quotes: "3" (conf/sample.yaml)'),
@@ -106,7 +109,7 @@ def test_every_problem_is_told_at_once() -> None:
 
 def test_an_unknown_key_names_the_one_that_was_meant() -> None:
     (line,) = problems(widht=3)
-    assert line.startswith("sample.widht=3: no such key; sample has width, rate, kind")
+    assert line.startswith("sample.widht=3: no such key; sample has width, rate, limit, kind")
     assert line.endswith("; did you mean 'width'? (conf/sample.yaml)")
 
 

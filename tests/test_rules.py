@@ -440,6 +440,20 @@ def test_gradients_are_sent_in_bfloat16_between_gpus_only() -> None:
     assert rank_rules.gradient_compression(config("device=cpu", "parallelism=ddp")) == []
 
 
+@pytest.mark.parametrize("name", ["ddp", "ray"])
+def test_a_static_graph_is_not_planned_from_a_micro_batch(name: str) -> None:
+    two = [f"parallelism={name}", "parallelism.devices=2", "trainer.batch_size=8"]
+    static = "parallelism.static_graph=true"
+    (told,) = rank_rules.static_graph(config(*two, static, "trainer.micro_batch_size=2"))
+    assert told == (
+        "parallelism.static_graph=true cannot sum micro batches (trainer.micro_batch_size=2); "
+        "use parallelism.static_graph=false, or trainer.micro_batch_size=null"
+    )
+    assert rank_rules.static_graph(config(*two, static, "trainer.micro_batch_size=4")) == []
+    assert rank_rules.static_graph(config(*two, static)) == []
+    assert rank_rules.static_graph(config(*two, "trainer.micro_batch_size=2")) == []
+
+
 def test_muon_has_no_adapters() -> None:
     (told,) = rules.adapter(config("device=cpu", "adapter=lora", "optimizer=muon"))
     assert told.startswith("adapter=lora: muon makes updates of full rank")

@@ -15,12 +15,16 @@ from pipeline.parallelism.launched import Launched
 from pipeline.registry import register
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch.strategies import Strategy
     from torch import nn
 
 
 POWERSGD_AFTER = 10
 """Steps with whole gradients first: early ones have no low rank."""
+ONE_BUCKET = 1 << 20
+"""MiB of gradients that are sent at once where that is to be all of them. PowerSGD sends factors from threads of gloo,
+which take several buckets in another order on each rank: what was sent of one came as part of another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,10 @@ class DataParallel(Parallelism):
 
         assert isinstance(wrapped, DistributedDataParallel)
         if self.gradient_compression == "powersgd":
-            state = powersgd.PowerSGDState(None, self.powersgd_rank, start_powerSGD_iter=POWERSGD_AFTER)
+            dtype = next(weight.dtype for weight in wrapped.parameters() if weight.requires_grad)
+            state = powersgd.PowerSGDState(
+                None, self.powersgd_rank, POWERSGD_AFTER, orthogonalization_epsilon=least_norm(dtype)
+            )
             wrapped.register_comm_hook(state, powersgd.powerSGD_hook)
         elif self.gradient_compression != "none":
             hooks = {"float16": default_hooks.fp16_compress_hook, "bfloat16": default_hooks.bf16_compress_hook}
@@ -68,7 +75,16 @@ class DataParallel(Parallelism):
             find_unused_parameters=False,
             gradient_as_bucket_view=self.bucket_view,
             static_graph=self.static_graph,
+            bucket_cap_mb=ONE_BUCKET if self.gradient_compression == "powersgd" and device == "cpu" else None,
         )
+
+
+def least_norm(dtype: torch.dtype) -> float:
+    """What torch adds to a column's norm that it divides by, so that a gradient of zeros (small ones in float16 are
+    that) stays 0, not NaN: less than any norm that counts, and not 0 in `dtype`."""
+    import torch
+
+    return 6e-8 if dtype == torch.float16 else 1e-30
 
 
 @register("parallelism", "ddp")

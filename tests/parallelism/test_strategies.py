@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
+from torch import distributed, nn
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -24,6 +24,7 @@ from transformers import (
 from pipeline.errors import ConfigError
 from pipeline.layers.schemes import quantize_layers
 from pipeline.models.architecture import describe
+from pipeline.parallelism.ddp import POWERSGD_AFTER
 from pipeline.parallelism.sharding import tensor_parallel_plan
 from pipeline.parallelism.shards import clip_gradients
 from pipeline.registry import conf_root, lookup
@@ -64,6 +65,26 @@ def test_ddp_uses_the_backend_of_its_device(device, backend):
 def test_ddp_on_an_apple_gpu_is_refused():
     with pytest.raises(ConfigError, match="parallelism=ddp: device=mps has no communication backend; use"):
         choice("ddp").strategy("mps")
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A gloo group of this process alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float16, 4), (torch.bfloat16, 4), (torch.float32, 1)])
+def test_powersgd_sends_a_gradient_of_zeros(dtype, rank, one_rank):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).to(dtype)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    choice("ddp", gradient_compression="powersgd", powersgd_rank=rank).begin(wrapped)
+    data = torch.randn(8, 32, dtype=dtype)
+    for _ in range(POWERSGD_AFTER + 3):
+        model.zero_grad()
+        (wrapped(data).sum() * 0).backward()
+        assert all((weight.grad == 0).all() for weight in model.parameters())
 
 
 WORKER = """
