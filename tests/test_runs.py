@@ -272,6 +272,19 @@ def test_a_fit_that_was_over_when_its_run_was_cut_off_is_recorded_as_it_was(
     assert "nothing to resume" in capsys.readouterr().err
 
 
+def test_a_run_whose_steps_all_overflowed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [*TINY, "trainer.max_steps=3", "precision=16-mixed"]
+    code, directory = leanfit(*settings, "precision.initial_scale=1e30", into="over")
+    assert code == 0
+    said = "3 of 3 steps changed nothing, since gradients overflowed"
+    assert f"training: {said}" in capsys.readouterr().out
+    assert f"- Training: {said}" in (directory / "report.md").read_text()
+    assert read_result(directory / "result.json")["train"]["skipped_steps"] == 3
+    _, directory = leanfit(*settings, into="under")
+    assert read_result(directory / "result.json")["train"]["skipped_steps"] == 0
+    assert "overflowed" not in (directory / "report.md").read_text()
+
+
 @pytest.mark.parametrize(("where", "ends"), [("train", 2), ("compress", 1)])
 def test_a_config_error_after_something_ran_is_a_failed_run(
     where: str, ends: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

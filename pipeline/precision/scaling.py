@@ -8,6 +8,7 @@ whole models have summed them already, infinities too.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,25 @@ from pipeline.parallelism.shards import is_sharded, local
 
 
 class Scaler(torch.amp.GradScaler):
-    """Halves the scale and skips the step on all ranks alike."""
+    """Halves the scale and skips the step on all ranks alike, and counts such steps."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skipped: Tensor | int = 0
+        """Steps so far whose gradients overflowed, on the device."""
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        before = self._scale.clone() if self._scale is not None else None
+        super().update(new_scale)
+        if before is not None and self._scale is not None:
+            self.skipped = self.skipped + (self._scale < before).long()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "skipped": int(self.skipped)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.skipped = state_dict.get("skipped", 0)
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool

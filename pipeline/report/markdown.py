@@ -17,6 +17,7 @@ from pipeline.report.table import (
     comparison,
     held_out,
     link_fits,
+    much_skipped,
     pick,
     program,
     quotient,
@@ -127,6 +128,7 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
     elif speed is None:
         said.append("The speed before and after was not compared.")
     said += _run_densely(result)
+    said += [f"{line[0].upper()}{line[1:]}." for line in much_skipped(result)]
     direction, metric = word(result, "quality", "direction"), word(result, "quality", "metric")
     before, after = amount(result, "quality", "before"), amount(result, "quality", "after")
     if before is not None and after is not None and worsening(direction, before, after) > 0:
@@ -233,6 +235,8 @@ def _fit_detail(train: Any) -> str:
     trained = amount(train, "trainable_parameters")
     facts = [] if first is None or last is None else [f"loss {significant(first, 4)} to {significant(last, 4)}"]
     facts += [] if trained is None else [f"{format_count(trained)} parameters trained"]
+    skipped = amount(train, "skipped_steps")
+    facts += [f"{skipped:.0f} steps skipped, whose gradients overflowed"] if skipped else []
     return ", ".join(facts)
 
 

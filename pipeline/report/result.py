@@ -57,9 +57,11 @@ class DeviceUsed(Section):
 
 class Train(Section):
     """A fit. `seconds` are those of all its steps, without validation. Rates leave out the steps that were slowed, two
-    by measuring memory and one by compiling: they are null where a fit has no others."""
+    by measuring memory and one by compiling: they are null where a fit has no others. `skipped_steps`: those that the
+    loss scaler left out, since gradients overflowed; null without one."""
 
     steps: Count
+    skipped_steps: Count
     samples: Count
     tokens: Count
     seconds: Amount

@@ -29,6 +29,8 @@ from pipeline.report.units import (
     times,
 )
 
+MANY = 0.1
+"""Of the steps of a fit."""
 LINE_WIDTH = 100
 
 
@@ -74,6 +76,22 @@ def link_fits(result: Mapping[str, Any]) -> list[tuple[str, tuple[float | None, 
         for stage in (stages if isinstance(stages, list) else ())
         if pick(stage, "train") is not None
     ]
+
+
+def much_skipped(result: Mapping[str, Any]) -> list[str]:
+    """A line for each fit of which the loss scaler skipped more steps than it needs to find its scale."""
+    stages = pick(result, "stages")
+    of = [
+        ("training", result),
+        *((word(stage, "name"), stage) for stage in (stages if isinstance(stages, list) else ())),
+    ]
+    lines = []
+    for name, fitted in of:
+        skipped, steps = amount(fitted, "train", "skipped_steps"), amount(fitted, "train", "steps")
+        if skipped and steps and skipped > MANY * steps:
+            count = f"{skipped:.0f} of {steps:.0f} steps"
+            lines.append(f"{name}: {count} changed nothing, since gradients overflowed at the loss scale of the time")
+    return lines
 
 
 def comparison(result: Mapping[str, Any]) -> list[Row]:
@@ -252,6 +270,7 @@ def closing_lines(result: Mapping[str, Any], run_dir: str | Path) -> list[str]:
     if status != "ok":
         label = {"gate": "not accepted", "failed": "failed"}.get(status, "status unknown")
         lines.append(f"{label}: {message or 'no message was left'}")
+    lines += much_skipped(result)
     artifact = artifact_path(result, run_dir)
     if artifact is not None:
         lines.append(f"artifact  {relative(artifact)}")

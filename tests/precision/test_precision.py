@@ -1,5 +1,7 @@
 """Each precision trains a real transformer through Lightning: dtypes, learning, loss scaling, resuming."""
 
+import itertools
+
 import lightning.pytorch as lightning
 import pytest
 import torch
@@ -130,6 +132,12 @@ def test_an_overflow_skips_the_step_halves_the_scale_and_training_recovers(train
     assert not torch.equal(watch.weights[-1], before)
     assert watch.weights[-1].isfinite().all()
     assert module.losses[-1] < module.losses[0]
+    moments = [before, *watch.weights]
+    stood = sum(torch.equal(one, other) for one, other in itertools.pairwise(moments))
+    assert plugin.scaler.skipped == stood > 0
+    resumed = choice("16-mixed").plugin("cpu").scaler
+    resumed.load_state_dict(plugin.scaler.state_dict())
+    assert (resumed.skipped, resumed.get_scale()) == (stood, settled)
 
 
 @pytest.mark.parametrize("fused", [True, False])
