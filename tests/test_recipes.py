@@ -185,7 +185,7 @@ def test_settings_of_a_known_method_that_is_not_chosen_are_dropped_with_a_line(
     [
         ("int5: {bits: 1}", "compression.int5: no such stage in compression=none"),
         ("int4: {groupsize: 32}", "compression.int4.groupsize=32: no such key"),
-        ("int4: {group_size: big}", "compression.int4.group_size=big must be a whole number"),
+        ("int4: {group_size: big}", "compression.int4.group_size=big must be null or be a whole number"),
         ("int4: 5", "compression.int4=5 must be a mapping"),
     ],
 )

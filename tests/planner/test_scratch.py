@@ -199,7 +199,7 @@ def test_parts_of_a_long_product_hold_what_it_holds(rows, inner, columns, turned
     predicted, measured = held(lambda left, weight, bias: F.linear(left, weight, bias), made)
     assert predicted == measured
     assert len(parts) == 2
-    assert len(tried) == 2 or rows != 4096  # the others are tried whole where two parts hold more than one
+    assert len(tried) in (2, 3)  # whole too, where two parts hold more than one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
