@@ -6,6 +6,8 @@ The horizontal axis counts allocations and releases, not seconds.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from pipeline.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, p
 from pipeline.report.units import format_bytes
 
 MOMENTS = ("forward", "backward", "optimizer step")
+ROWS = 2
+"""Of names of moments above the plot."""
 LIMIT = 8
 """Kinds that get a colour of their own; the rest is drawn as one."""
 COLOURS = {
@@ -75,20 +79,30 @@ def timeline(phase: dict[str, Any], capacity: int | None, title: str, out: Path)
             textcoords="offset points",
             fontsize=9,
         )
-    for at, name in phase["course"]["moments"]:
-        if name in MOMENTS:
-            axes.axvline(at, color=GREY, linewidth=0.8, alpha=0.6)
-            axes.annotate(
-                name, (at, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(2, 3), textcoords="offset points",
-                fontsize=9, color=GREY,
-            )  # fmt: skip
     axes.set_ylim(0, 1.18 * limit)
     axes.set_xlim(0, length - 1)
     axes.set_xticks([])
     axes.set_xlabel(f"{title}: allocations and releases in their order")
     axes.set_ylabel(f"live memory ({unit})")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
+    mark(axes, [(at, name) for at, name in phase["course"]["moments"] if name in MOMENTS])
     return save(figure, out)
+
+
+def mark(axes: Any, moments: Iterable[tuple[float, str]]) -> None:
+    """A line and a name at each moment, in a second row where it would touch the name before it."""
+    axes.figure.draw_without_rendering()  # only then it is known how wide the axes are
+    ends = [-math.inf] * ROWS
+    for at, name in moments:
+        axes.axvline(at, color=GREY, linewidth=0.8, alpha=0.6)
+        note = axes.annotate(
+            name, (at, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(2, 3), textcoords="offset points",
+            fontsize=9, color=GREY,
+        )  # fmt: skip
+        box = note.get_window_extent(axes.figure.canvas.get_renderer())
+        row = next((row for row, end in enumerate(ends) if end < box.x0), ends.index(min(ends)))
+        note.xyann = (2, 3 + 12 * row)
+        ends[row] = box.x1
 
 
 def scaled(largest: int) -> tuple[float, str]:
