@@ -107,8 +107,9 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
                 if count % size:
                     near = [n for n in range(1, count + 1) if count % n == 0 and n <= size][-1]
                     problems[f"{said}: {count} {what} do not divide over {size} devices; use {near}, or {fix}"] = None
-            if whole := _over_all_heads(modules, attention):
-                problems[f"{said}: {whole} works on all heads at once in this model; {fix}"] = None
+            if between := _between_projections(modules, attention):
+                why = "a device has its own heads alone, to compute it or to learn it from"
+                problems[f"{said}: attention has a {between} between its projections, and {why}; {fix}"] = None
         if feed_forward := block.feed_forward:
             width = getattr(modules[feed_forward.up], "out_features", 0)
             if width % size:
@@ -120,15 +121,15 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
     return list(problems)
 
 
-def _over_all_heads(modules: Mapping[str, nn.Module], attention: Attention) -> str | None:
-    """The class of a layer between the projections whose weights are of all heads, as OLMo 2's norms; None: none is."""
-    counts = {attention.query: attention.heads, attention.key: attention.key_value_heads}
-    widths = {getattr(modules[name], "out_features", 0) for name, heads in counts.items() if heads > 1}
-    projections = [modules[name] for name in (attention.query, attention.key, attention.value, attention.output)]
-    for module in modules[_parent(attention)].modules():
-        if module not in projections and any(p.numel() in widths for p in module.parameters(recurse=False)):
-            return type(module).__name__
-    return None
+def _between_projections(modules: Mapping[str, nn.Module], attention: Attention) -> str | None:
+    """The class of what has weights inside of attention beside its projections; None: nothing has.
+
+    A norm over all heads (OLMo 2) has another mean on each device, and of one for every head (Qwen 3, Gemma 3) each
+    device would get the gradient of its own heads.
+    """
+    projections = {modules[name] for name in (attention.query, attention.key, attention.value, attention.output)}
+    inside = (module for module in modules[_parent(attention)].modules() if module not in projections)
+    return next((type(module).__name__ for module in inside if any(True for _ in module.parameters(False))), None)
 
 
 def split_tensors(model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:

@@ -195,14 +195,20 @@ def test_layouts_that_tensor_parallelism_does_not_know_are_refused():
     assert any("'model.decoder.layers.0.fc1' is a" in said for said in shape_problems(model))
 
 
-def test_norms_over_all_heads_are_refused_and_norms_of_each_head_are_not():
+def test_norms_inside_of_attention_are_refused():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    (said,) = shape_problems(Olmo2ForCausalLM(Olmo2Config(**sizes, **heads)))
-    assert said == (
-        "parallelism=tp over 2 devices: Olmo2RMSNorm works on all heads at once in this model; use parallelism=fsdp"
-    )
-    assert shape_problems(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, head_dim=16))) == []
+    models = {
+        "Olmo2RMSNorm": Olmo2ForCausalLM(Olmo2Config(**sizes, **heads)),  # over all heads
+        "Qwen3RMSNorm": Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, head_dim=16)),  # one for every head
+    }
+    for norm, model in models.items():
+        (said,) = shape_problems(model)
+        assert said == (
+            f"parallelism=tp over 2 devices: attention has a {norm} between its projections, and a device has its own "
+            "heads alone, to compute it or to learn it from; use parallelism=fsdp"
+        )
+        assert shape_problems(model, "fsdp") == []
 
 
 def test_every_part_of_a_block_has_its_place_in_the_plan():
