@@ -97,6 +97,11 @@ class HuggingFace(Model):
         return cast("PreTrainedModel", rewritten(model).train())
 
     def note(self) -> str | None:
+        if not self._becomes_opt():
+            return None
+        return f"model.pretrained={self.pretrained} is a GPT-2 and is run as OPT, the same function with linear layers"
+
+    def _becomes_opt(self) -> bool:
         from transformers import AutoConfig
 
         from pipeline.models.gpt2 import can_be_opt
@@ -104,10 +109,8 @@ class HuggingFace(Model):
         try:
             config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError, KeyError):  # `build` says what is wrong
-            return None
-        if not can_be_opt(config):
-            return None
-        return f"model.pretrained={self.pretrained} is a GPT-2 and is run as OPT, the same function with linear layers"
+            return False
+        return can_be_opt(config)
 
     def lies_in_files(self) -> bool:
         return bool(self._weight_files())
@@ -118,16 +121,17 @@ class HuggingFace(Model):
         return sorted({local / name for name in _weight_map(local).values()}) if local.is_dir() else []
 
     def mapped(self) -> tuple[int, list[tuple[int, ...]]]:
+        from safetensors import safe_open
+
         from pipeline.models.gpt2 import COPIED
 
         files = self._weight_files()
-        copied = COPIED if self.note() else ()  # a GPT-2 that becomes an OPT
-        taken = [
-            tuple(entry["shape"])
-            for file in files
-            for name, entry in _tensors_of(file).items()
-            if entry["dtype"] == "F32" and not name.endswith(copied)
-        ]
+        copied = COPIED if self._becomes_opt() else ()
+        taken = []
+        for file in files:
+            with safe_open(file, "pt") as stored:
+                lying = {name: stored.get_slice(name) for name in stored.keys() if not name.endswith(copied)}  # noqa: SIM118
+                taken += [tuple(part.get_shape()) for part in lying.values() if part.get_dtype() == "F32"]
         return sum(file.stat().st_size for file in files), taken
 
     def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
@@ -277,14 +281,6 @@ def _file_problems(said: str, directory: Path) -> list[str]:
         elif (told := _safetensors_problem(path)) is not None:
             found.append(f"{said} cannot be opened: {name} {told}; copy or download it again")
     return found
-
-
-def _tensors_of(file: Path) -> dict[str, Any]:
-    """{name: entry of a safetensors file's header}, of its tensors."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def _safetensors_problem(path: Path) -> str | None:

@@ -89,10 +89,10 @@ class Pattern:
         # A workspace is taken once, by whichever block comes first.
         return {n: event for n, event in events.items() if id(event[0]) not in apart and event[0].kind != WORKSPACES}
 
-    def gives(self, timeline: Timeline) -> Iterator[tuple[int, Event]]:
+    def gives(self, timeline: Timeline) -> dict[int, Event]:
         """What the forward pass of a like makes of what it gives, by the number of the event."""
         gave = {id(block) for block in self.gave}
-        yield from ((n, timeline.events[n]) for n in self.forward if id(timeline.events[n][0]) in gave)
+        return {n: timeline.events[n] for n in self.forward if id(timeline.events[n][0]) in gave}
 
 
 @dataclass
@@ -130,8 +130,9 @@ class Folding:
                 does = pattern.events(folded, backward)
                 for event in does.values():
                     copies[id(event[0])] += event[1]
-                given = {} if backward else dict(pattern.gives(folded))
-                events += (event for _, event in sorted({**does, **given}.items(), key=lambda told: told[0]))
+                given = {} if backward else pattern.gives(folded)
+                both = does | given
+                events += (both[number] for number in sorted(both))
                 events += ((block, -sign, ran) for block, sign, ran in given.values())  # the like's own come next
             for event in folded.events[number : number + 1]:
                 block, sign, _ = event

@@ -17,6 +17,7 @@ from pipeline.report.table import (
     comparison,
     held_out,
     link_fits,
+    links_of,
     much_skipped,
     pick,
     program,
@@ -73,7 +74,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 def chain_text(result: Mapping[str, Any]) -> str:
     """'wanda, then int8', or an empty text for no compression."""
-    names = [word(stage, "name") for stage in _stages(result)]
+    names = [word(stage, "name") for stage in links_of(result)]
     return ", then ".join(name for name in names if name)
 
 
@@ -149,16 +150,10 @@ def shortcomings(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _stages(result: Mapping[str, Any]) -> list[Any]:
-    """The links of a result, which may be incomplete or damaged."""
-    stages = pick(result, "stages")
-    return stages if isinstance(stages, list) else []
-
-
 def _run_densely(result: Mapping[str, Any]) -> list[str]:
     """Layers pruned to a pattern of which the kernel that runs them makes no use."""
     lines: list[str] = []
-    for stage in _stages(result):
+    for stage in links_of(result):
         kernels = pick(stage, "detail", "kernel")
         for kernel, count in kernels.items() if isinstance(kernels, dict) else ():
             pattern = word(stage, "detail", "pattern") or "2:4"
@@ -182,7 +177,7 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
             _fit_detail(pick(result, "train")),
         ]
     ]
-    for stage in _stages(result):
+    for stage in links_of(result):
         rows.append(
             [
                 word(stage, "name"),
@@ -199,7 +194,7 @@ def _stage_rows(result: Mapping[str, Any]) -> list[list[str]]:
 def _facts_by_stage(result: Mapping[str, Any]) -> list[str]:
     """What each stage says of itself, a line a fact."""
     lines: list[str] = []
-    for stage in _stages(result):
+    for stage in links_of(result):
         detail = pick(stage, "detail")
         if isinstance(detail, dict) and detail:
             facts = [f"- {cell(key.replace('_', ' '))}: {cell(_in_words(value))}" for key, value in detail.items()]
@@ -210,7 +205,7 @@ def _facts_by_stage(result: Mapping[str, Any]) -> list[str]:
 def _bits_by_layer(result: Mapping[str, Any]) -> list[str]:
     """For each stage that chose bits by layer: what each layer got, and what each number of bits would cost it."""
     lines: list[str] = []
-    for stage in _stages(result):
+    for stage in links_of(result):
         chosen, measured = pick(stage, "detail", "bits"), pick(stage, "detail", "sensitivity")
         if not isinstance(chosen, dict) or not isinstance(measured, dict):
             continue

@@ -104,7 +104,7 @@ class MetricsCsv(Callback):
         self._seconds = 0.0  # in all steps, skipped ones included
         self._loss_first: float | None = None
         self._loss_last: float | None = None
-        self._overflowed: int | torch.Tensor | None = None
+        self._scaler: Any = None
 
     @property
     def state_key(self) -> str:
@@ -121,7 +121,6 @@ class MetricsCsv(Callback):
             "seconds": self._seconds,
             "loss_first": self._loss_first,
             "loss_last": self._loss_last,
-            "overflowed": self._overflowed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,7 +128,6 @@ class MetricsCsv(Callback):
         self._window, self._total = list(state_dict["window"]), list(state_dict["total"])
         self._seen, self._seconds = list(state_dict["seen"]), state_dict.get("seconds", 0.0)
         self._loss_first, self._loss_last = state_dict["loss_first"], state_dict["loss_last"]
-        self._overflowed = state_dict.get("overflowed")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._step = checkpoint["global_step"]  # training does not start where all steps have been taken
@@ -145,7 +143,7 @@ class MetricsCsv(Callback):
         timed = seconds > 0
         return empty_train() | {
             "steps": self._step,
-            "skipped_steps": None if self._overflowed is None else int(self._overflowed),
+            "skipped_steps": None if (skipped := getattr(self._scaler, "skipped", None)) is None else int(skipped),
             "samples": self._seen[1],
             "tokens": self._seen[0] if language else None,
             "seconds": self._seconds,
@@ -154,6 +152,9 @@ class MetricsCsv(Callback):
             "loss_first": self._loss_first,
             "loss_last": self._loss_last,
         }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -188,7 +189,6 @@ class MetricsCsv(Callback):
             return
         self._step = step
         self._steps += 1
-        self._overflowed = getattr(getattr(trainer.precision_plugin, "scaler", None), "skipped", None)
         if self._loss_first is None:
             self._loss_first = self._mean_loss(trainer)
         if step % self._log_every and step != trainer.max_steps:

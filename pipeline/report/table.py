@@ -68,25 +68,25 @@ class Row(NamedTuple):
     group: int
 
 
+def links_of(result: Mapping[str, Any]) -> list[Any]:
+    """The links of a result, which may be incomplete or damaged."""
+    stages = pick(result, "stages")
+    return stages if isinstance(stages, list) else []
+
+
 def link_fits(result: Mapping[str, Any]) -> list[tuple[str, tuple[float | None, float | None]]]:
     """(name, (predicted peak, measured peak)) of each link that had a fit of its own."""
-    stages = pick(result, "stages")
     return [
-        (word(stage, "name"), (amount(stage, "memory", "train_predicted"), amount(stage, "memory", "train")))
-        for stage in (stages if isinstance(stages, list) else ())
-        if pick(stage, "train") is not None
+        (word(link, "name"), (amount(link, "memory", "train_predicted"), amount(link, "memory", "train")))
+        for link in links_of(result)
+        if pick(link, "train") is not None
     ]
 
 
 def much_skipped(result: Mapping[str, Any]) -> list[str]:
     """A line for each fit of which the loss scaler skipped more steps than it needs to find its scale."""
-    stages = pick(result, "stages")
-    of = [
-        ("training", result),
-        *((word(stage, "name"), stage) for stage in (stages if isinstance(stages, list) else ())),
-    ]
     lines = []
-    for name, fitted in of:
+    for name, fitted in [("training", result), *((word(link, "name"), link) for link in links_of(result))]:
         skipped, steps = amount(fitted, "train", "skipped_steps"), amount(fitted, "train", "steps")
         if skipped and steps and skipped > MANY * steps:
             count = f"{skipped:.0f} of {steps:.0f} steps"
