@@ -161,7 +161,7 @@ def prepared(
     model = stage_input(config, directory, data, line, stage)
     context = context_of(config, stage, model, data, tokenizer, directory)
     if stage.method:
-        model = stage.method.prepare(model, context)
+        model = stage.method.prepare(stage.method.entering(model), context)
         context = replace(context, architecture=describe(model))
     return adapted(config, stage, model, context), context
 
@@ -172,7 +172,7 @@ def adapted(config: RunConfig, stage: Stage, model: nn.Module, context: Context)
         return model
     if (link := link_under_adapters(config)) is not None:
         name, method = link
-        model = method.finalize(model, replace(context, stage=name))
+        model = method.finalize(method.entering(model), replace(context, stage=name))
     return config.adapter.attach(model, context.architecture, context.seed)
 
 

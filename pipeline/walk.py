@@ -28,6 +28,7 @@ from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
+from pipeline.layers.experts import split_as_in
 from pipeline.layers.lora import fill_dense
 from pipeline.layers.offload import release
 from pipeline.layers.quantize import not_finite
@@ -158,6 +159,7 @@ def preflight(run: Run, changing: list[Stage]) -> None:
     base, drawn_for = model, dict[int | None, nn.Module]()
     for stage in changing[1:]:
         assert stage.method is not None
+        model = stage.method.entering(model)
         context = context_of(run.config, stage, model, base=base)
         if stage.method.needs_calibration:
             drawn_for.setdefault(positions(model), model)
@@ -266,7 +268,7 @@ def compress(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[
     with run.progress.phase(f"preparing: {stage.name}"):
         model.to(run.device)
         with measure_peak(run.device, [*model.parameters(), *model.buffers()]) as preparing:
-            model = method.prepare(model, context)
+            model = method.prepare(method.entering(model), context)
     context = replace(context, architecture=describe(model))
     if records(stage):
         with run.progress.phase(f"recording the teacher: {stage.name}"):
@@ -302,7 +304,7 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
     places = {run.snapshot(stage): model}
     if beside_compressed(run.config, stage):
         # The next link gets what was trained. `before` is the dense model that it stands for; it is written last.
-        dense = fill_dense(base_model(run.config, run.data), model.cpu())
+        dense = fill_dense(split_as_in(model, base_model(run.config, run.data)), model.cpu())
         places = {run.directory / ADAPTED: model, run.snapshot(stage): dense}
     release()  # what making the model took
     with run.progress.phase("saving"):

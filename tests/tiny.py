@@ -7,6 +7,8 @@ from transformers import (
     EfficientNetForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -38,6 +40,25 @@ def odd_llama(layers=1, **changes):
     """One of a width (48) and a feed-forward (80) that are no powers of two, with a head of its own."""
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": layers, "tie_word_embeddings": False}
     return llama(**{**sizes, **changes})
+
+
+def mixtral(**changes):
+    """Two blocks of width 32, 64 tokens, each with five experts of which two are chosen."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_local_experts": 5, "max_position_embeddings": 32,
+    }  # fmt: skip
+    return mixture(MixtralForCausalLM, MixtralConfig(**{**sizes, **changes}))
+
+
+def mixture(cls, config):
+    """Experts that differ, which those of a fresh model hardly do."""
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 3:
+            nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def fresh_efficientnet(**changes):

@@ -74,10 +74,9 @@ class LowRankAdapter(Adapter):
 
     def layers(self, model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
         """Names of the layers that are adapted: plain nn.Linear, or one in NF4."""
-        from pipeline.layers.lora import adaptable
         from pipeline.layers.select import matches
 
-        names = [name for name, module in model.named_modules() if adaptable(module)]
+        names = _adaptable(model)
         if self.targets is not None:
             return tuple(name for name in names if any(matches(name, target) for target in self.targets))
         blocks = tuple(f"{block.name}." for block in architecture.blocks)
@@ -85,10 +84,9 @@ class LowRankAdapter(Adapter):
 
     def preflight(self, model: nn.Module, architecture: Architecture) -> list[str]:
         from pipeline.errors import did_you_mean
-        from pipeline.layers.lora import adaptable
         from pipeline.layers.select import matches
 
-        linears = [name for name, module in model.named_modules() if adaptable(module)]
+        linears = _adaptable(model)
         if not linears:
             return [f"adapter={self.name}: the model has no linear layer to adapt; use adapter=none"]
         words = {*linears, *(name.rpartition(".")[2] for name in linears)}
@@ -126,3 +124,12 @@ class LowRankAdapter(Adapter):
         from pipeline.layers.lora import merge
 
         return merge(model)
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Names of the layers that adapters may stand beside: those that are called."""
+    from pipeline.layers.lora import adaptable
+    from pipeline.layers.select import read_by_parents
+
+    read = read_by_parents(model)
+    return [name for name, module in model.named_modules() if adaptable(module) and name not in read]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.artifact import manifest as manifests
 from pipeline.artifact import sparse
 from pipeline.errors import ArtifactError
+from pipeline.layers.experts import split
 from pipeline.layers.offload import maps_file, offload
 from pipeline.models.unfilled import to_be_filled
 
@@ -48,7 +49,10 @@ def empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
         raise ArtifactError(f"{directory}: attention {attention!r} is not one of eager, sdpa")
     config = cls.config_class.from_dict({**data, "model_type": manifest["model"].get("type")})
     config._attn_implementation = attention
-    return cast("PreTrainedModel", to_be_filled(cls, config))
+    model = to_be_filled(cls, config)
+    for name in manifest["model"].get("linear_experts", ()):
+        split(model, name)
+    return cast("PreTrainedModel", model)
 
 
 def model_class(name: object) -> Any:

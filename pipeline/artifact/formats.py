@@ -2,7 +2,8 @@
 
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
-holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once.
+holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
+experts as linear layers.
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.layers.experts import linear_experts
 from pipeline.layers.float8 import Float8Linear
 from pipeline.layers.linear import Int8Linear, WeightOnlyLinear
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer, quantized_layers
@@ -30,9 +32,10 @@ MODEL_TYPE = "leanfit"
 def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
     """Which format holds `model`, whose tensors in `encodings` are stored as bitmasks."""
     layers = list(quantized_layers(model).values())
-    if not layers and not encodings:
+    linear = linear_experts(model)
+    if not layers and not encodings and not linear:
         return "dense"
-    if encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
+    if linear or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
         return "leanfit"
     return {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
 

@@ -32,6 +32,7 @@ from pipeline.artifact.filling import empty_model, fill_model, put_layers, take_
 from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
 from pipeline.layers.blockwise import in_dtype_of
+from pipeline.layers.experts import linear_experts
 from pipeline.layers.offload import OffloadError, beside
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
@@ -116,6 +117,7 @@ def save(
                 "class": type(model).__name__,
                 "type": model.config.model_type,
                 "attention": model.config._attn_implementation,
+                "linear_experts": linear_experts(model),
             },
             "chain": chain,
             "calibration": None if calibration is None else dict(calibration),

@@ -3,7 +3,8 @@
 A method is a pure function first (`quantize_int8(model, ...) -> model`), a thin frozen dataclass second. The runner
 knows no method by name: it reads what is declared here and calls the hooks in this order
 
-    preflight, reshaped (model on meta) -> prepare -> [fit with callbacks and loss, if trains] -> finalize
+    entering -> preflight, reshaped (model on meta)
+    entering -> prepare -> [fit with callbacks and loss, if trains] -> finalize
 """
 
 from __future__ import annotations
@@ -110,6 +111,10 @@ class Method:
     def records_teacher(self) -> bool:
         """Whether the fit reads its teacher's logits from disk: the method then has a field `top_k`."""
         return False
+
+    def entering(self, model: nn.Module) -> nn.Module:
+        """The model as the other hooks take it: the same function, in place, of layers that the method knows."""
+        return model
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
         """Problems that need the model's shapes (a group size that does not divide, a pattern that matches no layer).

@@ -115,6 +115,11 @@ class Pruner(Method):
             return had * (block // wide) > keep
         return wide % block != 0 or had > keep
 
+    def entering(self, model: nn.Module) -> nn.Module:
+        from pipeline.layers.select import split_experts
+
+        return split_experts(model, self.ignore)
+
     def layers(self, model: nn.Module, context: Context) -> tuple[str, ...]:
         """Names of the layers that are pruned."""
         from pipeline.layers.select import select

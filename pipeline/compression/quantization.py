@@ -26,6 +26,11 @@ class Quantizer(Method):
 
     ignore: tuple[str, ...]
 
+    def entering(self, model: nn.Module) -> nn.Module:
+        from pipeline.layers.select import split_experts
+
+        return split_experts(model, self.ignore)
+
     def types(self) -> tuple[type[nn.Module], ...]:
         """Classes of the layers that are quantized."""
         from torch import nn

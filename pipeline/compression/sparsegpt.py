@@ -141,7 +141,7 @@ def prune_sparsegpt(
                 by_magnitude.append(name)
                 continue
             found = sparsegpt_prune(
-                weight.flatten(1), sums.pop(name).mean(weight), sparsity, pattern, damping, block_size,
+                weight.flatten(1), sums.pop(name).mean(), sparsity, pattern, damping, block_size,
                 None if old is None else old.flatten(1),
             )  # fmt: skip
             with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.compression.base import Context
 from pipeline.compression.pruning import Pruner
@@ -41,11 +41,13 @@ def prune_wanda(
     architecture: Architecture,
     pattern: str | None = None,
     device: str = "cpu",
+    facts: dict[str, Any] | None = None,
 ) -> nn.Module:
     """`model` with masks on each named layer and the weights they prune at zero, in place, block by block.
 
     `sparsity`: share of each row's weights that go; `pattern` 'N:M' keeps N of each M consecutive inputs instead.
     `batches`: calibration, as the model's keyword arguments. Weights that an earlier mask pruned stay pruned.
+    `facts` is given the names of layers pruned by magnitude: those that calibration never reaches.
 
     Raises:
         LeanfitError: no layers, NaN or infinity in a weight or in a layer's inputs (the layer is named), or not one
@@ -57,18 +59,25 @@ def prune_wanda(
     from pipeline.layers.sparsity import MASK, n_of_m_mask, parse_pattern, require_pruned, rowwise_mask, set_mask
 
     require_finite(model, layers, "wanda")
+    by_magnitude: list[str] = []
     for segment in segments(model, architecture, layers, batches, device):
         sums = collect(segment, segment.layers, full=False)
         for name in segment.layers:
             layer = model.get_submodule(name)
             weight, old = layer.get_parameter("weight"), getattr(layer, MASK, None)
-            scores = wanda_scores(weight, sums.pop(name).mean(weight), int(getattr(layer, "groups", 1)))
+            if name in sums:
+                scores = wanda_scores(weight, sums.pop(name).mean(), int(getattr(layer, "groups", 1)))
+            else:
+                scores = weight.detach().flatten(1).abs()
+                by_magnitude.append(name)
             if old is not None:  # below those whose inputs are always zero
                 scores.masked_fill_(~old.flatten(1), -1)
             mask = rowwise_mask(scores, sparsity) if pattern is None else n_of_m_mask(scores, *parse_pattern(pattern))
             set_mask(layer, mask.view(weight.shape))
             del scores  # the next block runs without them
     require_pruned(model, layers, f"wanda: sparsity={sparsity}")
+    if facts is not None:
+        facts.update(by_magnitude=by_magnitude)
     return model
 
 
@@ -102,5 +111,6 @@ class Wanda(Pruner):
     ) -> nn.Module:
         assert context.calibration is not None
         return prune_wanda(
-            model, layers, sparsity, context.calibration(), context.architecture, pattern, context.device
-        )
+            model, layers, sparsity, context.calibration(), context.architecture, pattern, context.device,
+            context.facts,
+        )  # fmt: skip

@@ -75,7 +75,7 @@ def search(
         shrinks = {
             name: search_ranges(_rows(root, name), _grid_of(root, name, grid), own[name], n_grid, max_shrink)
             for name in layers
-            if name not in unclipped
+            if name not in unclipped and name in own
         }
         for clipped in (False, True):
             integers = _integers(segment, grid, shrinks if clipped else {})
@@ -281,17 +281,18 @@ def _common_parent(pair: Pair) -> str:
 
 
 def _statistics(segment: Segment, pairs: Sequence[Pair]) -> tuple[dict[str, Tensor], dict[str, ChannelRange]]:
-    """({layer: X^T X over the tokens' number, by blocks}, {producer: ranges of its channels}), in one pass."""
+    """({layer: X^T X over the tokens' number, by blocks}, {producer: ranges of its channels}), in one pass, of layers
+    that it reached."""
     ranges = {pair.producer: ChannelRange() for pair in pairs}
     with hooked(segment.root, {pair.consumers[0]: ranges[pair.producer] for pair in pairs}):
         sums = collect(segment, segment.layers, full=True)
     readers: dict[InputSums, list[str]] = {}
-    for name in segment.layers:
+    for name in list(sums):
         readers.setdefault(sums.pop(name), []).append(name)
     grams: dict[str, Tensor] = {}
     while readers:  # layers that read the same tensor share one matrix
         one, names = readers.popitem()
-        gram = one.mean(_rows(segment.root, names[0]))
+        gram = one.mean()
         grams |= dict.fromkeys(names, _blocks(segment.root, names[0], gram))
     return grams, ranges
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.experts import split_as_in
 from pipeline.layers.structure import shapes_of
 from pipeline.models.base import Architecture
 from pipeline.models.unfilled import on_meta
@@ -99,7 +100,7 @@ def described(model: nn.Module, total: int, kept: Sequence[int], config: Any = N
     config = copy.deepcopy(getattr(model, "config", None) if config is None else config)
     if len(kept) < total:
         _count(config, total, kept)
-    twin = on_meta(type(model), config)
+    twin = split_as_in(model, on_meta(type(model), config))
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return twin.to(next(dtypes, torch.float32)).train(model.training)
 

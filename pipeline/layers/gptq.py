@@ -126,7 +126,7 @@ def round_with_gptq(
                 continue
             mask = getattr(layer, MASK, None)
             found = gptq_quantize(
-                weight, sums.pop(name).mean(weight), grid, damping, block_size, activation_order,
+                weight, sums.pop(name).mean(), grid, damping, block_size, activation_order,
                 None if mask is None else mask.flatten(1),
             )  # fmt: skip
             put(model, name, found.quantized, "weight_only", **asdict(grid))

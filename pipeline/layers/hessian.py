@@ -46,15 +46,13 @@ class InputSums:
             self.sums += rows.square().sum(0)
         self.tokens += rows.shape[0]
 
-    def mean(self, like: Tensor) -> Tensor:
-        """The mean over tokens, where and in the precision that the weight `like` is worked on; zeros if none came.
+    def mean(self) -> Tensor:
+        """The mean over tokens.
 
         Raises:
             LeanfitError: NaN or infinity.
         """
-        if self.sums is None:
-            shape = (self.columns, self.columns) if self.full else (self.columns,)
-            return torch.zeros(shape, dtype=wide(like).dtype, device=like.device)
+        assert self.sums is not None
         mean = self.sums / self.tokens
         if not torch.isfinite(mean).all():
             raise LeanfitError(f"the calibration inputs of {self.name} hold NaN or infinity")
@@ -62,7 +60,7 @@ class InputSums:
 
 
 def collect(segment: Segment, layers: Sequence[str], *, full: bool) -> dict[str, InputSums]:
-    """{layer: sums of its inputs} after one pass of the calibration set through `segment`.
+    """{layer: sums of its inputs} after one pass of the calibration set through `segment`, of those that it reached.
 
     Layers that are given the same tensor (query, key and value; gate and up) share one `InputSums`. Pop each entry when
     its layer is done, so that its memory goes.
@@ -86,8 +84,6 @@ def collect(segment: Segment, layers: Sequence[str], *, full: bool) -> dict[str,
         return see
 
     segment.observe({name: observer(name) for name in layers})
-    for name in layers:  # what the calibration set never reached
-        found.setdefault(name, InputSums(_columns(segment.root.get_submodule(name)), full=full, name=name))
     return found
 
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from pipeline.errors import did_you_mean
+from pipeline.layers.experts import routers, split, stacked_experts
 from pipeline.layers.quantized import quantized_layers
 from pipeline.models.base import Architecture
 
@@ -29,6 +31,16 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(parent, pattern) or fnmatchcase(parent.rpartition(".")[2], pattern) for parent in parents)
 
 
+def split_experts(model: nn.Module, ignore: Iterable[str] = ()) -> nn.Module:
+    """`model` with the experts of its mixtures as linear layers, in place, block by block; but for those that a pattern
+    of `ignore` names as a whole."""
+    patterns = tuple(ignore)
+    for name in stacked_experts(model):
+        if not any(matches(name, pattern) for pattern in patterns):
+            split(model, name)
+    return model
+
+
 def select(
     model: nn.Module, architecture: Architecture, ignore: Iterable[str] = (), types: tuple[type[nn.Module], ...] = ()
 ) -> Selection:
@@ -36,12 +48,14 @@ def select(
 
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
-    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; matrices of
-    modules of another kind (a mixture's experts in one tensor, the `Conv1D` of GPT-1).
+    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; what
+    chooses among experts; what the module around it reads by itself; matrices of modules of another kind (experts in
+    one tensor, the `Conv1D` of GPT-1).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     tied = {name: group for group in architecture.tied for name in group}
+    routing, read = routers(model), read_by_parents(model)
     layers: list[str] = []
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -59,6 +73,10 @@ def select(
                 left[name] = reason
         elif id(module.weight) in embedded:
             left[name] = f"tied to the embedding {embedded[id(module.weight)]}"
+        elif name in read:
+            left[name] = f"{read[name]} reads its weight by itself"
+        elif name in routing:
+            left[name] = "chooses among experts"
         elif name == architecture.head and architecture.embeddings:
             left[name] = "projects to the vocabulary"
         elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
@@ -66,6 +84,24 @@ def select(
         else:
             layers.append(name)
     return Selection(tuple(layers), left)
+
+
+def read_by_parents(model: nn.Module) -> dict[str, str]:
+    """{layer: class of the module around it} of layers that nobody calls, since that reads their weight by itself.
+
+    transformers says so of its classes: accelerate's hooks must know as well.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        function: Any = type(module).forward
+        while function is not None:
+            names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+            held = dict(zip(names, getattr(function, "__closure__", None) or (), strict=True))
+            if "child_module_names" in held:  # of its `force_accelerate_hooks`
+                children = held["child_module_names"].cell_contents
+                found |= {f"{name}.{child}" if name else child: type(module).__name__ for child in children}
+            function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def _matrices(module: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import LeanfitError
+from pipeline.layers.experts import split_as_in
 from pipeline.layers.sparsity import MASK
 from pipeline.models.base import Architecture, Attention
 from pipeline.models.unfilled import on_meta, to_be_filled
@@ -105,7 +106,7 @@ def described_shapes(model: nn.Module, config: Any) -> dict[str, torch.Size]:
 
 def _built(build: Callable[[Any, Any], nn.Module], model: nn.Module, config: Any) -> nn.Module:
     try:
-        return build(type(model), config)
+        return split_as_in(model, build(type(model), config))
     except Exception as error:  # whatever a class makes of a config it was not meant for
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -141,7 +141,7 @@ class Chain:
         preparing.hold_model(model)
         preparing.phase = "working set"
         with preparing:
-            model = method.prepare(model, context)
+            model = method.prepare(method.entering(model), context)
         context = replace(context, architecture=describe(model))
         if stage.fit is not None:
             if untraced is None:

@@ -16,6 +16,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.layers import experts
 from pipeline.planner import scratch
 from pipeline.planner.live import COUNTING, FILES, HOST, Inner
 from pipeline.planner.workspaces import workspace
@@ -202,6 +203,12 @@ def _grouped_product(one: Tensor, other: Tensor, *, offs: Tensor | None, out_dty
     return cast(Tensor, create(one, other, offs, out_dtype))
 
 
+def _spread(chosen: Tensor, number: int) -> list[int]:
+    """Where a router sends tokens is known by its values alone: as many to each expert, as it is trained to."""
+    share, rest = divmod(chosen.numel(), number)
+    return [share + (place < rest) for place in range(number)]
+
+
 @contextmanager
 def generator_states() -> Iterator[None]:
     """States of the CPU's generator are fake tensors too, which no operator makes: a checkpointed block keeps one. Of a
@@ -231,6 +238,7 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         FakeTensorMode(allow_non_fake_inputs=True) as mode,
         mock.patch.object(masking_utils, "is_tracing", _real),
         mock.patch.object(_meta_registrations, "_meta_grouped_mm_common", _grouped_product),
+        mock.patch.object(experts, "tokens_of", _spread),
     ):
         # Copies of tensors ask whether there is memory behind them.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

@@ -123,7 +123,9 @@ def declared_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links
         saved(stage_input.shapes(config, data).to(config.precision.weight_dtype))  # the dense one that it stands for
     for stage in links:
         assert stage.method is not None
-        method, context = stage.method, stage_input.context_of(config, stage, model)
+        method = stage.method
+        model = method.entering(model)
+        context = stage_input.context_of(config, stage, model)
         if method.needs_calibration:
             batches = calibration_batches(config.calibration, data, tokenizer, positions(model))
             on_meta = [{name: tensor.to("meta") for name, tensor in batch.items()} for batch in batches]

@@ -1,7 +1,17 @@
 """What a method works on, and what it says of the rest: nothing is left out in silence."""
 
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from dataclasses import replace
 
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from pipeline.app import compose
 from pipeline.layers.select import select, selection_problems
 from pipeline.models.architecture import describe
 from pipeline.models.unfilled import on_meta
@@ -29,3 +39,16 @@ def test_a_model_whose_matrices_are_of_an_unknown_layer_is_refused_by_its_name()
     (told,) = selection_problems(model, describe(model), (), "compression.int8")
     assert told.startswith("compression.int8: no layer to work on; it knows Linear, Conv2d")
     assert told.endswith("; the matrices of this model are those of Conv1D")
+
+
+def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_float():
+    """Quantized it would hold none, and an adapter beside it would never be asked."""
+    model = on_meta(MambaForCausalLM, MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    found = select(model, describe(model))
+    mixer = "backbone.layers.0.mixer"
+    assert found.layers == (f"{mixer}.in_proj", f"{mixer}.x_proj", f"{mixer}.out_proj")
+    assert found.left_in_float[f"{mixer}.dt_proj"] == "MambaMixer reads its weight by itself"
+    adapter = compose(["adapter=lora"]).adapter
+    assert adapter.layers(model, describe(model)) == found.layers
+    (told,) = replace(adapter, targets=("dt_proj",)).preflight(model, describe(model))
+    assert told.startswith("adapter.targets=dt_proj: no linear layer of the model is called so")

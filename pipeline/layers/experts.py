@@ -1,0 +1,139 @@
+"""A mixture's experts as linear layers, so that what is known of linear layers is known of them.
+
+transformers holds the experts of a block in one module, their matrices stacked into tensors [experts, ...], for
+products by groups. Methods that look at a layer's inputs, or put another in its place, need layers: here each expert
+gets two (its gate and up projection are one, as they lie there), and the mixture is the same sum. GPTQ and SparseGPT
+then see of each expert the tokens that the router sends to it (Frantar & Alistarh, 2023, arXiv:2310.16795); one that
+the calibration set never reaches is rounded to nearest, or pruned by magnitude.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.layers.offload import beside
+
+DOWN = "down_proj"
+
+
+class LinearExperts(nn.Module):
+    """The mixture of `stacked`, a module that keeps to transformers' `use_experts_implementation`.
+
+    Expert `e` is the submodule `e`, a dict of linear layers. `rules` is what is left of `stacked`: its activation.
+    """
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        self.first = "gate_up_proj" if getattr(stacked, "has_gate", True) else "up_proj"
+        self.number: int = stacked.num_experts
+        layers = {name: _unstacked(stacked, name) for name in (self.first, DOWN)}
+        for expert in range(self.number):
+            self.add_module(str(expert), nn.ModuleDict({name: made[expert] for name, made in layers.items()}))
+        self.rules = stacked
+        self.train(stacked.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`hidden_states` [tokens, width] through the experts `top_k_index` [tokens, k] of each token, added up with
+        `top_k_weights` [tokens, k]."""
+        order = top_k_index.reshape(-1).argsort(stable=True)
+        rows = hidden_states[order // top_k_index.shape[-1]]
+        mixed = self._mixed(rows, tokens_of(top_k_index, self.number))
+        del rows
+        mixed = mixed * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        return mixed[order.argsort()].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+
+    def _mixed(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """`rows` [choices, width], the first `counts[0]` of them expert 0's, and so on, each through its expert."""
+        if torch.is_grad_enabled():
+            # One without tokens has a gradient too, of zeros: ranks would wait for it. Not every layer takes no rows.
+            some = (part if len(part) else rows.new_zeros(1, rows.shape[1]) for part in _parts(rows, counts))
+            return torch.cat([self._expert(place, part)[: counts[place]] for place, part in enumerate(some)])
+        outputs, share = torch.empty_like(rows), -(-len(rows) // self.number)
+        # No more at once than if all had as many, so that what is held does not depend on where tokens go.
+        for place, (part, output) in enumerate(zip(_parts(rows, counts), _parts(outputs, counts), strict=True)):
+            for begin in range(0, len(part), share):
+                output[begin : begin + share] = self._expert(place, part[begin : begin + share])
+        return outputs
+
+    def _expert(self, place: int, rows: Tensor) -> Tensor:
+        expert, rules = cast(nn.ModuleDict, self.get_submodule(str(place))), cast(Any, self.rules)
+        rows = expert[self.first](rows)
+        rows = expert[DOWN](rules._apply_gate(rows) if self.first == "gate_up_proj" else rules.act_fn(rows))
+        return cast(Tensor, rules.post_expert_norm(rows)) if getattr(rules, "has_post_expert_norm", False) else rows
+
+
+def _parts(rows: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    return torch.split_with_sizes(rows, counts)
+
+
+def tokens_of(chosen: Tensor, number: int) -> list[int]:
+    """How many of the choices go to each of so many experts."""
+    return cast(list[int], torch.bincount(chosen.reshape(-1), minlength=number).tolist())
+
+
+def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hold experts in stacked tensors, by name, as far as they are of a known kind."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "_apply_gate") and getattr(getattr(module, DOWN, None), "ndim", None) == 3
+    }
+
+
+def linear_experts(model: nn.Module) -> list[str]:
+    """Names of the mixtures whose experts are linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that choose among experts: beside a mixture, with as many outputs as it has those."""
+    found = set()
+    for name in linear_experts(model):
+        outputs = cast(LinearExperts, model.get_submodule(name)).number
+        parent = name.rpartition(".")[0]
+        for inner, module in model.get_submodule(parent).named_modules(prefix=parent):
+            if isinstance(module, nn.Linear) and module.out_features == outputs and not inner.startswith(f"{name}."):
+                found.add(inner)
+    return found
+
+
+def split(model: nn.Module, name: str) -> None:
+    """Put a `LinearExperts` in the place of the mixture of this name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, LinearExperts(model.get_submodule(name)))
+
+
+def split_as_in(model: nn.Module, made: nn.Module) -> nn.Module:
+    """`made`, a model of the same class, with its experts as those of `model` are."""
+    alike = set(linear_experts(model))
+    for name in stacked_experts(made):
+        if name in alike:
+            split(made, name)
+    return made
+
+
+def _unstacked(stacked: Any, name: str) -> list[nn.Linear]:
+    """Layers of what `stacked` holds by this name [experts, out, in], or transposed; it holds it no more."""
+    weights, biases = getattr(stacked, name), getattr(stacked, f"{name}_bias", None)
+    made = []
+    for expert in range(stacked.num_experts):
+        weight = weights[expert].t() if getattr(stacked, "is_transposed", False) else weights[expert]
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None)
+        layer.weight = _own(weight, weights)
+        if biases is not None:
+            layer.bias = _own(biases[expert], biases)
+        made.append(layer)
+    delattr(stacked, name)
+    if biases is not None:
+        delattr(stacked, f"{name}_bias")
+    return made
+
+
+def _own(part: Tensor, whole: Tensor) -> nn.Parameter:
+    """A copy in order, so that it holds nothing else; in a file where `whole` lies in one."""
+    copied = part.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(beside(copied, whole), whole.requires_grad)
