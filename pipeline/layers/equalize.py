@@ -102,7 +102,7 @@ def _candidates(segment: Segment, block: Block, refused: dict[str, str]) -> Iter
     if attention and attention.value != attention.query:
         heads = attention.heads, attention.key_value_heads
         yield Pair(block.name, attention.value, (attention.output,), *heads)
-    if feed_forward:
+    if feed_forward and not feed_forward.fused:
         pair = Pair(block.name, feed_forward.up, (feed_forward.down,))
         between = None if feed_forward.gate else activation(segment.root)
         if between is None or is_homogeneous(between):

@@ -241,7 +241,8 @@ def calibrated(
 ) -> Calibrated | None:
     """None where nothing is known of such a model, or of its calibration set."""
     held_out = list(batches or ())
-    known = architecture.blocks and architecture.blocks[0].feed_forward is not None
+    feed_forward = architecture.blocks[0].feed_forward if architecture.blocks else None
+    known = feed_forward is not None and not feed_forward.fused
     return (
         Calibrated(model, architecture, held_out, device) if known and held_out and "input_ids" in held_out[0] else None
     )

@@ -48,9 +48,9 @@ def select(
 
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
-    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; what
-    chooses among experts; what the module around it reads by itself; matrices of modules of another kind (experts in
-    one tensor, the `Conv1D` of GPT-1).
+    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; a layer
+    with a forward pass of its own; what chooses among experts; what the module around it reads by itself; matrices of
+    modules of another kind (experts in one tensor, the `Conv1D` of GPT-1).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -73,6 +73,8 @@ def select(
                 left[name] = reason
         elif id(module.weight) in embedded:
             left[name] = f"tied to the embedding {embedded[id(module.weight)]}"
+        elif _computes_otherwise(module):
+            left[name] = f"{type(module).__name__} computes in its own way"
         elif name in read:
             left[name] = f"{read[name]} reads its weight by itself"
         elif name in routing:
@@ -109,6 +111,13 @@ def _matrices(module: nn.Module) -> list[str]:
     if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd | nn.RNNBase):
         return []
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Whether a model has made something else of a linear layer or a convolution, as Llama 4 has of its router."""
+    kind = type(module)
+    ours = kind.__module__.startswith("pipeline.")
+    return not ours and kind.forward not in (nn.Linear.forward, nn.Conv2d.forward)
 
 
 def _unknown(module: nn.Module) -> str:

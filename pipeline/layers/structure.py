@@ -35,7 +35,8 @@ RATIOS = "expand_ratios"
 class Axis(NamedTuple):
     """What runs along a dimension of a tensor.
 
-    `kind`: `query` and `key_value` (heads times head size), `ffn`, `channels` (each of the block `block`), or `hidden`.
+    `kind`: `query` and `key_value` (heads times head size), `ffn`, `gate and up` (those of each, one after the other),
+    `channels` (each of the block `block`), or `hidden`.
     """
 
     kind: str
@@ -151,7 +152,8 @@ def _known_axes(model: nn.Module, architecture: Architecture) -> Iterator[tuple[
             outer += [(attention.query, "query"), (attention.key, "key_value"), (attention.value, "key_value")]
             inner.append((attention.output, "query"))
         if feed_forward:
-            outer += [(feed_forward.up, "ffn"), (feed_forward.gate, "ffn")]
+            ways = [(feed_forward.up, "ffn"), (feed_forward.gate, "ffn")]
+            outer += [(feed_forward.up, "gate and up")] if feed_forward.fused else ways
             inner.append((feed_forward.down, "ffn"))
         ends = [(layer, 0, kind) for layer, kind in outer] + [(layer, 1, kind) for layer, kind in inner]
         for layer, dim, kind in ends:
@@ -176,6 +178,9 @@ def axis_indices(axis: Axis, length: int, architecture: Architecture, kept: Kept
         return kept.hidden
     if axis.kind == "ffn":
         return kept.ffn[axis.block]
+    if axis.kind == "gate and up":
+        units = kept.ffn[axis.block]
+        return torch.cat([units, units + length // 2])
     if axis.kind == "channels":
         return kept.channels[axis.block]
     attention = architecture.blocks[axis.block].attention

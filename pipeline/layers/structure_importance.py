@@ -287,6 +287,8 @@ def _add_along(sums: dict[Key, Tensor], architecture: Architecture, axes: Mappin
             attention = architecture.blocks[axis.block].attention
             assert attention is not None
             kind, found = "heads", found.reshape(head_units(attention), -1).sum(1)
+        if kind == "gate and up":
+            kind, found = "ffn", found.reshape(2, -1).sum(0)
         key = (kind, axis.block)
         sums[key] = sums[key] + found if key in sums else found
 

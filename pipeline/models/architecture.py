@@ -41,6 +41,7 @@ ATTENTION_LAYOUTS = (
 
 FEED_FORWARD_LAYOUTS = (
     _FeedForwardLayout("up_proj", "down_proj", "gate_proj"),  # Llama, Mistral, Qwen
+    _FeedForwardLayout("gate_up_proj", "down_proj", "gate_up_proj"),  # Phi-3, GLM
     _FeedForwardLayout("fc1", "fc2"),  # OPT, BART, Phi
     _FeedForwardLayout("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
     _FeedForwardLayout("c_fc", "c_proj"),  # GPT-2, GPT-Neo, Starcoder2
@@ -48,7 +49,8 @@ FEED_FORWARD_LAYOUTS = (
     _FeedForwardLayout("up_proj", "down_proj"),  # Nemotron, MPT
     _FeedForwardLayout("intermediate.dense", "output.dense"),  # BERT
 )
-"""Linears by their names below the feed-forward module, or below the block where they stand in it directly."""
+"""Linears by their names below the feed-forward module, or below the block where they stand in it directly; equal names
+are one fused layer."""
 
 INVERTED_BOTTLENECK_LAYOUTS = (("expansion.expand_conv", "projection.project_conv"),)  # EfficientNet
 """1x1 convolutions to and from the inner channels, by their names below the block."""
@@ -133,11 +135,15 @@ def _attention(name: str, modules: dict[str, nn.Module], config: Any) -> Attenti
 def _feed_forward(name: str, modules: dict[str, nn.Module], attention: Attention | None) -> FeedForward | None:
     taken = {attention.output} if attention else set()
     for layout in FEED_FORWARD_LAYOUTS:
+        fitting = []
         for parent in modules:
             parts = [_join(parent, part) for part in layout if part is not None]
             found = [f"{name}.{part}" for part in parts]
             if all(part in modules for part in parts) and not taken & set(found):
-                return FeedForward(up=found[0], down=found[1], gate=found[2] if layout.gate else None)
+                fitting.append(found)
+        if fitting:  # several are the experts of a mixture, of which none is the block's own
+            up, down, *gate = fitting[0]
+            return FeedForward(up, down, *gate) if len(fitting) == 1 else None
     return None
 
 

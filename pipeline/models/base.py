@@ -80,11 +80,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Names of one feed-forward's linears: `gate` is None for the ungated kind."""
+    """Names of one feed-forward's linears: `gate` is None for the ungated kind, and `up` where they are one layer."""
 
     up: str
     down: str
     gate: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether gate and way up are the halves of one layer."""
+        return self.up == self.gate
 
 
 @dataclass(frozen=True)

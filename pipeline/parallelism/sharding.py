@@ -84,7 +84,7 @@ def tensor_parallel_plan(architecture: Architecture) -> dict[str, Columns | Rows
             for name in (attention.query, attention.key, attention.value):
                 plan[name] = Columns()
             plan[attention.output] = Rows()
-        if feed_forward := block.feed_forward:
+        if (feed_forward := block.feed_forward) and not feed_forward.fused:
             plan[feed_forward.up] = Columns()
             if feed_forward.gate:
                 plan[feed_forward.gate] = Columns()
@@ -110,7 +110,7 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
             if between := _between_projections(modules, attention):
                 why = "a device has its own heads alone, to compute it or to learn it from"
                 problems[f"{said}: attention has a {between} between its projections, and {why}; {fix}"] = None
-        if feed_forward := block.feed_forward:
+        if (feed_forward := block.feed_forward) and not feed_forward.fused:
             width = getattr(modules[feed_forward.up], "out_features", 0)
             if width % size:
                 problems[f"{said}: a feed-forward of {width} does not divide over {size} devices; {fix}"] = None

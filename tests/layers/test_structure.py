@@ -275,6 +275,8 @@ OTHERS = {
     "Falcon": transformers.FalconConfig(**SIZES),
     "Starcoder2": transformers.Starcoder2Config(**SIZES, intermediate_size=128, num_key_value_heads=2),
     "Nemotron": transformers.NemotronConfig(**SIZES, intermediate_size=128, num_key_value_heads=2),
+    "Phi-3": transformers.Phi3Config(**SIZES, intermediate_size=128, num_key_value_heads=2, pad_token_id=0),
+    "GLM": transformers.GlmConfig(**SIZES, intermediate_size=128, num_key_value_heads=2, head_dim=8, pad_token_id=0),
 }
 
 
@@ -282,7 +284,7 @@ OTHERS = {
     ("family", "hidden"),
     [
         *((family, 0.0) for family in OTHERS),
-        *((family, 0.25) for family in OTHERS if family not in ("CodeGen", "Falcon")),
+        *((family, 0.25) for family in OTHERS if family not in ("CodeGen", "Falcon", "Phi-3")),
     ],
 )
 def test_feed_forwards_of_other_families_shrink_alone_and_with_the_hidden_size(family, hidden, tmp_path):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.structure_importance import taylor_importance, taylor_loss
@@ -68,6 +69,18 @@ def test_a_feed_forward_unit_scores_what_its_weights_in_all_layers_change_the_lo
                 for g in want
             )
             assert found.ffn[index][unit].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_unit_whose_gate_and_way_up_are_one_layer_scores_both():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Phi3ForCausalLM(Phi3Config(vocab_size=64, pad_token_id=0, **sizes)).train()
+    (want, found) = (gradients(model, TEXT), scored(model, TEXT, ffn=0.5))
+    for index, scores in enumerate(found.ffn):
+        mlp = f"model.layers.{index}.mlp"
+        both = sum(g[f"{mlp}.gate_up_proj.weight"].sum(1).view(2, 48).sum(0) for g in want)
+        by_hand = both + sum(g[f"{mlp}.down_proj.weight"].sum(0) for g in want)
+        torch.testing.assert_close(scores.float(), by_hand, rtol=1e-4, atol=0)
 
 
 def test_a_key_value_head_scores_with_the_queries_that_it_serves():
