@@ -28,7 +28,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim import Optimizer
 
@@ -67,6 +72,14 @@ class Rows(RowwiseParallel):
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         place_parameters(module, device_mesh, self.PLACEMENTS)
+
+
+class Heads(SequenceParallel):
+    """A norm of each head for itself, given a device's heads [batch, ...]: its gradient is of all of them, a sum over
+    devices. Along which of the dimensions in front they are split says nothing to it."""
+
+    def __init__(self) -> None:
+        super().__init__(sequence_dim=1, use_local_output=True)
 
 
 def place_parameters(layer: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placement]) -> None:
@@ -108,8 +121,8 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
                     near = [n for n in range(1, count + 1) if count % n == 0 and n <= size][-1]
                     problems[f"{said}: {count} {what} do not divide over {size} devices; use {near}, or {fix}"] = None
             if between := _between_projections(modules, attention):
-                why = "a device has its own heads alone, to compute it or to learn it from"
-                problems[f"{said}: attention has a {between} between its projections, and {why}; {fix}"] = None
+                why = "over all heads, of which a device has its own alone"
+                problems[f"{said}: attention has a {between} between its projections, {why}; {fix}"] = None
         if (feed_forward := block.feed_forward) and not feed_forward.fused:
             width = getattr(modules[feed_forward.up], "out_features", 0)
             if width % size:
@@ -122,26 +135,48 @@ def tensor_parallel_problems(model: nn.Module, architecture: Architecture, size:
 
 
 def _between_projections(modules: Mapping[str, nn.Module], attention: Attention) -> str | None:
-    """The class of what has weights inside of attention beside its projections; None: nothing has.
+    """The class of what has weights inside of attention and cannot be split; None: nothing has.
 
-    A norm over all heads (OLMo 2) has another mean on each device, and of one for every head (Qwen 3, Gemma 3) each
-    device would get the gradient of its own heads.
+    A norm over all heads (OLMo 2) has another mean on each device.
     """
-    projections = {modules[name] for name in (attention.query, attention.key, attention.value, attention.output)}
-    inside = (module for module in modules[_parent(attention)].modules() if module not in projections)
-    return next((type(module).__name__ for module in inside if any(True for _ in module.parameters(False))), None)
+    norms = _head_norms(modules, attention)
+    inside = {name: module for name, module in _inside(modules, attention).items() if name not in norms}
+    return next((type(module).__name__ for module in inside.values()), None)
+
+
+def _head_norms(modules: Mapping[str, nn.Module], attention: Attention) -> list[str]:
+    """Names of the norms of every head for itself (Qwen 3, Gemma 3): their weight is as long as a head."""
+    size = getattr(modules[attention.query], "out_features", 0) // attention.heads
+    return [
+        name
+        for name, module in _inside(modules, attention).items()
+        if all(parameter.shape == (size,) for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _inside(modules: Mapping[str, nn.Module], attention: Attention) -> dict[str, nn.Module]:
+    """What has weights inside of attention beside its projections, by name."""
+    parent = _parent(attention)
+    projections = (attention.query, attention.key, attention.value, attention.output)
+    return {
+        name: module
+        for name, module in modules.items()
+        if name.startswith(f"{parent}.") and name not in projections and any(True for _ in module.parameters(False))
+    }
 
 
 def split_tensors(model: nn.Module, architecture: Architecture, mesh: DeviceMesh) -> None:
     """Tensor parallelism over the one-dimensional `mesh`, in place."""
-    parallelize_module(model, mesh, dict(tensor_parallel_plan(architecture)))
-    for block in architecture.blocks:
-        if block.attention:
-            module = model.get_submodule(_parent(block.attention))
-            for name in HEAD_COUNTS:
-                count = module.__dict__.get(name)
-                if count in (block.attention.heads, block.attention.key_value_heads):
-                    setattr(module, name, count // mesh.size())
+    modules = dict(model.named_modules())
+    attentions = [block.attention for block in architecture.blocks if block.attention]
+    norms = {name: Heads() for attention in attentions for name in _head_norms(modules, attention)}
+    parallelize_module(model, mesh, {**tensor_parallel_plan(architecture), **norms})
+    for attention in attentions:
+        module = model.get_submodule(_parent(attention))
+        for name in HEAD_COUNTS:
+            count = module.__dict__.get(name)
+            if count in (attention.heads, attention.key_value_heads):
+                setattr(module, name, count // mesh.size())
 
 
 def _parent(attention: Attention) -> str:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline import checkpoints
 from pipeline.app import compose
 from pipeline.chain import Stage
 from pipeline.fitting import Fitted, checkpoint_directory, fit
+from pipeline.models.architecture import describe
 from pipeline.models.byte_tokenizer import byte_tokenizer
+from pipeline.parallelism.sharding import split_tensors
 from pipeline.planner.plan import plan
 from pipeline.report.metrics import read_metrics
 from pipeline.stage_input import prepared
@@ -174,6 +179,32 @@ def test_what_a_checkpoint_takes_is_planned(devices, case, tmp_path_factory):
     check_saving(CASES[devices][case], made_by_ranks(__file__, devices, tmp_path_factory) / case)
 
 
+def with_norms_of_heads():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    yield "qwen3", Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).double()
+    yield "gemma3", Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads)).double()
+
+
+def gradients(model):
+    tokens = torch.arange(2 * 20).reshape(2, 20) * 7 % 64
+    model(tokens, labels=tokens).loss.backward()
+    found = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_a_norm_of_every_head_learns_from_the_heads_of_all_devices(family, tmp_path_factory):
+    found = torch.load(made_by_ranks(__file__, 2, tmp_path_factory) / f"{family}.pt")
+    expected = gradients(dict(with_norms_of_heads())[family])
+    assert any(name.endswith("q_norm.weight") for name in found)
+    for name, gradient in expected.items():
+        margin = 1e-5 * gradient.abs().max().item()  # norms compute in float32
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=margin, msg=name)
+
+
 if __name__ == "__main__":
     from lightning.pytorch.strategies import model_parallel
 
@@ -183,3 +214,10 @@ if __name__ == "__main__":
     count = int(sys.argv[1])
     for case, overrides in {**CASES[count], **(COMPRESSED if count == 2 else {})}.items():
         train(Path(sys.argv[2]) / case, compose([*COMMON, *overrides]))
+    if count == 2:
+        mesh = init_device_mesh("cpu", (2,))
+        for family, model in with_norms_of_heads():
+            split_tensors(model, describe(model), mesh)
+            made = gradients(model)
+            if os.environ["RANK"] == "0":
+                torch.save(made, Path(sys.argv[2]) / f"{family}.pt")

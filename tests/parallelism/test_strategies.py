@@ -195,20 +195,17 @@ def test_layouts_that_tensor_parallelism_does_not_know_are_refused():
     assert any("'model.decoder.layers.0.fc1' is a" in said for said in shape_problems(model))
 
 
-def test_norms_inside_of_attention_are_refused():
+def test_a_norm_over_all_heads_inside_of_attention_is_refused():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    models = {
-        "Olmo2RMSNorm": Olmo2ForCausalLM(Olmo2Config(**sizes, **heads)),  # over all heads
-        "Qwen3RMSNorm": Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, head_dim=16)),  # one for every head
-    }
-    for norm, model in models.items():
-        (said,) = shape_problems(model)
-        assert said == (
-            f"parallelism=tp over 2 devices: attention has a {norm} between its projections, and a device has its own "
-            "heads alone, to compute it or to learn it from; use parallelism=fsdp"
-        )
-        assert shape_problems(model, "fsdp") == []
+    model = Olmo2ForCausalLM(Olmo2Config(**sizes, **heads))
+    (said,) = shape_problems(model)
+    assert said == (
+        "parallelism=tp over 2 devices: attention has a Olmo2RMSNorm between its projections, over all heads, of which "
+        "a device has its own alone; use parallelism=fsdp"
+    )
+    assert shape_problems(model, "fsdp") == []
+    assert shape_problems(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, head_dim=16))) == []  # one for every head
 
 
 def test_every_part_of_a_block_has_its_place_in_the_plan():
