@@ -37,7 +37,7 @@ from pipeline.planner.search import Worst
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training, with_fewer_parts
 from pipeline.schema import RunConfig
-from pipeline.stage_input import beside_compressed, shapes
+from pipeline.stage_input import beside_compressed, link_under_adapters, shapes
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
 
@@ -77,13 +77,14 @@ class Needs:
 
     def lower(self, config: RunConfig) -> Peak:
         """The peak of stage 0's fit by the formula, or at least: it is the largest of what several moments hold, each
-        linear in the micro batch, so that it lies on the line through two micro batches, or above, beyond them."""
+        linear in the micro batch, so that it lies on the line through two micro batches, or above, beyond them. Not
+        through the largest: that one makes a step alone, and no gradients are added up meanwhile."""
         sizes = sorted({micro_batch_size(config)[0], *search.micro_batches(config)})
-        if len(sizes) <= 3 or micro_batch_size(config)[0] in (sizes[0], *sizes[-2:]):
+        if len(sizes) <= 4 or micro_batch_size(config)[0] in (sizes[0], *sizes[-3:]):
             return self.fitted(config, False)
-        least, other, most = (self.fitted(with_micro(config, size), False) for size in (sizes[0], *sizes[-2:]))
-        slope = (most.bytes - other.bytes) / (sizes[-1] - sizes[-2])
-        line = most.bytes - slope * (sizes[-1] - micro_batch_size(config)[0])
+        least, other, most = (self.fitted(with_micro(config, size), False) for size in (sizes[0], *sizes[-3:-1]))
+        slope = (most.bytes - other.bytes) / (sizes[-2] - sizes[-3])
+        line = most.bytes - slope * (sizes[-2] - micro_batch_size(config)[0])
         return replace(most, bytes=int(line)) if line > least.bytes else least
 
     def phases(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
@@ -97,8 +98,9 @@ class Needs:
         """Stage 0's fit, the evaluation in its middle, and its checkpoint where ranks put that together."""
         if stages_of(config)[0].fit is None:
             return {}
-        traced = traced and untraceable(config) is None
-        peak, source = (self.fitted(config, True), "traced") if traced else (self.lower(config), "computed")
+        tracing = traced and untraceable(config) is None
+        peak = self.fitted(config, tracing) if traced else self.lower(config)
+        source = "traced" if tracing else "computed"
         found = {"train": known(config, "train", peak, source, self.convolutional(config))}
         if (beside := self.validation(config)) is not None:
             found["validate"] = beside_fit(config, beside, peak)
@@ -114,11 +116,12 @@ class Needs:
     def others(self, config: RunConfig, traced: bool = True) -> dict[str, Phase]:
         """Every phase but stage 0's fit. Fits of links depend on what saves memory: they are left out unless traced."""
         fits = traced and any(method.trains for method in config.chain.values())
-        levers = (config.memory, micro_batch_size(config)) if fits else None
+        levers = (micro_batch_size(config), repr(without_micro(config))) if fits else None
         key = (*chained(config), config.trainer.evaluation_batch_size, levers)
         if key not in self._others:
             found, data = Plan(), self.data(config)
             if config.chain:
+                plan_opening(config, data, found)
                 plan_links(config, data, self.tokenizer, found, "trace")
                 if "artifact" in found.disk:
                     self._stored[chained(config)] = found.disk["artifact"]
@@ -149,7 +152,8 @@ class Needs:
         if not config.trainer.evaluate_every:
             return None
         batch = config.trainer.evaluation_batch_size
-        key = ("validate", config.model, config.data, config.precision, config.adapter, batch)
+        beside = repr(link_under_adapters(config)), config.parallelism.distributed
+        key = ("validate", config.model, config.data, config.precision, config.adapter, *beside, batch)
         if key not in self._others:
             bare = validation(config, self.task, self.data(config))
             self._others[key] = {} if bare is None else {"validate": bare}
@@ -178,8 +182,9 @@ class Needs:
 
 
 def chained(config: RunConfig) -> tuple[Any, ...]:
-    """What decides what the links of a chain leave."""
-    return (config.model, config.data, config.precision, repr(config.chain))
+    """What decides what the links of a chain hold and leave."""
+    under = link_under_adapters(config)
+    return (config.model, config.data, config.precision, repr(config.chain), under and config.adapter)
 
 
 def without_micro(config: RunConfig) -> RunConfig:

@@ -1,0 +1,55 @@
+"""What many configs need, asked of one `Needs`: each as if it had been asked alone."""
+
+import pytest
+
+from pipeline.app import compose
+from pipeline.planner import needs as module
+from pipeline.planner.needs import Needs, with_micro
+
+SMALL = ["model=gpt_nano", "trainer=smoke", "data.sequence_length=16", "device=cpu", "plan.calibrate=false"]
+
+
+def composed(*words):
+    return compose([*SMALL, *words])
+
+
+def test_the_line_through_two_micro_batches_is_the_formula_itself():
+    one = with_micro(composed("trainer.batch_size=16", "data.sequence_length=64"), 2)  # of 1, 2, 4, 8, 16
+    needs = Needs(one)
+    assert needs.lower(one).bytes == pytest.approx(needs.fitted(one, False).bytes, rel=0.001)
+
+
+def test_what_cannot_be_traced_is_computed_and_not_guessed_from_other_micro_batches(monkeypatch):
+    one = with_micro(composed("parallelism=ddp", "parallelism.devices=2", "trainer.batch_size=32"), 2)
+    needs = Needs(one)
+    monkeypatch.setattr(needs, "lower", lambda config: pytest.fail("guessed"))
+    assert needs.training(one, traced=True)["train"].bytes == needs.fitted(one, False).bytes
+
+
+QLORA = ["compression=nf4", "adapter=lora"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "first", "second"),
+    [
+        ("links", QLORA, ["compression=nf4"]),
+        ("links", ["compression=int8_qat"], ["compression=int8_qat", "optimizer=sgd"]),
+        ("validation", QLORA, ["adapter=lora"]),
+        ("validation", [], ["parallelism=ddp", "parallelism.devices=2"]),
+    ],
+)
+def test_a_config_that_needs_something_else_is_asked_itself(phase, first, second, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "plan_links", lambda config, *_: asked.append(config))
+    monkeypatch.setattr(module, "validation", lambda config, *_: asked.append(config))
+    both = [composed("trainer.evaluate_every=4", *words) for words in (first, second)]
+    needs = Needs(both[0])
+    for config in [*both, *both]:
+        needs.others(config) if phase == "links" else needs.validation(config)
+    assert asked == both
+
+
+def test_opening_the_model_is_a_phase_of_a_chain_too(monkeypatch):
+    monkeypatch.setattr(module, "plan_links", lambda *_: None)
+    config = composed("compression=int8")
+    assert "load" in Needs(config).others(config)
