@@ -243,8 +243,8 @@ class Search:
         listed: list[tuple[Candidate, speed.Work | None]] = []
         hopeless: list[Rated] = []
         for variant in variants:
-            stage = stages_of(variant.config)[0]
-            if stage.fit is None:
+            stage = next((one for one in stages_of(variant.config) if one.fit is not None), None)
+            if stage is None:
                 listed.append((variant, None))
                 continue
             every = self.levers(variant)

@@ -95,9 +95,11 @@ class Needs:
         return found
 
     def training(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
-        """Stage 0's fit, the evaluation in its middle, and its checkpoint where ranks put that together."""
+        """Stage 0's fit, the evaluation in its middle, and its checkpoint where ranks put that together; where stage 0
+        does not train, the links' own fits."""
         if stages_of(config)[0].fit is None:
-            return {}
+            others = self.others(config, traced)
+            return {name: phase for name, phase in others.items() if name.startswith("train")}
         tracing = traced and untraceable(config) is None
         peak = self.fitted(config, tracing) if traced else self.lower(config)
         source = "traced" if tracing else "computed"
@@ -114,15 +116,17 @@ class Needs:
         return max(self.phases(config, traced).items(), key=lambda phase: phase[1].most)
 
     def others(self, config: RunConfig, traced: bool = True) -> dict[str, Phase]:
-        """Every phase but stage 0's fit. Fits of links depend on what saves memory: they are left out unless traced."""
-        fits = traced and any(method.trains for method in config.chain.values())
-        levers = (micro_batch_size(config), repr(without_micro(config))) if fits else None
+        """Every phase but stage 0's fit. Fits of links depend on what saves memory: they are left out unless traced, or
+        where stage 0 has no fit that tells how much that is."""
+        first, *links = stages_of(config)
+        fits = (traced or first.fit is None) and any(link.fit is not None for link in links)
+        levers = (traced, micro_batch_size(config), repr(without_micro(config))) if fits else None
         key = (*chained(config), config.trainer.evaluation_batch_size, levers)
         if key not in self._others:
             found, data = Plan(), self.data(config)
             if config.chain:
                 plan_opening(config, data, found)
-                plan_links(config, data, self.tokenizer, found, "trace")
+                plan_links(config, data, self.tokenizer, found, "trace" if traced or not fits else "formula")
                 if "artifact" in found.disk:
                     self._stored[chained(config)] = found.disk["artifact"]
             else:

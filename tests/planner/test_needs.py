@@ -53,3 +53,10 @@ def test_opening_the_model_is_a_phase_of_a_chain_too(monkeypatch):
     monkeypatch.setattr(module, "plan_links", lambda *_: None)
     config = composed("compression=int8")
     assert "load" in Needs(config).others(config)
+
+
+def test_where_only_a_link_trains_its_fit_is_computed():
+    words = ["compression=distill", "compression.distill.steps=4", "trainer.max_steps=0", "trainer.batch_size=2"]
+    needs = Needs(composed(*words))
+    large, small = (needs.training(with_micro(composed(*words), size), traced=False) for size in (2, 1))
+    assert small["train: distill"].bytes < large["train: distill"].bytes
