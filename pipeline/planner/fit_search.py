@@ -354,7 +354,7 @@ class Search:
         return (
             f"{self.said()}: nothing fits. The nearest, {what}, needs {format_bytes(one.phase.bytes)} to {one.name}, "
             f"{format_bytes(over)} too much with its margin; in the way is {kind}, {format_bytes(held)}. "
-            f"{way_out(kind, self.typed)}"
+            f"{way_out(one.name, kind, self.typed)}"
         )
 
     def timed(self, ranked: list[Rated]) -> tuple[list[Rated], float]:
@@ -451,14 +451,17 @@ def leanest(every: list[Candidate]) -> Candidate:
     return min(every, key=holds)
 
 
-def way_out(kind: str, config: RunConfig) -> str:
-    """What makes room where `kind` is in the way."""
+def way_out(phase: str, kind: str, config: RunConfig) -> str:
+    """What makes room in a phase where `kind` is in the way."""
+    if phase == "compress" and any(method.needs_calibration for method in config.chain.values()):
+        return "Give more, or fewer calibration.samples, or a smaller calibration.batch_size"
+    shorter = "a shorter data.sequence_length" if hasattr(config.data, "sequence_length") else "a smaller model"
     named = {
         "weights": ("precision", "or a smaller model"),
         "gradients": ("adapter", "or a smaller model"),
         "optimizer state": ("optimizer", "or adapter"),
     }
-    group, other = named.get(kind, ("memory", "or a shorter data.sequence_length"))
+    group, other = named.get(kind, ("memory", f"or {shorter}"))
     if group in config.fit.free:
         return "Give more, or take a smaller model"
     return f"Give more, fit.free=[{group}] {other}"

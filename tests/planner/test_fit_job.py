@@ -12,7 +12,7 @@ from pipeline.app import compose, main
 from pipeline.errors import ConfigError
 from pipeline.fitting import fit
 from pipeline.planner import fit_job
-from pipeline.planner.fit_search import Search, strategy
+from pipeline.planner.fit_search import Search, strategy, way_out
 from pipeline.planner.plan import plan
 from pipeline.planner.search import plain
 from pipeline.report.progress import Progress
@@ -229,3 +229,16 @@ def test_help_names_the_job_and_its_keys(capsys):
     assert "budget=null" in told
     assert "job=fit budget=6GiB" in told
     assert json.dumps(None) in told
+@pytest.mark.parametrize(
+    ("phase", "words", "way"),
+    [
+        ("train", [], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
+        ("train", ["model=efficientnet", "data=digits"], "Give more, fit.free=[memory] or a smaller model"),
+        ("compress", ["compression=wanda"], "Give more, or fewer calibration.samples, or a smaller "),
+        ("compress", ["compression=int8"], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
+    ],
+)
+def test_the_way_out_is_one_that_there_is(phase, words, way):
+    assert way_out(phase, "activations", compose([*FIT, *words])).startswith(way)
+
+
