@@ -248,7 +248,7 @@ class Search:
                 listed.append((variant, None))
                 continue
             every = self.levers(variant)
-            lean = self.rated(leanest(every), traced=False)
+            lean = self.rated(self.leanest(variant, every), traced=False)
             if len(variants) > 1 and lean.phase.bytes * (1 - MARGINS["computed"]) > self.budget:
                 hopeless.append(lean)
                 continue
@@ -321,8 +321,16 @@ class Search:
         batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
         return list(search.levers(base, self.typed.fit.free, bool(describe(model).blocks), batch_norm))
 
-    def leanest(self, base: Candidate) -> Candidate:
-        return leanest(self.levers(base))
+    def leanest(self, base: Candidate, every: Sequence[Candidate] | None = None) -> Candidate:
+        """What holds least by the formula of `every`, the levers of `base`: small micro batches hold few activations, a
+        single one a step adds up no gradients."""
+        alike: dict[tuple[bool, bool], list[Candidate]] = {}
+        for one in self.levers(base) if every is None else every:
+            memory = one.config.memory
+            moved = memory.activation_offload != "none" and memory.activation_checkpointing == "none"
+            alike.setdefault((micro_batch_size(one.config)[1] == 1, moved), []).append(one)
+        least = [leanest(some) for some in alike.values()]
+        return least[0] if len(least) == 1 else min(least, key=lambda one: self.computed(one)[1].most)
 
     def computed(self, one: Candidate) -> Worst:
         return self.needs.worst(one.config, traced=False)
@@ -434,7 +442,7 @@ def each_strategy_first(ranked: Sequence[Rated]) -> list[Rated]:
 
 
 def leanest(every: list[Candidate]) -> Candidate:
-    """The one that holds least by what it saves, without looking at peaks."""
+    """Of candidates that are much alike the one that holds least by what it saves, without looking at peaks."""
 
     def holds(one: Candidate) -> tuple[int, ...]:
         memory = one.config.memory
