@@ -57,6 +57,13 @@ def _fitting(config: RunConfig) -> list[str]:
         return [*found, *told]
     if "compression" in asked.free and asked.artifact is None and asked.inference is None:
         found.append("fit.free=[compression] chooses by bytes that come out: give fit.artifact or fit.inference too")
+    if asked.maximize == "sequence" and not hasattr(config.data, "sequence_length"):
+        found.append(f"fit.maximize=sequence: data={choice(config, 'data')} has no sequences")
+    if asked.maximize == "parameters" and not all(hasattr(config.model, key) for key in ("layers", "heads", "width")):
+        found.append(
+            f"fit.maximize=parameters: model={choice(config, 'model')} has no layers, heads and width to grow; "
+            "choose model=gpt or model=llama"
+        )
     return found
 
 

@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ ROUNDS = 2
 """Candidates are timed in turns, so that what else the machine does hits all alike."""
 WORTH = 0.02
 """The share of a peak that a lever must save to be searched."""
+SEQUENCES = 64
+"""Tokens that `fit.maximize` makes sequences longer by."""
 LONGEST, MOST_GROUPS = 1 << 17, 512
 """Where `fit.maximize` ends: tokens of a sequence, groups of attention heads."""
 
@@ -132,31 +134,43 @@ class Search:
         wanted = self.typed.fit.maximize
         if wanted not in ("sequence", "parameters"):
             return base
-        grow: Callable[[int], Candidate | None] = partial(search.grown, base)
-        limit = MOST_GROUPS
-        if wanted == "sequence":
-            if getattr(base.config.data, "sequence_length", None) is None:
-                raise ConfigError(f"fit.maximize=sequence: data={base.config.choices['data']} has no sequences")
-            grow, limit = lambda units: base.with_values("data", sequence_length=64 * units), LONGEST // 64
-        elif grow(1) is None:
-            told = (
-                f"fit.maximize=parameters: model={base.config.choices['model']} has no layers, heads and width to grow"
-            )
-            raise ConfigError(f"{told}; choose model=gpt or model=llama")
 
-        def fits(units: int) -> bool:
-            grown = grow(units)
-            if grown is None or not search.valid(grown):
-                return False
+        def grown(units: int) -> Candidate:
+            if wanted == "sequence":
+                return base.with_values("data", sequence_length=SEQUENCES * units)
+            return search.grown(base, units)
+
+        def fits(one: Candidate, traced: bool) -> bool:
             try:
-                return self.computed(self.leanest(self.evaluated(grown)))[1].most <= self.budget
+                return search.valid(one) and self.lean(one, traced) <= self.budget
             except ConfigError:  # more tokens than the model has positions, or the data has
                 return False
 
         with self.progress.phase(f"maximizing {wanted}"):
-            units = search.largest(fits, limit)
-        found = grow(units) if units else None
-        return base if found is None else found
+            unit, limit = (1, LONGEST // SEQUENCES) if wanted == "sequence" else (self.unit(grown), MOST_GROUPS)
+            about = search.largest(lambda units: fits(grown(unit * units), traced=False), limit // unit)
+            units = search.largest(lambda units: fits(grown(unit * units), traced=True), limit // unit, about)
+            found = grown(unit * units) if units else base
+            if wanted == "sequence" and length(found) < length(base) and fits(base, traced=True):
+                return base  # which is no multiple of what sequences grow by
+        return found
+
+    def unit(self, grown: Callable[[int], Candidate]) -> int:
+        """The least number of groups of attention heads that passes the preflight: ranks may split them, or groups of
+        weights have to divide them."""
+        for groups in range(1, MOST_GROUPS):
+            one = grown(groups)
+            try:
+                if search.valid(one):
+                    self.preflight(one.config)
+                    return groups
+            except ConfigError:
+                continue
+        return MOST_GROUPS
+
+    def lean(self, one: Candidate, traced: bool) -> int:
+        """What it needs at least, with its margin. Raises ConfigError as `evaluated` does."""
+        return self.needs.worst(self.leanest(self.evaluated(one)).config, traced)[1].most
 
     def variants(self, base: Candidate) -> list[Candidate]:
         """Variants that pass the preflight, keep the bounds of what comes out, and can fit at all."""
@@ -424,6 +438,11 @@ def require_shapes(config: RunConfig, data: DataBundle) -> nn.Module:
             f"model={config.choices['model']} cannot be built on the meta device, where its shapes are looked at: "
             f"{type(error).__name__}: {told}"
         ) from error
+
+
+def length(one: Candidate) -> int:
+    """Tokens of a sequence; 0: there are none."""
+    return getattr(one.config.data, "sequence_length", 0)
 
 
 def strategy(one: Candidate) -> Parallelism:

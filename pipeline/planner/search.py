@@ -321,26 +321,33 @@ def closest(
     return looked
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest whole number from 1 up to `limit` that fits, where all below one that fits do; 0: not even 1 does."""
-    good, bad = 0, 1
-    while bad <= limit and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, limit + 1)
+def largest(fits: Callable[[int], bool], limit: int, about: int = 0) -> int:
+    """The largest whole number from 1 up to `limit` that fits, where all below one that fits do; 0: not even 1 does.
+    It is sought from `about` on, in steps that double."""
+    good = bad = about
+    step = 1
+    if about == 0 or fits(about):
+        while bad == good:
+            bad = min(good + step, limit + 1)
+            if bad <= limit and fits(bad):
+                good, step = bad, 2 * step
+    else:
+        while good == bad:
+            good = max(0, bad - step)
+            if good and not fits(good):
+                bad, step = good, 2 * step
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
 
-def grown(candidate: Candidate, step: int) -> Candidate | None:
-    """With a model of so many groups of attention heads, in the proportions it has; None where it has no such sizes.
+def grown(candidate: Candidate, step: int) -> Candidate:
+    """With a model of so many groups of attention heads, in the proportions it has.
 
     Heads keep their size, so the width follows; layers and the feed-forward grow alike. More steps, more parameters.
     """
     model: Any = candidate.config.model
-    if not all(hasattr(model, key) for key in ("layers", "heads", "width")):
-        return None
     groups = getattr(model, "key_value_heads", model.heads)
     heads = model.heads // groups * step
     sizes = {

@@ -3,6 +3,7 @@ be met is one line."""
 
 import json
 import shlex
+from functools import partial
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,7 +15,7 @@ from pipeline.fitting import fit
 from pipeline.planner import fit_job
 from pipeline.planner.fit_search import Search, strategy, way_out
 from pipeline.planner.plan import plan
-from pipeline.planner.search import plain
+from pipeline.planner.search import Candidate, grown, plain
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, read_result, schema_problems
 from pipeline.stage_input import prepared
@@ -128,6 +129,38 @@ def test_the_largest_micro_batch_the_longest_sequences_and_the_largest_model(tmp
     assert grown.width == 32 * grown.heads == 32 * grown.layers
 
 
+def test_a_model_grows_by_what_ranks_and_groups_of_weights_divide(tmp_path):
+    config = compose([*FIT, "budget=1GB", "model.heads=4", "compression=int4", "compression.int4.group_size=32"])
+    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    assert search.unit(partial(grown, Candidate(plain(config)))) == 2  # heads of 16, groups of 32
+
+
+@pytest.mark.parametrize(("budget", "length"), [(110, 100), (128, 128), (99, 64)])
+def test_what_is_longest_is_no_shorter_than_what_was_typed_and_fits(budget, length, tmp_path, monkeypatch):
+    monkeypatch.setattr(Search, "lean", lambda search, one, traced: one.config.data.sequence_length)
+    config = compose([*FIT, f"budget={budget}", "fit.maximize=sequence", "data.sequence_length=100"])
+    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    assert search.maximized(Candidate(plain(config))).config.data.sequence_length == length
+
+
+FEW_LEVERS = ["memory.activation_checkpointing=none", "memory.loss_chunks=1", "trainer.batch_size=2"]
+
+
+@pytest.mark.slow
+def test_levers_of_a_link_that_alone_trains_are_searched(tmp_path):
+    words = ["trainer.max_steps=0", "compression=int8_qat", "compression.int8_qat.steps=4", "budget=5MB"]
+    chosen = searched(tmp_path, *words, *FEW_LEVERS, "memory.release_gradients=false")
+    assert "trainer.micro_batch_size=1" in chosen.best.candidate.changes
+
+
+def test_the_leanest_where_weights_take_most_is_that_which_adds_up_no_gradients(tmp_path):
+    config = compose([*FIT, *FEW_LEVERS, "budget=1GB", "data.sequence_length=8", "trainer.grad_clip=null"])
+    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    base = Candidate(plain(config))
+    least = search.computed(search.leanest(base))[1].bytes
+    assert least == min(search.computed(one)[1].bytes for one in search.levers(base))
+
+
 def test_a_lever_is_searched_that_only_the_evaluation_during_training_needs(tmp_path):
     chosen = searched(tmp_path, "budget=3MB", "trainer.batch_size=7", "trainer.evaluate_every=4")
     assert "memory.release_gradients=true" in chosen.best.candidate.changes
@@ -147,6 +180,8 @@ def test_what_comes_out_keeps_its_bound(tmp_path):
         (["budget=1GB", "fit.free=[compression]"], "fit.free=[compression] chooses by bytes that come out"),
         (["budget=1GB", "fit.artifact=small"], "fit.artifact=small is no size"),
         (["budget=1GB", "fit.maximize=speed"], "fit.maximize=speed must be null or be one of micro_batch, sequence, "),
+        (["budget=1GB", "fit.maximize=parameters", "model=efficientnet", "data=digits"], "fit.maximize=parameters: "),
+        (["budget=1GB", "fit.maximize=sequence", "model=efficientnet", "data=digits"], "fit.maximize=sequence: "),
         (
             ["budget=1GB", "fit.run=true", "parallelism=ddp", "parallelism.devices=128", "trainer.batch_size=128"],
             "parallelism.devices=128: ",
@@ -171,8 +206,6 @@ def test_what_asks_for_a_search_goes_with_no_other_job(asked, capsys):
     ("words", "line"),
     [
         (["budget=100kB"], "budget=100kB is below the weights alone, 499 kB; give more, fit.free=[precision]"),
-        (["budget=1GB", "fit.maximize=parameters", "model=efficientnet", "data=digits"], "fit.maximize=parameters: "),
-        (["budget=1GB", "fit.maximize=sequence", "model=efficientnet", "data=digits"], "fit.maximize=sequence: "),
         (["budget=1GB", "fit.inference=100kB"], "fit.inference=100kB: "),
         (["budget=1GB", "compression=int4", "compression.int4.group_size=48"], "compression.int4.group_size=48"),
     ],
@@ -203,6 +236,19 @@ def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):
         Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent")).run()
 
 
+@pytest.mark.parametrize(
+    ("phase", "words", "way"),
+    [
+        ("train", [], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
+        ("train", ["model=efficientnet", "data=digits"], "Give more, fit.free=[memory] or a smaller model"),
+        ("compress", ["compression=wanda"], "Give more, or fewer calibration.samples, or a smaller "),
+        ("compress", ["compression=int8"], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
+    ],
+)
+def test_the_way_out_is_one_that_there_is(phase, words, way):
+    assert way_out(phase, "activations", compose([*FIT, *words])).startswith(way)
+
+
 def test_a_machine_that_is_not_here_is_planned_for_and_not_timed(tmp_path):
     words = ["parallelism=ddp", "parallelism.devices=2", "device.memory=8MB", "fit.measure=3"]
     chosen = searched(tmp_path, *words)
@@ -229,16 +275,3 @@ def test_help_names_the_job_and_its_keys(capsys):
     assert "budget=null" in told
     assert "job=fit budget=6GiB" in told
     assert json.dumps(None) in told
-@pytest.mark.parametrize(
-    ("phase", "words", "way"),
-    [
-        ("train", [], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
-        ("train", ["model=efficientnet", "data=digits"], "Give more, fit.free=[memory] or a smaller model"),
-        ("compress", ["compression=wanda"], "Give more, or fewer calibration.samples, or a smaller "),
-        ("compress", ["compression=int8"], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
-    ],
-)
-def test_the_way_out_is_one_that_there_is(phase, words, way):
-    assert way_out(phase, "activations", compose([*FIT, *words])).startswith(way)
-
-
