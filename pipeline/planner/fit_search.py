@@ -84,7 +84,8 @@ class Search:
         if not ranked:
             raise ConfigError(self.miss(looked))
         ranked, scale = self.timed(ranked)
-        overrides = search.command(self.typed.overrides, ranked[0].candidate.changes)
+        changes = [*search.unasked(self.typed), *ranked[0].candidate.changes]
+        overrides = search.command(self.typed.overrides, changes)
         unknown = self.needs.unpredicted(ranked[0].candidate.config)
         return Chosen(self.budget, ranked, looked, len(candidates), rates, scale, overrides, unknown)
 

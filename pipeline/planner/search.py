@@ -372,6 +372,18 @@ def command(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     return [*kept, *changes]
 
 
+def unasked(config: RunConfig) -> Iterator[str]:
+    """Overrides that take back a search that a recipe, beside the command line, may ask for."""
+    if config.choices.get("recipe") is None:
+        return
+    run = plain(config)
+    there = {"job": (config.job, run.job), "budget": (config.budget, run.budget)}
+    there |= {f"fit.{key}": (value, getattr(run.fit, key)) for key, value in vars(config.fit).items()}
+    for key, (value, without) in there.items():
+        if value != without or (typed(config, key) and key not in ("fit.measure", "fit.on_oom")):
+            yield registry.shown(key, _listed(without))
+
+
 def term(peak: Peak) -> tuple[str, int]:
     """What takes most at a peak, and its bytes."""
     return max(peak.kinds.items(), key=lambda kind: kind[1])

@@ -8,7 +8,7 @@ from pipeline import rules
 from pipeline.app import compose
 from pipeline.fitting import micro_batch_size
 from pipeline.planner.plan import Phase
-from pipeline.planner.search import TRACED, Candidate, closest, command, grown, largest, levers, term, variants
+from pipeline.planner.search import TRACED, Candidate, closest, command, grown, largest, levers, term, unasked, variants
 
 SMALL = ["model=gpt_nano", "trainer=smoke", "device=cpu", "job=fit", "budget=1GB"]
 CLUSTER = ["parallelism=ddp", "parallelism.devices=8", "device=cuda", "trainer.batch_size=64"]
@@ -213,3 +213,13 @@ def test_the_command_line_is_what_was_typed_with_the_changes():
     assert command(typed, ["optimizer=adamw8bit", "memory.loss_chunks=4"]) == [
         "model=gpt_nano", "optimizer=adamw8bit", "memory.loss_chunks=4"
     ]  # fmt: skip
+
+
+def test_the_command_line_asks_for_no_search_where_a_recipe_does(tmp_path):
+    recipe = tmp_path / "search.yaml"
+    recipe.write_text("job: fit\nbudget: 6GiB\nfit: {free: [memory], maximize: sequence, run: true, inference: 1GB}\n")
+    typed = compose([f"recipe={recipe}", "fit.run=false", "fit.measure=0"])
+    line = command(typed.overrides, [*unasked(typed), "memory.loss_chunks=4"])
+    assert compose(line).job == "run"
+    assert compose(line).memory.loss_chunks == 4
+    assert list(unasked(compose(["job=fit", "budget=1GB", "fit.free=[memory]"]))) == []
