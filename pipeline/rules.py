@@ -46,9 +46,10 @@ def _fitting(config: RunConfig) -> list[str]:
     asked, found = config.fit, []
     sizes = {"budget": config.budget, "fit.artifact": asked.artifact, "fit.inference": asked.inference}
     given = {key: size for key, size in sizes.items() if size is not None}
+    bytes_of: dict[str, int] = {}
     for key, size in given.items():
         try:
-            parse_size(size)
+            bytes_of[key] = parse_size(size)
         except ValueError as error:
             found.append(f"{key}={error}")
     if config.job != "fit":
@@ -57,6 +58,9 @@ def _fitting(config: RunConfig) -> list[str]:
         return [*found, *told]
     if "compression" in asked.free and asked.artifact is None and asked.inference is None:
         found.append("fit.free=[compression] chooses by bytes that come out: give fit.artifact or fit.inference too")
+    memory = config.device.memory
+    if memory is not None and not config.device.memory_problems() and bytes_of.get("budget", 0) > parse_size(memory):
+        found.append(f"budget={config.budget} is more than device.memory={memory}, which a run keeps within; give less")
     if asked.maximize == "sequence" and not hasattr(config.data, "sequence_length"):
         found.append(f"fit.maximize=sequence: data={choice(config, 'data')} has no sequences")
     if asked.maximize == "parameters" and not all(hasattr(config.model, key) for key in ("layers", "heads", "width")):

@@ -179,6 +179,7 @@ def test_what_comes_out_keeps_its_bound(tmp_path):
         (["budget=1GB", "fit.free=[optimzer]"], "fit.free[0]=optimzer must be one of memory, optimizer"),
         (["budget=1GB", "fit.free=[compression]"], "fit.free=[compression] chooses by bytes that come out"),
         (["budget=1GB", "fit.artifact=small"], "fit.artifact=small is no size"),
+        (["budget=1GB", "device.memory=1MB"], "budget=1GB is more than device.memory=1MB, "),
         (["budget=1GB", "fit.maximize=speed"], "fit.maximize=speed must be null or be one of micro_batch, sequence, "),
         (["budget=1GB", "fit.maximize=parameters", "model=efficientnet", "data=digits"], "fit.maximize=parameters: "),
         (["budget=1GB", "fit.maximize=sequence", "model=efficientnet", "data=digits"], "fit.maximize=sequence: "),
