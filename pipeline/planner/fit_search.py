@@ -55,6 +55,14 @@ LONGEST, MOST_GROUPS = 1 << 17, 512
 """Where `fit.maximize` ends: tokens of a sequence, groups of attention heads."""
 
 
+class BeyondInference(ConfigError):
+    """What comes out needs more than `fit.inference`, and how much."""
+
+    def __init__(self, told: str, needed: int) -> None:
+        super().__init__(told)
+        self.needed = needed
+
+
 class Search:
     """One search: the typed config, and what candidates share."""
 
@@ -179,12 +187,16 @@ class Search:
         found: list[Candidate] = []
         stored: list[tuple[int, int, Candidate]] = []
         told: list[str] = []
+        beyond: list[tuple[int, int, BeyondInference]] = []
         for one in search.variants(asked, self.artifact):
             one = Candidate(one.config, (*base.changes, *one.changes))
             try:
                 if one.changes:
                     self.preflight(one.config)
                 one = self.evaluated(one)
+            except BeyondInference as error:
+                beyond.append((error.needed, len(beyond), error))
+                continue
             except ConfigError as error:
                 told += error.problems
                 continue
@@ -196,7 +208,7 @@ class Search:
             else:
                 stored.append((size, len(stored), one))
         if not found and not stored:
-            raise ConfigError(told)
+            raise min(beyond)[2] if beyond else ConfigError(told)
         if not found:
             size, _, least = min(stored)
             what = " ".join(least.changes) or "the config as typed"
@@ -210,7 +222,7 @@ class Search:
         """With the largest evaluation batch, halved from the one that was typed, that keeps budget and bound.
 
         Raises:
-            ConfigError: evaluation keeps the bound of `fit.inference` with no batch, or generation does not.
+            BeyondInference: evaluation keeps the bound of `fit.inference` with no batch, or generation does not.
         """
         batch = one.config.trainer.evaluation_batch_size
         fixed = search.typed(self.typed, "trainer.evaluation_batch_size")
@@ -231,12 +243,13 @@ class Search:
         while place and keeps(place - 1):
             place -= 1
         self._halved = place
-        if (why := self.beyond_inference(tried(place))) is not None:
-            raise ConfigError(f"fit.inference={self.typed.fit.inference}: {why}")
+        if (over := self.beyond_inference(tried(place))) is not None:
+            what = f"{label(one)}: " if one.changes else ""
+            raise BeyondInference(f"fit.inference={self.typed.fit.inference}: {what}{over[0]}", over[1])
         return tried(place)
 
-    def beyond_inference(self, one: Candidate) -> str | None:
-        """What breaks the bound of `fit.inference`, if something does."""
+    def beyond_inference(self, one: Candidate) -> tuple[str, int] | None:
+        """What breaks the bound of `fit.inference`, if something does, and the bytes it takes."""
         if self.inference is None:
             return None
         trainer, tokens = one.config.trainer, one.config.generate.max_new_tokens
@@ -249,7 +262,7 @@ class Search:
         if not over:
             return None
         what, phase = max(over.items(), key=lambda took: took[1].most)
-        return what.format(format_bytes(phase.bytes))
+        return what.format(format_bytes(phase.bytes)), phase.bytes
 
     def candidates(self, base: Candidate) -> tuple[list[tuple[Candidate, float]], speed.Rates]:
         """Every candidate with its predicted seconds, in order of preference; and the rates that these are from."""

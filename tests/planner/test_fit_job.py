@@ -217,6 +217,17 @@ def test_what_only_shapes_tell_is_one_line_too(words, line, tmp_path, monkeypatc
     assert capsys.readouterr().err.splitlines()[0].startswith(f"error: {line}")
 
 
+def test_of_many_that_break_the_bound_of_what_comes_out_the_nearest_is_told(tmp_path, monkeypatch):
+    needed = {"sgd": 3, "muon": 2}
+    monkeypatch.setattr(
+        Search, "beyond_inference", lambda search, one: ("too much", needed.get(one.config.optimizer.name, 4))
+    )
+    words = ["trainer.evaluation_batch_size=1", "fit.free=[optimizer]"]
+    with pytest.raises(ConfigError) as caught:
+        searched(tmp_path, "budget=1GB", "fit.inference=1B", *words)
+    assert caught.value.problems == ["fit.inference=1B: optimizer=muon: too much"]
+
+
 def test_weights_are_no_bound_where_they_lie_in_files_or_are_held_compressed(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path / "hub")
