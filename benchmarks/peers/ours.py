@@ -34,6 +34,7 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol
             {name: rows for name, rows in batch.items() if name != "labels"}
             for batch in protocol.split(draw.calibration, BATCH)
         ]
+        model = link.entering(model)
         steps = draw.steps if trains else 0
         context = Context(
             stage=method, architecture=describe(model), device="cpu", steps=steps, seed=0, calibration=lambda: batches
