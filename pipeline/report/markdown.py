@@ -85,7 +85,9 @@ def _in_brackets(text: str) -> str:
 def headline(result: Mapping[str, Any]) -> str:
     """The run in one sentence."""
     status = word(result, "status")
-    model, chain = pick(result, "choices", "model"), chain_text(result)
+    # What an artifact holds is not what the group `model` says.
+    opened = word(result, "job") == "compress"
+    model, chain = "The artifact" if opened else pick(result, "choices", "model"), chain_text(result)
     subject = f"{model or 'The model'}{' after ' if chain else ''}{chain}"
     if status == "failed":
         return f"**The run failed:** {cell(word(result, 'error', 'message') or 'no message was left')}"

@@ -162,6 +162,8 @@ def test_a_chain_is_told_in_order(run_dir: Path, language: dict[str, Any]) -> No
     first["train"] = {"loss_first": 2.5, "loss_last": 2.25}
     language["stages"].insert(0, first)
     assert "**gpt after wanda, then int8:**" in headline(language)
+    # Of an artifact the group `model` says nothing.
+    assert headline({**language, "job": "compress"}).startswith("**The artifact after wanda, then int8:**")
     lines = [
         line
         for line in write_report(run_dir, language).read_text(encoding="utf-8").splitlines()
