@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def offload_module(module: nn.Module, directory: Path) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set and buffer.device.type == "cpu" and place_of(buffer) is None:
             setattr(module, name, offload(buffer, directory))
+
+
+@contextlib.contextmanager
+def offloading(directory: Path) -> Iterator[None]:
+    """Parameters in memory that modules are given meanwhile are put away at once, as the objects that they are."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type == "cpu" and place_of(parameter) is None:
+            parameter.data = offload(parameter, directory)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def release() -> None:

@@ -144,7 +144,7 @@ class HuggingFace(Model):
         from safetensors import safe_open
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        from pipeline.layers.offload import maps_file, offload, offload_module
+        from pipeline.layers.offload import maps_file, offload, offload_module, offloading
         from pipeline.models.gpt2 import rewritten
 
         files = self._weight_files()
@@ -164,15 +164,16 @@ class HuggingFace(Model):
             auto: Any = AutoModelForCausalLM
             with torch.device("meta"):
                 cls = type(auto.from_config(config, trust_remote_code=False))
-            model, loading = cls.from_pretrained(
-                None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
-            )
+            with offloading(directory), _one_by_one():  # what transformers puts together from several tensors
+                model, loading = cls.from_pretrained(
+                    None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
+                )
             if (Path(self.source) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(self.source)
             return model, loading
 
         model = self._opened(read)
-        for module in model.modules():  # what transformers puts together from several tensors
+        for module in model.modules():  # buffers
             offload_module(module, directory)
         return cast("PreTrainedModel", rewritten(model).train())
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
 
 from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.layers.offload import place_of
+from pipeline.memory.measure import measure_peak
 from pipeline.models.gpt import GPT
 from pipeline.models.hf import HuggingFace
 
@@ -194,6 +195,23 @@ def test_weights_in_files_are_those_in_memory_in_any_precision(
     ids = torch.arange(16).view(1, 16)
     assert torch.equal(filed.eval()(ids).logits, built.eval()(ids).logits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_that_lie_apart_in_files_are_put_together_block_by_block(tmp_path: Path) -> None:
+    """transformers stacks them, in memory: of a mixture that is nearly all of it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=256, num_key_value_heads=2, num_local_experts=8, **sizes)
+    built = MixtralForCausalLM(config)
+    built.save_pretrained(tmp_path / "model")
+    assert any(".experts.7." in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    (tmp_path / "files").mkdir()
+    with measure_peak("cpu") as peak:
+        filed = hf(tmp_path / "model").build_offloaded(SPEC, torch.float32, tmp_path / "files")
+    whole = sum(parameter.nbytes for parameter in filed.parameters())
+    assert {place_of(parameter) for parameter in filed.parameters()} == {tmp_path / "files"}
+    assert all(torch.equal(weight, filed.get_parameter(name)) for name, weight in built.named_parameters())
+    assert peak.bytes is not None
+    assert peak.bytes < whole / 3
 
 
 def test_writing_to_the_model_leaves_the_checkpoint_as_it_was(shards: Path, tmp_path: Path) -> None:
