@@ -31,7 +31,7 @@ ALWAYS = frozenset({ATTENTION, f"{ATTENTION}_backward", RECURRENT, f"{RECURRENT}
 TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
 LARGEST = 1 << 28
 """Bytes of the operands of an operator that is tried."""
-LONG = 1 << 34
+LONG = 1 << 30
 """Multiplications above which parts of an operator are tried."""
 TILES = 1024
 """Rows and columns that are left out of a product, several times. It holds no more for one such part than for two, or
@@ -82,9 +82,12 @@ def _looked_at(
         return 0, ()
     kinds = tuple(_kind(value) for value in (*args, *kwargs.values()))
 
+    # What has parts does with gradients what it does without.
+    training = torch.is_grad_enabled() and by_parts is None
+
     def tried(kinds: Kinds) -> tuple[int, tuple[int, ...]]:
         named = tuple(zip(kwargs, kinds[len(args) :], strict=True))
-        return _tried(func, kinds[: len(args)], named, torch.get_num_threads(), torch.is_grad_enabled())
+        return _tried(func, kinds[: len(args)], named, torch.get_num_threads(), training)
 
     held = by_parts(kinds, lambda cut: tried(cut)[0]) if by_parts else None
     return tried(kinds) if held is None else (held, ())
@@ -107,8 +110,11 @@ def _of_product(kinds: Kinds, tried: Callable[[Kinds], int]) -> int | None:
             shape[0] = inner
         return Kind((tuple(shape), *kind[1:]))
 
-    one, two = (tried(tuple(cut(kind, parts) for kind in kinds)) for parts in (1, 2))
-    return two if one == two else None
+    one, two = (tuple(cut(kind, parts) for kind in kinds) for parts in (1, 2))
+    if two == kinds:
+        return None
+    held = tried(two)
+    return held if tried(one) == held else None
 
 
 def _of_attention(kinds: Kinds, tried: Callable[[Kinds], int]) -> int | None:
@@ -158,9 +164,8 @@ def _tried(
     with torch.set_grad_enabled(training):  # a recurrent layer keeps nothing otherwise
         given = [_made(kind) for kind in kinds]
         settings = {key: _made(kind) for key, kind in named}
-        result = func(*given, **settings)
         with measure_peak("cpu") as peak:
-            func(*given, **settings)
+            result = func(*given, **settings)
     assert peak.bytes is not None
     made = tuple(leaf.nbytes for leaf in tree_iter(result) if isinstance(leaf, Tensor))
     return max(0, peak.bytes - sum(made)), made
