@@ -14,6 +14,7 @@ Other dtypes pass through to torch's own kernels, at about 3 microseconds a call
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,8 +31,10 @@ ROW_ELEMENTS = 1 << 22
 made in slices of rows, so that the transient copies stay small beside the 16-bit tensors they belong to."""
 
 
+@functools.cache
 def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of `dtype` in kernels of its own."""
+    """Whether this CPU multiplies matrices of `dtype` in kernels of its own. What torch is asked with is an operator,
+    which a plan's modes would see at each product."""
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     if dtype == torch.bfloat16:
