@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, _meta_registrations, nn
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, TensorMetadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.layers import experts
@@ -209,6 +211,15 @@ def _spread(chosen: Tensor, number: int) -> list[int]:
     return [share + (place < rest) for place in range(number)]
 
 
+_described = operator.attrgetter(*(field.name for field in dataclasses.fields(TensorMetadata)))
+
+
+def _put_into_key(metadata: TensorMetadata, result: list[object], *_: Any) -> None:
+    """A tensor in the key by which torch remembers what an operator gave. Torch takes its sizes one by one, since they
+    may be symbols: a sixth of a trace."""
+    result.extend(_described(metadata))
+
+
 @contextmanager
 def generator_states() -> Iterator[None]:
     """States of the CPU's generator are fake tensors too, which no operator makes: a checkpointed block keeps one. Of a
@@ -239,6 +250,7 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         mock.patch.object(masking_utils, "is_tracing", _real),
         mock.patch.object(_meta_registrations, "_meta_grouped_mm_common", _grouped_product),
         mock.patch.object(experts, "tokens_of", _spread),
+        mock.patch.object(TensorMetadata, "_flatten_into", _put_into_key),
     ):
         # Copies of tensors ask whether there is memory behind them.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

@@ -44,6 +44,7 @@ STEP_DONE = "step is done"
 DEVICE = torch.ops.prim.device.default
 """What asks a tensor for its device: two of three calls that a mode gets."""
 
+VIEW, UNSAFE_VIEW = torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
 ADD = torch.ops.aten.add.Tensor
 ADD_IN_PLACE = torch.ops.aten.add_.Tensor
 ENGINE = "_engine_run_backward"
@@ -227,6 +228,11 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._dropped: set[int] = set()
         COUNTING.add(self)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch.compile need not be kept away from each call of this mode: nothing is compiled in a trace."""
+        return False
+
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what storages hold, also of those that are known already."""
         for tensor in tensors:
@@ -298,6 +304,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func.decompose(*args, **kwargs)
         if func is ADD and not kwargs and isinstance(args[1], Tensor) and meets_in_place(*args):
             func = ADD_IN_PLACE
+        if func is UNSAFE_VIEW:  # below autograd it is any view, and fake tensors remember those
+            func = VIEW
         name = func.name().partition(".")[0]
         if name in PRODUCTS:
             self.multiply(name)
