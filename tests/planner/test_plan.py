@@ -121,8 +121,11 @@ def test_a_model_of_eight_billion_parameters_is_planned_without_its_memory():
     words = [*GPT, "model=llama", *(f"model.{size}" for size in sizes), "precision=bf16-true", *ONE_AT_A_TIME]
     config = compose(words)
     _, data = opened(config)
+    plan(config, data)  # tries this CPU's kernels, once for a process, and measures them: one cannot measure that
     with measure_peak("cpu") as peak:
         predicted = plan(config, data).phases["train"]
+        mark = torch.ones(1000)
+    assert peak.bytes >= mark.nbytes  # or nothing was measured
     assert predicted.kinds["weights"] > 10e9
     assert predicted.kinds["optimizer state"] >= 2 * predicted.kinds["weights"]
     assert peak.bytes < 100e6
