@@ -1,4 +1,4 @@
-"""What ends a process from outside: signals while the program's imports go on, and in a rank the end of its parents.
+"""What ends a process from outside: signals while the program's imports go on, and the end of its parents.
 
 Ctrl-C and SIGTERM while imports go on: one line and 128 + the signal, no traceback. `app.main` puts handlers of its own
 in place of these. To be imported, and used, before anything heavy.
@@ -12,12 +12,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 PROGRAM = "leanfit"
 """The console script, whose first import of ours is `pipeline.app`; `run.py` calls `install` itself."""
 PARENT = "LEANFIT_PARENT"
 """Environment variable: host and process id of the program whose ranks these are."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent is gone."""
 
 
 def install() -> None:
@@ -53,6 +56,17 @@ def watch_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def ended_with_parent(by: int = signal.SIGTERM) -> Callable[[], None] | None:
+    """What a child calls first, so that the system stops it when this process is gone: Linux only. Ranks look for
+    themselves; mpirun was seen to stay after all of them had ended."""
+    if sys.platform != "linux":
+        return None
+    import ctypes  # only where something is started
+
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, by)
 
 
 def lives(process: int) -> bool:

@@ -6,7 +6,6 @@ The command line is never replayed in the ranks: under `-m` that would rerun the
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
 import signal
 import socket
@@ -27,7 +26,7 @@ from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted
 from pipeline.heartbeat import Watch, read_files
-from pipeline.interrupts import PARENT, parent
+from pipeline.interrupts import PARENT, ended_with_parent, parent
 from pipeline.nodes import Call, Follower, Leader, address
 from pipeline.parallelism.base import Meeting, Parallelism
 from pipeline.preemption import stop_file
@@ -35,8 +34,6 @@ from pipeline.schema import RunConfig
 
 HANDED_ON = ("OMP_NUM_THREADS", *environment.WAITING, "PYTHONPATH", PARENT)
 """Variables that a rank on another machine must be given."""
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent is gone."""
 POLL = 0.5
 """Seconds between two looks at the ranks."""
 GRACE = 13.0
@@ -223,15 +220,6 @@ def supervise(
             watch.signal(signal.SIGTERM)
         end(process, watch, GRACE)
         raise
-
-
-def ended_with_parent(by: int = signal.SIGTERM) -> Callable[[], None] | None:
-    """What a child calls first, so that the system stops it when this process is gone: Linux only. Ranks look for
-    themselves; mpirun was seen to stay after all of them had ended."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(PR_SET_PDEATHSIG, by)
 
 
 def end(process: subprocess.Popen[bytes], watch: Watch, grace: float) -> None:

@@ -180,7 +180,7 @@ def be(asked: dict, streams: list[int]) -> None:
     import torch
 
     from pipeline.device.cpu import cores
-    from pipeline.launch import ended_with_parent
+    from pipeline.interrupts import ended_with_parent
 
     code = 1
     try:

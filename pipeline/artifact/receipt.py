@@ -10,6 +10,7 @@ and not the rounding of two programs.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import environment
+from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import LeanfitError
+from pipeline.interrupts import ended_with_parent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,7 +55,15 @@ def check(directory: Path, offload_to: Path | None = None) -> Receipt:
     """
     places = [str(Path(place).resolve()) for place in (directory, offload_to) if place is not None]
     command = [sys.executable, "-m", "pipeline.artifact.receipt", *places]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment.child(), check=False)
+    before = oom_kills()
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment.child(), check=False,
+        preexec_fn=ended_with_parent(signal.SIGKILL),
+    )  # fmt: skip
+    if done.returncode < 0:  # what it said last, a library's warning, explains nothing
+        name = signal.Signals(-done.returncode).name
+        why = f"was killed by {name}" + (suspicion(before) if name == "SIGKILL" else "")
+        return Receipt(False, None, [f"{directory}: the process that opened it {why}"])
     try:
         return Receipt(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):

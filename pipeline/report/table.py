@@ -260,6 +260,8 @@ def receipt(result: Mapping[str, Any]) -> str:
     size = "" if difference is None else f", largest difference {significant(difference, 2)}"
     if ok:
         return f"reloaded in a fresh process: same outputs{size}"
+    if difference is None:
+        return "NOT given: outputs could not be compared"
     return f"reloaded in a fresh process: NOT the same model{size}"
 
 

@@ -1,6 +1,12 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +32,7 @@ from pipeline.layers.sparsity import masked_layers
 from pipeline.memory.measure import measure_peak, storage_bytes
 from pipeline.models.architecture import describe
 
+ROOT = Path(__file__).resolve().parents[2]
 IDS = {"input_ids": torch.arange(80).view(2, 40) % 64}
 # compressed-tensors' and accelerate's loaders warn about their own dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -436,6 +443,55 @@ def test_annotations_and_publishing(artifact, tmp_path):
     store.publish(artifact, tmp_path / "published")
     store.load(tmp_path / "published")
     assert {f["name"] for f in store.files(artifact)} >= {"manifest.json", "model.safetensors", "config.json"}
+
+
+@pytest.fixture
+def opener(tmp_path, monkeypatch):
+    """The interpreter, and the file with the process of what opens artifacts in its place, and does not end."""
+    real, stub, number = sys.executable, tmp_path / "python", tmp_path / "number"
+    stub.write_text(f"#!/bin/sh\necho a warning >&2\necho $$ > {number}.new\nmv {number}.new {number}\nexec sleep 60\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stub))
+    return real, number
+
+
+def started(file):
+    deadline = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return int(file.read_text())
+
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.started
+def test_what_opens_an_artifact_is_named_where_it_is_killed(opener, tmp_path):
+    with ThreadPoolExecutor(1) as apart:
+        found = apart.submit(receipt.check, tmp_path / "a")
+        os.kill(started(opener[1]), signal.SIGKILL)
+    (told,) = found.result().problems
+    assert told.startswith(f"{tmp_path / 'a'}: the process that opened it was killed by SIGKILL")
+
+
+@pytest.mark.started
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+def test_what_opens_an_artifact_ends_with_the_program(opener):
+    real, number = opener
+    code = f"import sys; from pipeline.artifact import receipt; sys.executable = {sys.executable!r}; receipt.check('a')"
+    program = subprocess.Popen([real, "-c", code], cwd=ROOT)
+    child = started(number)
+    program.kill()
+    program.wait()
+    deadline = time.monotonic() + 5
+    while lives(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not lives(child)
 
 
 @pytest.mark.started

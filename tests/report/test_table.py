@@ -183,6 +183,8 @@ def test_a_broken_receipt_comes_first(tmp_path: Path, language: dict[str, Any]) 
     assert lines[0] == "not accepted: outputs differ by 3"
     assert "receipt   reloaded in a fresh process: NOT the same model, largest difference 3.0" in lines
     assert f"log       {tmp_path / 'run.log'}" in lines
+    language["artifact"]["reload"]["max_abs_diff"] = None
+    assert "receipt   NOT given: outputs could not be compared" in closing_lines(language, tmp_path)
 
 
 def test_a_path_outside_is_shown_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
