@@ -106,15 +106,17 @@ class Watch:
 
     `timeout`: seconds without a count of any rank. A rank that is behind the others is given less: 20 times the longest
     pause of that kind that was seen, 20 seconds at least in a step and 60 elsewhere. A rank that is not in its training
-    loop is not looked at, but for one that a signal has stopped.
+    loop is not looked at, but for one that a signal has stopped, as what started it may be.
     """
 
     def __init__(self, read: Callable[[], Sequence[bytes | None]], timeout: float) -> None:
         self.read, self.timeout = read, timeout
+        self.launcher = 0
+        """The process that started those of this machine; 0: not yet."""
         self.longest: dict[Phase, float] = {}
         self._beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}
-        self._stopped: dict[int, float] = {}
+        self._stopped: dict[str, float] = {}
 
     def hung(self, now: float | None = None) -> str | None:
         """Which rank hangs, in words; None where none does. To be asked again and again, at times `now` (seconds)."""
@@ -126,7 +128,7 @@ class Watch:
                 if before is not None:
                     self._learn(before, beat, now - self._changed[rank])
                 self._beats[rank], self._changed[rank] = beat, now
-        return self._stopped_rank(now) or self._silent_rank(now)
+        return self._stopped_process(now) or self._silent_rank(now)
 
     def _learn(self, before: Beat, after: Beat, pause: float) -> None:
         """Take note of a pause; where a whole step passed in it, of what belongs to one, too."""
@@ -150,12 +152,13 @@ class Watch:
         who = f"rank{'s' if len(behind) > 1 else ''} {', '.join(map(str, behind))}" if apart else "a rank"
         return f"{who} hung: no step for {silent:.0f} s (trainer.rank_timeout={self.timeout:g})"
 
-    def _stopped_rank(self, now: float) -> str | None:
-        for rank, beat in self._beats.items():
-            if not is_stopped(beat.process):
-                self._stopped.pop(rank, None)
-            elif now - self._stopped.setdefault(rank, now) >= STOPPED:
-                return f"rank {rank} hung: a signal has stopped it, {now - self._stopped[rank]:.0f} s ago"
+    def _stopped_process(self, now: float) -> str | None:
+        processes = {f"rank {rank}": beat.process for rank, beat in self._beats.items()}
+        for name, process in {**processes, "what started the ranks": self.launcher}.items():
+            if not is_stopped(process):
+                self._stopped.pop(name, None)
+            elif now - self._stopped.setdefault(name, now) >= STOPPED:
+                return f"{name} hung: a signal has stopped it, {now - self._stopped[name]:.0f} s ago"
         return None
 
     def signal(self, number: int) -> None:

@@ -197,6 +197,7 @@ def supervise(
     that is killed.
     """
     process = subprocess.Popen(command, env=variables, stdout=shown, stderr=log, preexec_fn=ended_with_parent())
+    watch.launcher = process.pid
     clock, before = 0.0, time.monotonic()
     why = None
     try:

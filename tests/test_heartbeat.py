@@ -130,6 +130,20 @@ def test_a_rank_that_a_signal_stopped_is_named_whatever_it_does_and_can_be_ended
     assert not is_stopped(process.pid)
 
 
+def test_what_started_the_ranks_is_named_where_a_signal_stopped_it(tmp_path: Path) -> None:
+    """It would never say that they have ended."""
+    process = subprocess.Popen(["sleep", "60"])
+    watch = Watch(lambda: [None], timeout=600)
+    watch.launcher = process.pid
+    process.send_signal(signal.SIGSTOP)
+    while not is_stopped(process.pid):
+        pass
+    assert watch.hung(0.0) is None
+    assert watch.hung(10.0) == "what started the ranks hung: a signal has stopped it, 10 s ago"
+    process.kill()
+    process.wait()
+
+
 def test_a_rank_that_goes_on_after_a_pause_is_not_ended(tmp_path: Path) -> None:
     process = subprocess.Popen(["sleep", "60"])
     watch = Watch(lambda: [pack(Beat(process.pid, 1, Phase.IDLE))], timeout=600)

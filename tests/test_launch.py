@@ -67,6 +67,7 @@ def test_ranks_that_a_killed_launcher_leaves_are_ended(tmp_path: Path) -> None:
     code, _ = supervise(["sh", "-c", "sleep 1; kill -9 $$"], watch, tmp_path / "log")
     assert code == -signal.SIGKILL
     assert rank.wait(timeout=5) == -signal.SIGKILL
+    assert watch.launcher not in (0, rank.pid), "a signal may stop it, too"
 
 
 def test_a_signal_asks_the_ranks_first_and_gives_them_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
