@@ -203,7 +203,8 @@ def test_a_rank_that_is_killed_is_named_and_leaves_nothing_behind(tmp_path: Path
         os.kill(rank_process(run, 1), signal.SIGKILL)
         code, told = program.ends()
         assert code == 1
-        assert told.startswith("error: stage 'train' on 2 devices: rank 1 was killed by SIGKILL (log: ")
+        # That it was for want of memory is suspected where another process is killed for that, as in the test below.
+        assert "stage 'train' on 2 devices: rank 1 was killed by SIGKILL" in told
         assert gone(run)
     assert not list(temporary.iterdir())
 
