@@ -392,7 +392,8 @@ def fit(
     compiling = None
     if config.trainer.compile:
         compiling = FirstStepCompiles(stage.name, len(blocks), progress.say if progress else None)
-    meter = MeasureTraining(beside=beside)
+    first = (config.parallelism.holding.leaves_out or 0) + 2
+    meter = MeasureTraining((first, first + 1), beside)
     metrics = MetricsCsv(
         run_dir / "metrics.csv",
         stage=stage.name,

@@ -397,15 +397,22 @@ def bucket_bytes(wrapped: Any) -> int:
 
 def training_tensors(trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any) -> list[Tensor]:
     """What training holds between steps: weights, gradients, buffers, optimizer states, and the batch at hand."""
-    # ZeRO steps flat shards, and keeps another of each weight with stage 3, in which the weight itself is empty.
+    # ZeRO steps flat shards, which its optimizer has during the step alone with stage 3, in which weights are empty.
     stepped = [
         weight for optimizer in trainer.optimizers for group in optimizer.param_groups for weight in group["params"]
     ]
     shards = [weight.ds_tensor for weight in module.parameters() if hasattr(weight, "ds_tensor")]
     parameters = [*module.parameters(), *stepped, *shards]
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
-    # Where stage 3 sums gradients.
-    gradients.append(getattr(getattr(trainer.strategy.model, "optimizer", None), "grad_partitions_flat_buffer", None))
+    engine = getattr(trainer.strategy.model, "optimizer", None)
+    parameters += getattr(engine, "fp32_partitioned_groups_flat", [])
+    # Where stage 3 sums gradients, and the buckets in which it sends them.
+    gradients.append(getattr(engine, "grad_partitions_flat_buffer", None))
+    gradients += tree_leaves([bucket.buffer for bucket in getattr(engine, "ipg_buckets", {}).values()])
+    # What PowerSGD keeps of gradients, and its factors.
+    for _, state in getattr(trainer.strategy.model, "_comm_hooks", ()):
+        if state is not None:
+            gradients += tree_leaves([state.error_dict, state.p_memory_dict, state.q_memory_dict])
     states = [leaf for optimizer in trainer.optimizers for leaf in tree_leaves(list(optimizer.state.values()))]
     leaves = [*parameters, *gradients, *module.buffers(), *states, *tree_leaves(batch)]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

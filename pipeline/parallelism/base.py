@@ -45,7 +45,9 @@ class Holding:
     between copies of the shards. `on_host`: what of all that is spread lies in the host's memory. `buckets`: gradients
     are copied into buffers to be sent, or with "views" live in them; `sent_in`: and copies in that dtype are on their
     way. `bucket`: elements of DeepSpeed's one buffer for gradients. `master`: the optimizer steps a spread copy of the
-    weights.
+    weights. `whole_below`: where DeepSpeed spreads weights, those of fewer elements are whole on each rank besides.
+    `leaves_out`: after so many steps what is sent lacks something, which is kept for the next step, as large as the
+    gradients.
     """
 
     weights: int = 1
@@ -61,6 +63,8 @@ class Holding:
     sent_in: GatherDtype | None = None
     bucket: int | None = None
     master: bool = False
+    whole_below: int = 0
+    leaves_out: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,8 @@ class DataParallel(Parallelism):
     @property
     def holding(self) -> Holding:
         narrow = self.gradient_compression if self.gradient_compression in ("float16", "bfloat16") else None
-        return Holding(buckets="views" if self.bucket_view else "copies", sent_in=narrow)
+        leaves_out = POWERSGD_AFTER if self.gradient_compression == "powersgd" else None
+        return Holding(buckets="views" if self.bucket_view else "copies", sent_in=narrow, leaves_out=leaves_out)
 
     def begin(self, wrapped: nn.Module) -> None:
         # Lightning registers hooks on GPUs only, and says nothing elsewhere.

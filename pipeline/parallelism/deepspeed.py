@@ -43,7 +43,8 @@ class DeepSpeed(Launched):
             state=self.ranks,
             on_host="nothing" if self.offload is None else "all" if self.offload == "parameters" else "state",
             bucket=BUCKET_ELEMENTS,
-            master=self.stage < 3,
+            master=True,
+            whole_below=self.persistence_threshold,
         )
 
     @property

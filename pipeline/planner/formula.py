@@ -87,7 +87,7 @@ def training(
         stack.callback(apply_activation_checkpointing(model, blocks, memory.activation_checkpointing))
         model.train()
         stack.enter_context(norms_over(model, ranks.ranks))
-        rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu)
+        rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu, stage.fit.steps)
         folding = Folding(account, rank.around, rank.within)
         context = own() if own else None
         stack.enter_context(account)

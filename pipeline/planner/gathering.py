@@ -161,19 +161,22 @@ def stepped_for_a_state(parallelism: Parallelism, checkpoint: Checkpoint, on_cpu
 
 
 def by_engine(parallelism: Parallelism, checkpoint: Checkpoint, on_cpu: bool) -> Iterator[Terms]:
-    """What the engine puts together is let go of as the next one is there. With stages 1 and 2 weights are whole."""
-    there = before = 0
+    """What the engine puts together is let go of as the next one is there. With stages 1 and 2 weights are whole; small
+    ones are with stage 3, too, until they are written."""
+    there = before = small = 0
     spread = parallelism.holding.weights > 1
     for weight in checkpoint.weights if spread else ():
         there += weight.bytes if on_cpu else 0
-        yield {CHECKPOINT: there, COMMUNICATION: before + weight.bytes}
-        before = weight.bytes
+        made = 0 if weight.shape.numel() < parallelism.holding.whole_below else weight.bytes
+        yield {CHECKPOINT: there, COMMUNICATION: before + made, "weights": -small}
+        before = made
+        small += weight.bytes - made
     before = 0
     for tensor in checkpoint.state:
         there += tensor.bytes if on_cpu else 0
         made = tensor.bytes if spread else tensor.shape.numel() * SUMMED.itemsize
         if on_cpu and (spread or tensor.dtype == SUMMED):  # it stays; gathered ones have gloo's copy beside them
-            yield {CHECKPOINT: there, COMMUNICATION: made if spread else 0}
+            yield {CHECKPOINT: there, COMMUNICATION: made if spread else 0, "weights": -small}
         else:
-            yield {CHECKPOINT: there, COMMUNICATION: before + made}
+            yield {CHECKPOINT: there, COMMUNICATION: before + made, "weights": -small}
             before = made

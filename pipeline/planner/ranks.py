@@ -33,10 +33,11 @@ from pipeline.planner.stepping import gradient_dtype
 
 ZERO_LIVE, ZERO_PREFETCHED = 1_000_000_000, 50_000_000
 """Elements of whole weights that DeepSpeed's stage 3 lets live at once, and of those that it has arrive at once."""
-ZERO_SUMS = torch.float32
-"""dtype of DeepSpeed's buffer for gradients in stages 1 and 2, also where weights are bfloat16."""
 COMMUNICATION = "communication buffers"
 GATHERED = "gathered weights"
+LEFT_OUT = "left out of gradients"
+BUCKET = 25 * 2**20
+"""Bytes of gradients that torch's DDP sends at once on GPUs; on a CPU what leaves something out is sent all at once."""
 
 
 def part(shape: torch.Size, ranks: int) -> torch.Size:
@@ -105,6 +106,7 @@ class Rank:
         dtype: of weights between steps.
         accumulates: gradients of earlier micro batches are there.
         on_cpu: ranks are processes on a CPU.
+        steps: of the fit.
     """
 
     def __init__(
@@ -116,9 +118,11 @@ class Rank:
         dtype: torch.dtype,
         accumulates: bool,
         on_cpu: bool,
+        steps: int,
     ) -> None:
         self.holding, self.account, self.model, self.dtype = holding, account, model, dtype
         self.accumulates, self.on_cpu = accumulates, on_cpu
+        self.leaves_out = holding.leaves_out is not None and steps > holding.leaves_out
         self.weights = list(model.parameters())
         self.trained = [weight for weight in self.weights if weight.requires_grad]
         modules = [model.get_submodule(name) for name in blocks]
@@ -142,10 +146,19 @@ class Rank:
         self.have("state", state, "optimizer state")
         if holding.master:
             self.have("master", self.part(self.trained, holding.state), "master weights")
+        if self.engine and holding.weights > 1:  # there for good
+            self.keep_small()
+            self.have("bucket", self.bucket() * self.dtype.itemsize, COMMUNICATION)
         if holding.buckets == "copies" or (holding.buckets == "views" and self.accumulates):
-            self.have("buckets", sum(grad_bytes(weight) for weight in self.trained), COMMUNICATION)
+            self.have("buckets", self.sent(), COMMUNICATION)
+        if self.leaves_out:
+            self.have("left out", self.sent(), LEFT_OUT)
         if kept or self.accumulates or self.gradients_stay:
             self.fill()
+
+    def sent(self) -> int:
+        """Bytes of whole gradients."""
+        return sum(grad_bytes(weight) for weight in self.trained)
 
     @property
     def gradients_stay(self) -> bool:
@@ -167,7 +180,7 @@ class Rank:
         if self.engine and not self.accumulates:
             return
         if not self.accumulates and not self.gradients_stay:  # nothing is added to them
-            self.have("gradients", sum(grad_bytes(weight) for weight in self.trained), "gradients")
+            self.have("gradients", self.sent(), "gradients")
             return
         for weight in self.trained:
             weight.grad = torch.empty(weight.shape, dtype=gradient_dtype(weight))
@@ -181,9 +194,13 @@ class Rank:
             self.watch()
         elif self.holding.weights > 1:
             whole = sum(weight.numel() for weight in self.weights)
-            self.have("arrived", min(whole, ZERO_PREFETCHED) * self.dtype.itemsize, COMMUNICATION)
+            size = min(whole, ZERO_PREFETCHED) * self.dtype.itemsize
+            self.have("arrived", size, COMMUNICATION)
+            self.briefly(size)
+            self.drop("small")
             self.have("outside", min(whole, ZERO_LIVE) * self.dtype.itemsize, GATHERED)
-            self.drop("arrived")
+            if not self.blocks:
+                self.drop("arrived")
 
     def watch(self) -> None:
         """The last block's buffer stays until the model has run. Then, as soon as its output has a gradient, the last
@@ -206,6 +223,10 @@ class Rank:
     def around(self, block: nn.Module, backward: bool, begins: bool) -> None:
         """See `folding.Folding`."""
         number = self.numbers.get(block)
+        if backward and begins:
+            self.make_bucket()
+        if self.engine and not backward and not begins and number == len(self.blocks) - 1:  # all has been used
+            self.drop("arrived")
         if not self.holding.gathers or number is None:  # a teacher is whole on each rank
             return
         weights, name = self.blocks[number], f"block {number}"
@@ -238,12 +259,23 @@ class Rank:
             self.drop("gradients")
         if sent := dtype_of(self.holding.sent_in):
             self.have("sent", sum(weight.numel() for weight in self.trained) * sent.itemsize, COMMUNICATION)
-        if self.holding.bucket is not None:
-            dtype = ZERO_SUMS if self.holding.weights == 1 else self.dtype
-            self.have("bucket", self.bucket() * dtype.itemsize, COMMUNICATION)
-        if self.holding.bucket is not None and self.holding.gradients > 1:
+        if self.engine:
+            for weight in self.outside:
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(lambda _: self.make_bucket())  # type: ignore[no-untyped-call]
+        if self.engine and self.holding.gradients > 1:
             for weight in self.trained:
                 weight.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
+
+    def keep_small(self) -> None:
+        """Weights that DeepSpeed's stage 3 keeps whole between steps; in a step they come with all others."""
+        small = sum(weight.numel() for weight in self.weights if weight.numel() < self.holding.whole_below)
+        self.have("small", small * self.dtype.itemsize, "weights")
+
+    def make_bucket(self) -> None:
+        """Where DeepSpeed's stages 1 and 2 have the first gradient."""
+        if self.engine and not self.guests.get("bucket"):
+            self.have("bucket", self.bucket() * self.dtype.itemsize, COMMUNICATION)
 
     def finish(self) -> None:
         """After the backward pass."""
@@ -257,7 +289,12 @@ class Rank:
             self.send(self.outside)
         elif self.holding.bucket is not None:
             self.reduce_buckets()
+        if self.leaves_out:  # a copy from before it was compressed, and what is left out now beside what was last time
+            sent = self.sent()
+            self.account.guest(2 * (sent if self.on_cpu else min(sent, BUCKET)), LEFT_OUT)
         self.drop("outside", "arrived", "sums", "sum", "sent")
+        if self.engine and self.holding.weights > 1:
+            self.keep_small()
 
     def reduce_buckets(self) -> None:
         """A copy of the bucket is sent; what this rank steps of it is kept."""
@@ -267,7 +304,7 @@ class Rank:
             self.have("own", own, "gradients")
         if self.holding.gradients > 1 and self.holding.weights == 1:
             self.have("copy", bucket * self.dtype.itemsize, COMMUNICATION)  # with stage 1, gradients gave way to it
-        self.drop("copy", "own", "bucket")
+        self.drop("copy", "own", *(["bucket"] if self.holding.weights == 1 else []))
         if self.holding.gradients > 1:
             self.have("own", own, "gradients")
             self.have("flat", own, "gradients")

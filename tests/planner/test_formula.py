@@ -1,6 +1,7 @@
 """The formula beside the trace, the allocator, real files and real ranks."""
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from pipeline.models.architecture import describe
 from pipeline.planner import formula
 from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.plan import plan
+from pipeline.planner.ranks import LEFT_OUT
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
 from pipeline.registry import available
@@ -139,6 +141,7 @@ RANKED = {
     "ddp": ["parallelism=ddp"],
     "ddp, micro batches": ["parallelism=ddp", "trainer.micro_batch_size=1"],
     "ddp, gradients let go of": ["parallelism=ddp", "memory.release_gradients=true"],
+    "ddp, powersgd": ["parallelism=ddp", "parallelism.gradient_compression=powersgd", "trainer.max_steps=16"],
     "tp": ["parallelism=tp"],
     "fsdp": ["parallelism=fsdp"],
     "fsdp, kept": ["parallelism=fsdp", "parallelism.reshard=false", "precision=bf16-mixed"],
@@ -154,6 +157,17 @@ RANKED = {
         "memory.release_gradients=true",
     ],
 }  # fmt: skip
+ZERO = {
+    "zero 1, micro batches": ["parallelism.stage=1", "trainer.micro_batch_size=1"],
+    "zero 1, narrow": ["parallelism.stage=1", "precision=bf16-true"],
+    "zero 2": ["parallelism.stage=2"],
+    "zero 2, activations": ["parallelism.stage=2", "model.width=32", "data.sequence_length=128"],
+    "zero 3": ["parallelism.stage=3", "parallelism.persistence_threshold=0"],
+    "zero 3, small weights whole": ["parallelism.stage=3", "precision=bf16-true"],
+    "zero 3, micro batches": ["parallelism.stage=3", "trainer.micro_batch_size=1"],
+}
+if importlib.util.find_spec("deepspeed"):
+    RANKED |= {name: ["parallelism=deepspeed", *words] for name, words in ZERO.items()}
 
 
 def ranked(name, count):
@@ -172,7 +186,16 @@ def test_a_rank_holds_what_was_computed(name, tmp_path_factory):
     assert min(found.kept.values()) >= 0
     saved = sum((found.saving or found.kept).values())
     assert saved == pytest.approx(told["saving_bytes"], rel=0.03)
-    assert computed == pytest.approx(measured, rel=0.002)
+    # What PowerSGD leaves out is made by gloo's threads, of which the profiler may see nothing.
+    assert computed == pytest.approx(measured, rel=0.2 if "powersgd" in name else 0.002)
+
+
+def test_what_powersgd_leaves_out_is_there_from_the_eleventh_step_on():
+    whole, sent = (trained([*ranked("ddp", 2), *words]) for words in ([], RANKED["ddp, powersgd"]))
+    gradients = whole.kept["gradients"]
+    assert sent.kept == {**whole.kept, LEFT_OUT: gradients}
+    assert sent.kinds[LEFT_OUT] == 3 * gradients
+    assert trained([*ranked("ddp, powersgd", 2), "trainer.max_steps=10"]).bytes == whole.bytes
 
 
 def rank_main(count, directory):

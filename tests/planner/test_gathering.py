@@ -65,8 +65,12 @@ def test_what_an_engine_puts_together_goes_as_the_next_one_is_there():
     # A sum in float32, the one before it, and what becomes of both in 16 bits.
     narrow = saved(*zero, states=1, dtype=torch.bfloat16)
     assert narrow == {**KEPT, CHECKPOINT: 220, COMMUNICATION: 10 + 440}
-    spread = saved("parallelism=deepspeed", "parallelism.stage=3", on_cpu=False)
+    zero = ["parallelism=deepspeed", "parallelism.stage=3"]
+    spread = saved(*zero, "parallelism.persistence_threshold=0", on_cpu=False)
     assert spread == {**KEPT, COMMUNICATION: 10 + 440}
+    # Of the two the small one was whole, and is no more when the optimizer's state follows.
+    some = saved(*zero, "parallelism.persistence_threshold=100", states=1)
+    assert some == {**KEPT, "weights": 1000 - 40, CHECKPOINT: 840, COMMUNICATION: 10 + 400}
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "tp"])
