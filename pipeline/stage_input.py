@@ -128,6 +128,9 @@ def remedy(said: str, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> 
     if not said.startswith("artifact="):
         apart = "give it where its run left it, beside recipe.lock.yaml, or the artifact directory of that run"
         return apart if lock is None else "its run had other data; give a model of the same kind"
+    adapted = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
+    if any(f"{layer}.weight" not in weights for layer in adapted):
+        return "it has adapters without the compressed layers beside which they trained; give the artifact of its run"
     keys = "model=CHOICE, its model.* settings"
     if any(".lora_" in name for name in weights):
         keys += ", adapter=CHOICE, its adapter.* settings"
