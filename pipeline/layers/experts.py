@@ -51,7 +51,7 @@ class LinearExperts(nn.Module):
             # One without tokens has a gradient too, of zeros: ranks would wait for it. Not every layer takes no rows.
             some = (part if len(part) else rows.new_zeros(1, rows.shape[1]) for part in _parts(rows, counts))
             return torch.cat([self._expert(place, part)[: counts[place]] for place, part in enumerate(some)])
-        outputs, share = torch.empty_like(rows), -(-len(rows) // self.number)
+        outputs, share = torch.empty_like(rows), max(1, -(-len(rows) // self.number))
         # No more at once than if all had as many, so that what is held does not depend on where tokens go.
         for place, (part, output) in enumerate(zip(_parts(rows, counts), _parts(outputs, counts), strict=True)):
             for begin in range(0, len(part), share):
@@ -89,14 +89,16 @@ def linear_experts(model: nn.Module) -> list[str]:
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Names of the linear layers that choose among experts: beside a mixture, with as many outputs as it has those."""
+    """Names of the linear layers that choose among experts: beside a mixture, alone in their module or that module
+    itself, with as many outputs as there are experts."""
     found = set()
     for name in linear_experts(model):
         outputs = cast(LinearExperts, model.get_submodule(name)).number
         parent = name.rpartition(".")[0]
-        for inner, module in model.get_submodule(parent).named_modules(prefix=parent):
-            if isinstance(module, nn.Linear) and module.out_features == outputs and not inner.startswith(f"{name}."):
-                found.add(inner)
+        for child, module in model.get_submodule(parent).named_children():
+            inside = module.named_modules(prefix=f"{parent}.{child}".lstrip("."))
+            linears = {inner: layer for inner, layer in inside if isinstance(layer, nn.Linear)}
+            found |= {inner for inner, layer in linears.items() if len(linears) == 1 and layer.out_features == outputs}
     return found
 
 

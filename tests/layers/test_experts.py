@@ -12,6 +12,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     PhimoeConfig,
@@ -57,8 +59,14 @@ def deepseek():
 
 
 def phimoe():
-    """Its router is a linear layer."""
+    """Its router is a linear layer that computes otherwise."""
     return mixture(PhimoeForCausalLM, PhimoeConfig(**SIZES, num_local_experts=5, router_jitter_noise=0.0))
+
+
+def hunyuan():
+    """Its router is a linear layer."""
+    config = HunYuanMoEV1Config(**SIZES, num_experts=5, moe_topk=2, head_dim=16)
+    return mixture(HunYuanMoEV1ForCausalLM, config)
 
 
 def nemotron():
@@ -69,7 +77,7 @@ def nemotron():
     return mixture(NemotronHForCausalLM, config)
 
 
-FAMILIES = [mixtral, gpt_oss, deepseek, phimoe, nemotron]
+FAMILIES = [mixtral, gpt_oss, deepseek, phimoe, nemotron, hunyuan]
 TOKENS = torch.arange(3 * 20).reshape(3, 20) * 7 % 64
 
 
@@ -99,12 +107,29 @@ def test_logits_and_gradients_are_those_of_stacked_experts(build):
     assert sum(p.numel() for p in linear.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-def test_what_chooses_among_experts_stays_in_float():
-    model = split_experts(phimoe())
+@pytest.mark.parametrize(
+    ("build", "router", "why"),
+    [
+        (hunyuan, "gate.wg", "chooses among experts"),
+        (phimoe, "router", "PhimoeTopKRouter computes in its own way"),
+        (mixtral, "gate.weight", "weights of MixtralTopKRouter, which is no layer that is known"),
+    ],
+)
+def test_what_chooses_among_experts_stays_in_float(build, router, why):
+    model = split_experts(build())
     found = select(model, describe(model))
-    assert found.left_in_float["model.layers.1.mlp.router"] == "chooses among experts"
+    assert found.left_in_float[f"model.layers.1.mlp.{router}"] == why
     assert "model.layers.1.mlp.experts.4.down_proj" in found.layers
-    assert len(found.layers) == 2 * (4 + 5 * 2)
+
+
+def test_a_way_up_as_wide_as_there_are_experts_chooses_nothing():
+    """Of Qwen 3 Next both are 512."""
+    model = deepseek()
+    mixture_of = model.model.layers[1].mlp
+    mixture_of.shared_experts.up_proj = nn.Linear(32, 5, bias=False)
+    split_experts(model)
+    found = select(model, describe(model))
+    assert "model.layers.1.mlp.shared_experts.up_proj" in found.layers
 
 
 def test_experts_that_a_pattern_names_as_a_whole_stay_as_they_are():
