@@ -277,7 +277,7 @@ def test_where_nothing_trains_no_checkpoint_goes_to_disk():
 class Unmeasured(Callback):
     """In place of what measures warm steps: one measurement at a time."""
 
-    def __init__(self, beside):
+    def __init__(self, steps, beside):
         self.peak_bytes = self.reserved_bytes = None
         self.skipped_steps = ()
 
