@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.layers.offload import beside
+from pipeline.layers.offload import own_copy
 
 DOWN = "down_proj"
 
@@ -125,17 +125,11 @@ def _unstacked(stacked: Any, name: str) -> list[nn.Linear]:
         weight = weights[expert].t() if getattr(stacked, "is_transposed", False) else weights[expert]
         with torch.device("meta"):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None)
-        layer.weight = _own(weight, weights)
+        layer.weight = nn.Parameter(own_copy(weight), weights.requires_grad)
         if biases is not None:
-            layer.bias = _own(biases[expert], biases)
+            layer.bias = nn.Parameter(own_copy(biases[expert]), biases.requires_grad)
         made.append(layer)
     delattr(stacked, name)
     if biases is not None:
         delattr(stacked, f"{name}_bias")
     return made
-
-
-def _own(part: Tensor, whole: Tensor) -> nn.Parameter:
-    """A copy in order, so that it holds nothing else; in a file where `whole` lies in one."""
-    copied = part.detach().clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(beside(copied, whole), whole.requires_grad)

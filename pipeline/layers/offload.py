@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +94,11 @@ def beside(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor if place is None or tensor.device.type != "cpu" else offload(tensor, place)
 
 
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy in order, so that it holds nothing else; in a file where `tensor` lies in one."""
+    return beside(tensor.detach().clone(memory_format=torch.contiguous_format), tensor)
+
+
 def place_of_model(model: nn.Module) -> Path | None:
     """Where the parameters of `model` were offloaded; None where they lie in memory."""
     return next((place for parameter in model.parameters() if (place := place_of(parameter)) is not None), None)
@@ -108,23 +112,6 @@ def offload_module(module: nn.Module, directory: Path) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set and buffer.device.type == "cpu" and place_of(buffer) is None:
             setattr(module, name, offload(buffer, directory))
-
-
-@contextlib.contextmanager
-def offloading(directory: Path) -> Iterator[None]:
-    """Parameters in memory that modules are given meanwhile are put away at once, as the objects that they are."""
-    register = nn.Module.register_parameter
-
-    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type == "cpu" and place_of(parameter) is None:
-            parameter.data = offload(parameter, directory)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def release() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.layers.offload import beside
+from pipeline.layers.offload import beside, own_copy
 from pipeline.models.unfilled import on_meta
 
 EPSILON = 1e-5
@@ -102,6 +102,5 @@ def _transposed(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own(tensor: Tensor, by: float = 1) -> Tensor:
-    """A copy in order, so that it holds nothing else; in a file where `tensor` lies in one."""
-    copied = tensor.clone(memory_format=torch.contiguous_format) if by == 1 else (tensor * by).contiguous()
-    return beside(copied, tensor)
+    copied = own_copy(tensor)
+    return copied if by == 1 else copied.mul_(by)

@@ -23,6 +23,7 @@ from pipeline.registry import register
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.base import DataSpec
@@ -144,13 +145,18 @@ class HuggingFace(Model):
         from safetensors import safe_open
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        from pipeline.layers.offload import maps_file, offload, offload_module, offloading
+        from pipeline.layers.offload import maps_file, offload, offload_module, place_of
         from pipeline.models.gpt2 import rewritten
+        from pipeline.models.unfilled import registering
 
         files = self._weight_files()
         if not files:
             return self.build(spec)
         config = self._config(spec)
+
+        def put_away(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+            if parameter.device.type == "cpu" and place_of(parameter) is None:
+                parameter.data = offload(parameter, directory)
 
         def read() -> tuple[Any, dict[str, Any]]:
             weights = {}
@@ -164,7 +170,7 @@ class HuggingFace(Model):
             auto: Any = AutoModelForCausalLM
             with torch.device("meta"):
                 cls = type(auto.from_config(config, trust_remote_code=False))
-            with offloading(directory), _one_by_one():  # what transformers puts together from several tensors
+            with registering(put_away), _one_by_one():  # what transformers puts together from several tensors
                 model, loading = cls.from_pretrained(
                     None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -28,22 +28,27 @@ def to_be_filled(cls: Any, config: Any) -> nn.Module:
     """
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), _without_parameters():
+    with no_init_weights(), registering(_to_meta):
         return cast(nn.Module, cls(config))
 
 
 @contextmanager
-def _without_parameters() -> Iterator[None]:
-    """Parameters that modules register go to the meta device, one by one: no second model beside the stored one."""
+def registering(put: Callable[[nn.Module, str, nn.Parameter], None]) -> Iterator[None]:
+    """`put` is called with each parameter that a module is given meanwhile, by its name there."""
     register = nn.Module.register_parameter
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            put(module, name, parameter)
 
     nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """One by one: no second model beside the stored one."""
+    module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)

@@ -14,7 +14,6 @@ Other dtypes pass through to torch's own kernels, at about 3 microseconds a call
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.layers.constants import constant
+
 Kernel = Callable[..., Any]
 NARROW = (torch.float16, torch.bfloat16)
 ROW_ELEMENTS = 1 << 22
@@ -31,7 +32,7 @@ ROW_ELEMENTS = 1 << 22
 made in slices of rows, so that the transient copies stay small beside the 16-bit tensors they belong to."""
 
 
-@functools.cache
+@constant
 def native(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of `dtype` in kernels of its own. What torch is asked with is an operator,
     which a plan's modes would see at each product."""
