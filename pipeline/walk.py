@@ -8,6 +8,7 @@ starts after the last one that is there, or at the checkpoint of the fit that wa
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import shutil
@@ -28,7 +29,7 @@ from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.launch import launch
-from pipeline.layers.experts import split_as_in
+from pipeline.layers.experts import split_as_in, stacked_experts
 from pipeline.layers.lora import fill_dense
 from pipeline.layers.offload import release
 from pipeline.layers.quantize import not_finite
@@ -156,7 +157,9 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         problems += run.config.optimizer.shape_problems(model)
         problems += run.config.precision.shape_problems(model, architecture)
         problems += run.config.parallelism.shape_problems(model, architecture)
-    base, drawn_for = model, dict[int | None, nn.Module]()
+    # Links enter a mixture in place; a checkpoint that is given as a teacher is one of the model before.
+    base = copy.deepcopy(model) if stacked_experts(model) else model
+    drawn_for = dict[int | None, nn.Module]()
     for stage in changing[1:]:
         assert stage.method is not None
         model = stage.method.entering(model)

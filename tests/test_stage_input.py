@@ -2,9 +2,18 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from pipeline.app import compose
+from pipeline.errors import ConfigError
+from pipeline.models.byte_tokenizer import byte_tokenizer
+from pipeline.report.progress import Progress
+from pipeline.report.result import new_result
 from pipeline.stage_input import remedy
+from pipeline.tasks import lookup
+from pipeline.walk import Run, changing_stages, preflight, stages_of
+from tests import tiny
 
 NOTHING = torch.zeros(1)
 
@@ -16,3 +25,29 @@ def test_adapters_without_the_layers_that_they_lie_beside_are_named() -> None:
     assert told.endswith("give the artifact of its run")
     whole = remedy("artifact=last.ckpt", Path("last.ckpt"), {**adapters, "fc.weight": NOTHING})
     assert "adapter=CHOICE" in whole
+
+
+def test_a_teacher_of_stacked_experts_may_follow_a_link_that_has_taken_them_apart(tmp_path: Path) -> None:
+    """A checkpoint that lies apart from its run is of the model before all links."""
+    model = tiny.mixtral(vocab_size=256)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "global_step": 1}, tmp_path / "teacher.ckpt")
+
+    def look(teacher: str) -> None:
+        config = compose([
+            "model=hf", f"model.pretrained={tmp_path}/model", "data.sequence_length=16", "trainer=smoke", "device=cpu",
+            "compression=[magnitude,distill]", "compression.distill.student=null",
+            f"compression.distill.teacher={tmp_path}/{teacher}",
+        ])  # fmt: skip
+        tokenizer = config.model.tokenizer()
+        task, data = lookup.get(config.data.task), config.data.open(tokenizer)
+        run = Run(config, tmp_path, task, data, tokenizer, [], Progress({}, "silent"), new_result("run", [], {}))
+        preflight(run, changing_stages(stages_of(config)))
+
+    look("teacher.ckpt")
+    weights["model.more"] = torch.zeros(1)
+    torch.save({"state_dict": weights, "global_step": 1}, tmp_path / "other.ckpt")
+    with pytest.raises(ConfigError, match="1 tensor too many"):
+        look("other.ckpt")
