@@ -36,6 +36,7 @@ from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.layers.quantize import not_finite
+from pipeline.layers.sliced_loss import cross_entropy
 from pipeline.memory.measure import MeasureTraining, bucket_bytes, measure_peak, training_tensors
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
@@ -46,7 +47,7 @@ from pipeline.report.metrics import MetricsCsv
 from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
-from pipeline.trainer.compiling import FirstStepCompiles, compiled_blocks
+from pipeline.trainer.compiling import FirstStepCompiles, compiled_blocks, compiled_criterion
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ class TaskModule(lightning.LightningModule):
         super().__init__()
         self.model, self.task, self.config, self.fit, self.stage_loss = model, task, config, fit, loss
         self.architecture, self.run_dir = architecture, run_dir
+        self.criterion = compiled_criterion() if config.trainer.compile else cross_entropy
         where = config.memory.activation_offload
         self.offload = None if where == "none" else ActivationOffload(model, store(where, run_dir))
 
@@ -240,7 +242,7 @@ class TaskModule(lightning.LightningModule):
             return self.stage_loss(self.model, batch, self.task_loss)
 
     def task_loss(self, batch: Batch) -> torch.Tensor:
-        return self.task.loss(self.model, batch, self.config.memory.loss_chunks)
+        return self.task.loss(self.model, batch, self.config.memory.loss_chunks, self.criterion)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A checkpoint holds what is trained and other float tensors; quantized ones come from the base model again.

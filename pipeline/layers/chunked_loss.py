@@ -12,24 +12,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import ConfigError
+from pipeline.layers.sliced_loss import IGNORED, Criterion, cross_entropy
 
-IGNORED = -100
 
-
-def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunks: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    chunks: int,
+    criterion: Criterion = cross_entropy,
+) -> Tensor:
     """Mean nats of `targets` int64 [B, T] (-100: left out) under `head(hidden)`; `hidden` is [B, T, H]."""
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     size = -(-len(rows) // chunks)
 
     def nats(part: Tensor, target: Tensor) -> Tensor:
-        logits = head(part)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        return functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
+        return criterion(head(part), target, "sum")
 
     parts = zip(torch.split(rows, size), torch.split(wanted, size), strict=True)
     sums = [checkpoint(nats, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.decoding import decode
+from pipeline.layers.sliced_loss import sum_over_rows, wide
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
@@ -90,13 +91,19 @@ def logits_loss(
     both distributions are those over these k. `classes` [..., k]: which ones `teacher` [..., k] holds, where it was cut
     to them before. `mask` [...]: rows where it is 0 are left out.
     """
-    student, teacher = _wide(student), _wide(teacher)
-    if classes is not None:
-        student = student.gather(-1, classes)
-    elif top_k is not None and top_k < teacher.shape[-1]:
-        teacher, indices = teacher.topk(top_k, dim=-1)
-        student = student.gather(-1, indices)
-    return temperature**2 * _mean(_divergence(student / temperature, teacher / temperature), mask)
+    counted = torch.ones(student.shape[:-1], device=student.device) if mask is None else mask
+    beside = [teacher, counted.unsqueeze(-1)] if classes is None else [teacher, counted.unsqueeze(-1), classes]
+
+    def divergence(student: Tensor, teacher: Tensor, counted: Tensor, classes: Tensor | None = None) -> Tensor:
+        student, teacher = wide(student), wide(teacher)
+        if classes is None and top_k is not None and top_k < teacher.shape[-1]:
+            teacher, classes = teacher.topk(top_k, dim=-1)
+        if classes is not None:
+            student = student.gather(-1, classes)
+        return (_divergence(student / temperature, teacher / temperature) * counted.squeeze(-1)).sum()
+
+    total = sum_over_rows(divergence, *(tensor.flatten(0, -2) for tensor in (student, *beside)))
+    return temperature**2 * total / counted.sum()
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -114,7 +121,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
             raise LeanfitError(
                 f"hidden states of {list(one.shape)} cannot be compared with the teacher's {list(other.shape)}"
             )
-        one, other = _wide(one), _wide(other)
+        one, other = wide(one), wide(other)
         if mask is not None:
             one, other = one * mask.unsqueeze(-1), other * mask.unsqueeze(-1)
         terms.append((one - other).square().sum() / other.square().sum())
@@ -138,7 +145,7 @@ def relation_loss(
     terms = []
     for (one, _), (other, heads) in zip(student, teacher, strict=True):
         common = math.gcd(heads, one.shape[-1])
-        pair = [_similarity(_wide(x), common, mask) for x in (one, other)]
+        pair = [_similarity(wide(x), common, mask) for x in (one, other)]
         rows = None if mask is None else mask.unsqueeze(1).expand(-1, common, -1)
         terms.append(_mean(_divergence(*pair), rows))
     return torch.stack(terms).mean()
@@ -186,10 +193,6 @@ def combined(
     if not terms:
         raise ValueError("no loss has a weight above 0")
     return torch.stack(terms).sum()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import hidden_of, model_inputs
-from pipeline.layers.chunked_loss import IGNORED
 from pipeline.layers.quantize import is_finite, wide
+from pipeline.layers.sliced_loss import cross_entropy
 from pipeline.layers.structure import Axis, Cuts, Kept, head_units
 from pipeline.models.base import Architecture, Block
 
@@ -387,8 +387,7 @@ def taylor_loss(model: nn.Module, batch: Batch, device: str) -> Tensor:
         logits = logits[:, :-1].flatten(0, 1)
     elif labels is None:
         labels = logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="sum")
+    return cross_entropy(logits, labels.to(logits.device), "sum")
 
 
 def _within_units(model: nn.Module) -> set[str]:

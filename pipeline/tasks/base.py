@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.data.base import DataBundle
+    from pipeline.layers.sliced_loss import Criterion
 
 Batch = dict[str, "torch.Tensor"]
 
@@ -45,8 +46,11 @@ class Task(ABC):
     unit: ClassVar[Literal["tokens/s", "samples/s"]]
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1) -> torch.Tensor:
-        """Mean loss of a batch in nats, a float32 scalar with a graph; logits held for one of `chunks` parts only."""
+    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1, criterion: Criterion | None = None) -> torch.Tensor:
+        """Mean loss of a batch in nats, a float32 scalar with a graph; logits held for one of `chunks` parts only.
+
+        `criterion`: what makes nats of logits and targets; None: cross-entropy by torch's operators, in slices.
+        """
 
     @abstractmethod
     def count(self, batch: Batch) -> int:

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.errors import ConfigError
-from pipeline.layers.chunked_loss import IGNORED, before_head, chunked_cross_entropy
+from pipeline.layers.chunked_loss import before_head, chunked_cross_entropy
 from pipeline.layers.decoding import decode
+from pipeline.layers.sliced_loss import IGNORED, Criterion, cross_entropy
 from pipeline.models.architecture import positions
 from pipeline.tasks.base import Batch, Quality, Speed, Task
 from pipeline.tasks.measuring import inference, wait
@@ -47,12 +48,13 @@ class CausalLM(Task):
     direction: ClassVar[Literal["lower", "higher"]] = "lower"
     unit: ClassVar[Literal["tokens/s", "samples/s"]] = "tokens/s"
 
-    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1, criterion: Criterion | None = None) -> torch.Tensor:
         """Mean cross-entropy in nats a predicted token, in float32 (float64 where the model computes in it)."""
+        criterion = criterion or cross_entropy
         if chunks > 1:
             hidden, head = before_head(model, batch["input_ids"])
-            return chunked_cross_entropy(hidden, head, shifted(batch["labels"]), chunks)
-        return _nll(_logits(model, batch["input_ids"]), batch["labels"], "mean")
+            return chunked_cross_entropy(hidden, head, shifted(batch["labels"]), chunks, criterion)
+        return _nll(_logits(model, batch["input_ids"]), batch["labels"], criterion)
 
     def count(self, batch: Batch) -> int:
         """Tokens that the model processes: B x T, the convention for throughput (the loss is over B x (T - 1))."""
@@ -64,7 +66,7 @@ class CausalLM(Task):
         with inference(model):
             for batch in evaluation_loader(data.evaluation, batch_size):
                 ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-                total += _nll(_logits(model, ids), labels, "sum").item()
+                total += _nll(_logits(model, ids), labels, cross_entropy, "sum").item()
                 predicted += int((labels[:, 1:] != IGNORED).sum())
         loss = total / predicted
         return Quality(self.metric, self.direction, _exp(loss), loss, predicted)
@@ -178,18 +180,13 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, model(input_ids=ids, use_cache=False).logits)
 
 
-def _nll(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+def _nll(logits: torch.Tensor, labels: torch.Tensor, criterion: Criterion, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy of logits [B, T, V] against the labels [B, T] one step later.
 
     The labels are moved, not the logits cut: a view of all but the last position would have to be copied, and logits
     are the largest tensor of a small model.
     """
-    targets = shifted(labels)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), targets.flatten(), ignore_index=IGNORED, reduction=reduction
-    )
+    return criterion(logits.reshape(-1, logits.shape[-1]), shifted(labels).flatten(), reduction)
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.data.loader import evaluation_loader
 from pipeline.layers.blockwise import in_dtype_of
+from pipeline.layers.sliced_loss import Criterion, cross_entropy
 from pipeline.tasks.base import Batch, Quality, Speed, Task
 from pipeline.tasks.measuring import inference, wait
 
@@ -37,9 +37,9 @@ class ImageClassification(Task):
     direction: ClassVar[Literal["lower", "higher"]] = "higher"
     unit: ClassVar[Literal["tokens/s", "samples/s"]] = "samples/s"
 
-    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch, chunks: int = 1, criterion: Criterion | None = None) -> torch.Tensor:
         """Mean cross-entropy in nats an image, in float32 (float64 where the model computes in it)."""
-        return functional.cross_entropy(_logits(model, batch["pixel_values"]), batch["labels"])
+        return (criterion or cross_entropy)(_logits(model, batch["pixel_values"]), batch["labels"])
 
     def count(self, batch: Batch) -> int:
         """Images."""
@@ -53,7 +53,7 @@ class ImageClassification(Task):
             for batch in evaluation_loader(data.evaluation, batch_size):
                 logits, labels = _logits(model, batch["pixel_values"].to(device)), batch["labels"].to(device)
                 accuracy.update(logits, labels)
-                nats += functional.cross_entropy(logits, labels, reduction="sum").item()
+                nats += cross_entropy(logits, labels, "sum").item()
                 images += len(labels)
         return Quality(self.metric, self.direction, float(accuracy.compute()), nats / images, images)
 

@@ -1,8 +1,8 @@
 """The training forward and backward of each block as compiled kernels (Ansel et al., 2024, "PyTorch 2", ASPLOS).
 
 Blocks are compiled one by one, as torchtitan does: those that are alike share one compilation, and what is between
-them (embeddings, the head, collectives of sharded models) stays as it is. Names of modules and parameters do not
-change. Without gradients (evaluation) blocks run as they are.
+them (embeddings, the head, collectives of sharded models) stays as it is. So is what makes a loss of logits. Names of
+modules and parameters do not change. Without gradients (evaluation) all runs as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from torch import Tensor, nn
 from torch import _inductor as inductor
-from torch import nn
+
+from pipeline.layers.sliced_loss import Criterion, cross_entropy, whole_cross_entropy
 
 BACKEND = "inductor"
 PER_BLOCK = 4
@@ -74,6 +76,16 @@ def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         return (fast if torch.is_grad_enabled() else plain)(self, *args, **kwargs)
 
     return forward
+
+
+def compiled_criterion() -> Criterion:
+    """Cross-entropy of all rows in one kernel each way, which hold no more than slices by torch's operators do."""
+    fast = torch.compile(whole_cross_entropy, backend=BACKEND)
+
+    def criterion(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return (fast if torch.is_grad_enabled() else cross_entropy)(logits, targets, reduction)
+
+    return criterion
 
 
 def _without_self(own: Callable[..., Any]) -> Callable[..., Any]:

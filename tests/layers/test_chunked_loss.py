@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.layers.chunked_loss import IGNORED, before_head, chunked_cross_entropy, require_plain_head
+from pipeline.layers.chunked_loss import before_head, chunked_cross_entropy, require_plain_head
+from pipeline.layers.sliced_loss import IGNORED
 from pipeline.memory.measure import measure_peak
 from pipeline.tasks.causal_lm import CausalLM
 from tests.tiny import llama, opt

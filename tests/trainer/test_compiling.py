@@ -9,9 +9,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from pipeline.app import compose
+from pipeline.layers.sliced_loss import IGNORED
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.trainer import compiling
-from pipeline.trainer.compiling import FirstStepCompiles, compiled_blocks
+from pipeline.trainer.compiling import FirstStepCompiles, compiled_blocks, compiled_criterion
 from pipeline.trainer.settings import missing_compiler
 from tests.parallelism.test_parity import COMMON, LLAMA, outcome, train
 from tests.tiny import efficientnet, llama, opt
@@ -118,6 +119,27 @@ def test_what_would_run_uncompiled_in_the_end_is_an_error(traced, monkeypatch):
             model(data, 2.5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_is_compiled_and_the_same(traced, reduction):
+    logits = torch.randn(12, 40, requires_grad=True)
+    targets = torch.randint(40, (12,))
+    targets[::5] = IGNORED
+    criterion = compiled_criterion()
+    loss = criterion(logits, targets, reduction)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert dict(counters["frames"]) == {"total": 1, "ok": 1}
+    expected = F.cross_entropy(logits, targets, reduction=reduction)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+
+
+def test_evaluation_computes_the_loss_as_it_is(traced):
+    with torch.no_grad():
+        found = compiled_criterion()(torch.zeros(2, 4), torch.tensor([0, IGNORED]))
+    assert found.item() == pytest.approx(torch.tensor(4.0).log().item())
+    assert not counters["frames"]
+
+
 SHORT = [*COMMON, *LLAMA, "model.layers=1", "trainer.max_steps=4"]
 
 
@@ -128,7 +150,7 @@ def test_a_compiled_fit_trains_as_an_eager_one(tmp_path):
     train(tmp_path / "compiled", compose([*SHORT, "trainer.compile=true", "memory.activation_checkpointing=full"]))
     losses, weights = outcome(tmp_path / "compiled")
     expected, plain = outcome(tmp_path / "eager")
-    assert dict(counters["frames"]) == {"total": 1, "ok": 1}
+    assert dict(counters["frames"]) == {"total": 2, "ok": 2}  # the block, and the loss
     assert counters["inductor"]
     assert weights.keys() == plain.keys()
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
