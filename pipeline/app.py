@@ -211,7 +211,7 @@ def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: b
     config = decode_run(composed, arguments.recorded(overrides), notes.append, sweep)
     problems = [_placed(told, composed) for told in rules.problems(config)]
     if config.resume:
-        problems += finished_run(config, Path(composed.values["resume"]).expanduser().absolute())
+        problems += finished_run(config, Path(os.path.expanduser(composed.values["resume"])).absolute())
     if problems:
         raise ConfigError(problems)
     if not quiet:

@@ -6,6 +6,7 @@ exactly the typed text arrives; `typed` undoes it for what is shown and recorded
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -34,9 +35,23 @@ RESUMABLE = (
 ELSEWHERE = ("parallelism", "device", "memory", "trainer.micro_batch_size")
 """And what says where it goes on, and with how much memory, but not what it computes; with all keys below."""
 
+PATHS = (
+    "data.path",
+    "model.pretrained",
+    "calibration.source",
+    r"compression\.\w+\.teacher",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)
+"""Keys that take a path, or several to sweep over: patterns."""
+
 _RAW = re.compile(rf"(\+{{0,2}}(?:{'|'.join(RAW)})=)(.*)", re.DOTALL)
 _RECIPE = re.compile(rf"(\+{{0,2}}{GROUP}=)(.*)", re.DOTALL)
+_PATH = re.compile(rf"(\+{{0,2}}(?:{'|'.join(PATHS)})=)(.*)", re.DOTALL)
 _NAME = re.compile(r"\w[\w./-]*")
+# What Hydra reads as it is, and what is meant for its grammar: quotes, a list, a function such as choice(a,b), ${...}.
+_PLAIN = re.compile(r"[A-Za-z0-9_/.:+@%*?-]*")
+_GRAMMAR = re.compile(r"[\"'\[{].*|\w+\(.*|.*\$\{.*", re.DOTALL)
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -74,7 +89,7 @@ def _refuse(message: str, flags: Sequence[str]) -> NoReturn:
 
 
 def quoted(override: str) -> str:
-    """One override as Hydra may see it: raw values quoted, recipe paths encoded; every other one as it is."""
+    """One override as Hydra may see it: raw values and paths quoted, recipe paths encoded; every other one as it is."""
     try:
         override.encode()
     except UnicodeEncodeError:
@@ -82,6 +97,9 @@ def quoted(override: str) -> str:
     raw = _RAW.fullmatch(override)
     if raw:
         return raw[1] + quote(raw[2])
+    path = _PATH.fullmatch(override)
+    if path:
+        return path[1] + _path(path[2])
     recipe = _RECIPE.fullmatch(override)
     return recipe[1] + _recipe(recipe[2]) if recipe else override
 
@@ -105,6 +123,11 @@ def typed(override: str) -> str:
     raw = _RAW.fullmatch(override)
     if raw and raw[2].startswith('"'):
         return raw[1] + unquote_raw(raw[2])
+    path = _PATH.fullmatch(override)
+    if (
+        path and path[2].startswith('"') and quote(unquote_raw(path[2])) == path[2]
+    ):  # one path, not a sweep over several
+        return path[1] + unquote_raw(path[2])
     recipe = _RECIPE.fullmatch(override)
     return recipe[1] + unquote(recipe[2].replace("'", "")) if recipe else override
 
@@ -116,18 +139,27 @@ def recorded(overrides: Sequence[str]) -> list[str]:
     return [line for line in lines if not (added and line.startswith(f"{GROUP}="))]
 
 
+def _path(value: str) -> str:
+    """A path as it is typed, a sweep over several; what is written in Hydra's grammar stays so unless it exists."""
+    if os.path.exists(os.path.expanduser(value)):
+        return quote(value) if value and not _PLAIN.fullmatch(value) else value
+    if _GRAMMAR.fullmatch(value):
+        return value
+    return ",".join(part if _PLAIN.fullmatch(part) else quote(part) for part in value.split(","))
+
+
 def _recipe(value: str) -> str:
     """A name, a path, `[a,b]`, or a sweep over plain names and existing files; whatever else is one path."""
     if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(_one_recipe(part.strip()) for part in value[1:-1].split(',') if part.strip())}]"
     parts = value.split(",")
-    if len(parts) > 1 and not Path(value).expanduser().is_file() and all(map(_plain_or_file, parts)):
+    if len(parts) > 1 and not os.path.isfile(os.path.expanduser(value)) and all(map(_plain_or_file, parts)):
         return ",".join(map(_one_recipe, parts))
     return _one_recipe(value)
 
 
 def _plain_or_file(part: str) -> bool:
-    return (bool(_NAME.fullmatch(part)) and not looks_like_path(part)) or Path(part).expanduser().is_file()
+    return (bool(_NAME.fullmatch(part)) and not looks_like_path(part)) or os.path.isfile(os.path.expanduser(part))
 
 
 def _one_recipe(value: str) -> str:
@@ -156,9 +188,9 @@ def resumed(overrides: list[str], args: Namespace) -> list[str]:
     given = [override for override in overrides if override.startswith("resume=")]
     if not given:
         return overrides
-    directory = Path(given[-1].partition("=")[2]).expanduser().absolute()
+    directory = Path(os.path.expanduser(given[-1].partition("=")[2])).absolute()
     problems = []
-    if not (directory / LOCK).is_file():
+    if not os.path.isfile(directory / LOCK):
         problems.append(f"{given[-1]}: nothing to resume: no {LOCK} in that directory (command line)")
     if len(given) > 1:
         problems.append(f"resume is given {len(given)} times; one run is resumed at a time (command line)")

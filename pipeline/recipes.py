@@ -45,7 +45,7 @@ def folders() -> list[Path]:
 
 def token(path: Path) -> str:
     """A file's absolute path as a choice of the group: what Hydra's grammar knows otherwise is percent-encoded."""
-    return quote(str(path.expanduser().absolute()), safe="/~._-")
+    return quote(str(Path(os.path.expanduser(path)).absolute()), safe="/~._-")
 
 
 def looks_like_path(name: str) -> bool:
@@ -62,8 +62,8 @@ def find(name: str, beside: Path | None = None) -> Path | None:
     roots += [Path()] if looks_like_path(name) or "/" in name else []
     for root in [*roots, *folders()]:
         for candidate in spelt:
-            file = root / Path(candidate).expanduser()
-            if file.is_file() and file.absolute() != beside:
+            file = root / os.path.expanduser(candidate)
+            if os.path.isfile(file) and file.absolute() != beside:
                 return file.absolute()
     return None
 
@@ -137,13 +137,13 @@ class RecipeSource(ConfigSource):
         name = config_path[len(GROUP) + 1 :]
         if name.startswith("/"):
             path = Path(unquote(name))
-            return path if path.is_file() else None
+            return path if os.path.isfile(path) else None
         candidates = [Path(self.path) / f"{name}{suffix}" for suffix in ("", *SUFFIXES)]
-        return next((path for path in candidates if path.is_file() and path.suffix in SUFFIXES), None)
+        return next((path for path in candidates if os.path.isfile(path) and path.suffix in SUFFIXES), None)
 
     def is_group(self, config_path: str) -> bool:
         folder = self._folder(config_path)
-        return config_path == "" or (folder is not None and folder.is_dir())
+        return config_path == "" or (folder is not None and os.path.isdir(folder))
 
     def is_config(self, config_path: str) -> bool:
         return self.file(config_path) is not None
@@ -153,7 +153,7 @@ class RecipeSource(ConfigSource):
             return [GROUP] if results_filter in (None, ObjectType.GROUP) else []
         folder = self._folder(config_path)
         found = []
-        for path in sorted(folder.iterdir()) if folder and folder.is_dir() else []:
+        for path in sorted(folder.iterdir()) if folder and os.path.isdir(folder) else []:
             if path.is_dir() and results_filter in (None, ObjectType.GROUP):
                 found.append(path.name)
             elif path.suffix in SUFFIXES and results_filter in (None, ObjectType.CONFIG):

@@ -156,6 +156,64 @@ def test_names_sweep_and_an_existing_file_with_a_comma_does_not(
     assert arguments.quoted("recipe=[int8,c.yaml]") == f"recipe=[int8,'{other}']"
 
 
+PATH_NAMES = [
+    "k=v.txt",
+    "in (1).txt",
+    "a,b.txt",
+    "ünï cöde.txt",
+    "two  spaces.txt",
+    'it\'s "both".txt',
+    "[x]{y}.txt",
+    "${x}.txt",
+]
+PATH_KEYS = {
+    "data.path": ["data=text"],
+    "model.pretrained": ["model=hf"],
+    "compression.distill.teacher": ["compression=distill"],
+}
+
+
+@pytest.mark.parametrize("name", PATH_NAMES)
+def test_a_path_is_taken_as_it_is_typed(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("text")
+    for key, choices in PATH_KEYS.items():
+        (*_, line) = arguments.parse([*choices, f"{key}={file}"]).overrides
+        assert value_of(key, [*choices, line]) == str(file)
+        assert arguments.typed(line) == f"{key}={file}"
+
+
+def test_paths_sweep_and_one_that_has_a_comma_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,ü.txt").write_text("text")
+    assert arguments.quoted("data.path=a,ü.txt") == 'data.path="a,ü.txt"'
+    assert arguments.quoted("data.path=a.txt,ü.txt") == 'data.path=a.txt,"ü.txt"'
+    assert arguments.typed('data.path="ä.txt","ü.txt"') == 'data.path="ä.txt","ü.txt"'
+    for hydras in ("'a,b'", "${oc.env:HOME}/x", "choice(a,b)", "null"):
+        assert arguments.quoted(f"data.path={hydras}") == f"data.path={hydras}"
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "/" + "x" * 300, "/nöwhere/k=v (1)"])
+@pytest.mark.parametrize("key", ["recipe", "resume", *PATH_KEYS, "calibration.source"])
+def test_a_path_that_is_nowhere_is_one_line(key: str, path: str) -> None:
+    path += ".yaml" if key == "recipe" else ""
+    with pytest.raises(ConfigError) as refused:
+        app.compose([*PATH_KEYS.get(key, []), f"{key}={path}"])
+    (line,) = refused.value.problems
+    assert line.startswith(f"{key}=")
+    assert "no such file" in line or "nothing to resume" in line or "does not exist" in line or "is neither" in line
+
+
+def value_of(key: str, overrides: list[str]) -> object:
+    composed = app.provenance.compose(app.loader(), overrides)
+    assert composed.problems == []
+    found: object = composed.values
+    for part in key.split("."):
+        assert isinstance(found, dict)
+        found = found[part]
+    return found
+
+
 class TestResume:
     @pytest.fixture
     def run_dir(self, tmp_path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -62,7 +63,7 @@ def _source(
         return TokenWindows(data.train.windows.reshape(-1), length)
     from pipeline.data.text import matching_files, tokenizer_of
 
-    path = Path(settings.source).expanduser()
+    path = Path(os.path.expanduser(settings.source))
     paths = [path] if path.is_file() else sorted(matching_files(path, "**/*"))
     files = read_files(path.parent if path.is_file() else path, paths)
     return TokenWindows(_encoded(files, tokenizer_of(tokenizer), settings.samples * length), length)

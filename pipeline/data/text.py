@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,10 @@ class Text(Data):
 
     def problems(self) -> list[str]:
         found = evaluation_problems(self.evaluation_tokens, self.sequence_length)
-        path = Path(self.path).expanduser()
+        path = Path(os.path.expanduser(self.path))
         if not self.path:
             found.append("data.path is empty; give a text file or a folder of them ('.' is the current one)")
-        elif not path.exists():
+        elif not os.path.exists(path):
             found.append(f"data.path={self.path} does not exist; give a text file or a folder of them")
         elif path.is_file() and self.split == "file":
             found.append(
@@ -65,7 +66,7 @@ class Text(Data):
 
         from pipeline.data.tokens import read_files, token_bundle
 
-        path = Path(self.path).expanduser()
+        path = Path(os.path.expanduser(self.path))
         paths = [path] if path.is_file() else list(matching_files(path, self.glob))
         files = read_files(path.parent if path.is_file() else path, paths)
         if not files:

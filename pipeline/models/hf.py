@@ -44,15 +44,15 @@ class HuggingFace(Model):
     @property
     def source(self) -> str:
         """What to hand to `from_pretrained`: the directory with `~` expanded where it is one, else the id."""
-        local = Path(self.pretrained).expanduser()
-        return str(local) if local.exists() else self.pretrained
+        local = os.path.expanduser(self.pretrained)
+        return local if os.path.exists(local) else self.pretrained
 
     def problems(self) -> list[str]:
         said = f"model.pretrained={self.pretrained}"
-        path = Path(self.pretrained).expanduser()
+        path = Path(os.path.expanduser(self.pretrained))
         if not self.pretrained:
             return ["model.pretrained is empty; give a directory with a config.json, or a hub id such as org/name"]
-        if not path.exists():
+        if not os.path.exists(path):
             if HUB_ID.fullmatch(self.pretrained) and not self.pretrained.startswith("."):
                 return []
             return [f"{said} does not exist; give a directory with a config.json, or a hub id such as org/name"]
