@@ -50,15 +50,27 @@ def publish(written: Path, path: Path) -> None:
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """One file, whole or not at all."""
+    """One file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, the disk is full say. What was written of it is gone then: it would hold the
+            space that the run's last words need.
+    """
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as stream:
-        torch.save(checkpoint, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with partial.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        cause = error.__context__ or error
+        if isinstance(cause, OSError) and cause.errno:  # torch then tells of positions in its file, not of the disk
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     publish(partial, path)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints in one file and in shards: always whole, and read by any number of devices."""
 
 import os
+import resource
 import shutil
 import sys
 import time
@@ -57,6 +58,20 @@ def test_a_save_that_is_cut_off_leaves_the_former_checkpoint(tmp_path, monkeypat
     monkeypatch.undo()
     checkpoints.publish(shards(checkpoints.fresh_directory(path), 4), path)  # over what was left behind
     assert checkpoints.step(path) == 4
+
+
+def test_what_has_no_room_is_named_and_leaves_the_room_that_it_took(tmp_path):
+    path = tmp_path / "last.ckpt"
+    checkpoints.save({"global_step": 1}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk does, it lets a part be written
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/last\.ckpt'"):
+            checkpoints.save({"global_step": 2, "weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.step(path) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_directory_without_its_last_file_is_no_checkpoint(tmp_path):
