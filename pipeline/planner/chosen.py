@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.planner import speed
 from pipeline.planner.search import Candidate, Looked, Rated
 from pipeline.recipes import lock_text
+from pipeline.report.table import command
 from pipeline.report.units import format_bytes, format_seconds
 from pipeline.schema import values_of
 
@@ -53,7 +53,8 @@ class Chosen:
         )
 
     def command(self) -> str:
-        return shlex.join(["python", "run.py", *self.overrides])
+        """The line to type."""
+        return command(self.overrides)
 
     def record(self) -> dict[str, Any]:
         """`fit` of result.json."""

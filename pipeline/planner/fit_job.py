@@ -12,6 +12,7 @@ from pipeline.report.fit_table import fit_table
 from pipeline.report.plots import Point, memory_against_speed
 from pipeline.report.progress import Progress
 from pipeline.report.result import write_text
+from pipeline.report.table import composer, setting
 from pipeline.schema import RunConfig
 
 RECIPE = "fit.recipe.yaml"
@@ -44,6 +45,7 @@ def fit(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> RunConfig:
         console().print(fit_table(result["fit"]["ranking"]))
         for phase, why in chosen.open.items():
             console().print(f"not predicted: {phase}: {why}", soft_wrap=True, markup=False)
-        for line in (chosen.said(), f"  {chosen.command()}", f"  python run.py recipe={run_dir / RECIPE}"):
+        recipe = f"{composer()} {setting('recipe', str(run_dir / RECIPE))}"
+        for line in (chosen.said(), f"  {chosen.command()}", f"  {recipe}"):
             console().print(line, soft_wrap=True, markup=False)
     return best.candidate.config

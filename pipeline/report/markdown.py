@@ -15,12 +15,12 @@ from pipeline.report.table import (
     artifact_path,
     command,
     comparison,
+    composer,
     held_out,
     link_fits,
     links_of,
     much_skipped,
     pick,
-    program,
     quotient,
     receipt,
     relative,
@@ -332,10 +332,10 @@ def _again(run_dir: Path) -> list[str]:
     lines = []
     lock = run_dir / "recipe.lock.yaml"
     if lock.exists():
-        again = f"{program()} {setting('recipe', relative(lock))}"
+        again = f"{composer()} {setting('recipe', relative(lock))}"
         lines.append(f"- repeat it, here or elsewhere (one file holds it all): {code(again)}")
     if (run_dir / "checkpoints").exists() or (run_dir / "stages").exists():
-        resume = f"{program()} {setting('resume', relative(run_dir))}"
+        resume = f"{composer()} {setting('resume', relative(run_dir))}"
         lines.append(f"- go on where it stopped, or for longer with a larger `trainer.max_steps`: {code(resume)}")
     if (run_dir / ".hydra" / "config.yaml").exists():
         lines.append("- every setting of it: [.hydra/config.yaml](.hydra/config.yaml)")

@@ -219,6 +219,12 @@ def program() -> str:
     return "leanfit" if Path(sys.argv[0]).name == "leanfit" else "python run.py"
 
 
+def composer() -> str:
+    """`program` with the folders of choices that it was given: for a line whose config is composed anew."""
+    given = [shlex.quote(flag) for flag in sys.argv[1:] if flag.startswith("--config-")]
+    return " ".join([program(), *given])
+
+
 def setting(key: str, value: str) -> str:
     """`key=value` for a shell, quoted where it must be."""
     return f"{key}={shlex.quote(value)}"
@@ -226,7 +232,7 @@ def setting(key: str, value: str) -> str:
 
 def command(overrides: Sequence[str]) -> str:
     """The command line that these overrides were typed as."""
-    return " ".join([program(), *(shlex.quote(str(item)) for item in overrides)])
+    return " ".join([composer(), *(shlex.quote(str(item)) for item in overrides)])
 
 
 def artifact_path(result: Mapping[str, Any], run_dir: str | Path) -> Path | None:

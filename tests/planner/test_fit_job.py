@@ -86,6 +86,18 @@ def test_where_nothing_trains_there_is_a_choice_without_a_plot(tmp_path, monkeyp
     assert not (tmp_path / "found" / "pareto.png").exists()
 
 
+def test_what_is_to_be_typed_runs_the_choice_with_a_folder_of_choices_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my conf" / "model").mkdir(parents=True)
+    (tmp_path / "my conf" / "model" / "mine.yaml").write_text("# Mine\ndefaults: [gpt_nano, _self_]\n")
+    where = ["--config-dir=my conf", "model=mine", "trainer=smoke", "device=cpu"]
+    assert main([*where, "job=fit", "fit.measure=0", "budget=1GB", "hydra.run.dir=what is found"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python run.py")]
+    assert len(lines) == 2
+    for line in lines:
+        assert main([*shlex.split(line)[2:], "--cfg", "job"]) == 0
+
+
 @pytest.mark.slow
 def test_the_winner_runs_in_the_same_directory_within_the_budget(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from pipeline.report.result import new_result
-from pipeline.report.table import closing_lines, closing_table, job_line, next_command, relative
+from pipeline.report.table import closing_lines, closing_table, command, job_line, next_command, relative
 
 
 def render(result: dict[str, Any], width: int) -> str:
@@ -154,6 +154,14 @@ def test_the_next_command_of_other_data_tasks_and_jobs(language: dict[str, Any],
 def test_the_console_script_is_named_by_its_own_name(language: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/leanfit", "compression=int8"])
     assert next_command(language, "out").startswith("leanfit job=generate")
+
+
+def test_a_line_that_composes_a_config_names_the_folders_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, language: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir=my conf", "--multirun=false", "--", "model=mine"])
+    assert command(["model=mine"]) == "python run.py '--config-dir=my conf' model=mine"
+    assert "--config-dir" not in next_command(language, "out")  # an artifact holds all that it needs
 
 
 def test_the_last_lines_say_where_things_are(
