@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.layers.blockwise import Call, Segment, hidden_of, hooked, run_calls
-from pipeline.layers.equalize import ChannelRange, Pair, find_pairs, fold, restored
+from pipeline.layers.equalize import ChannelRange, Pair, find_pairs, fold, reached, restored
 from pipeline.layers.hessian import InputSums, collect
 from pipeline.layers.pulse import alike
 from pipeline.layers.quantize import Grid, Quantized, quantize_rows, wide
@@ -54,6 +54,7 @@ def search(
     pairs = find_pairs(segment, architecture, layers)
     sample, outputs = _sample(segment)
     grams, ranges = _statistics(segment, pairs.exact)
+    pairs = reached(pairs, ranges)
     chosen: list[tuple[Pair, Tensor]] = []
     for pair in pairs.exact:
         inputs = ranges[pair.producer].mean
@@ -284,7 +285,7 @@ def _statistics(segment: Segment, pairs: Sequence[Pair]) -> tuple[dict[str, Tens
     """({layer: X^T X over the tokens' number, by blocks}, {producer: ranges of its channels}), in one pass, of layers
     that it reached."""
     ranges = {pair.producer: ChannelRange() for pair in pairs}
-    with hooked(segment.root, {pair.consumers[0]: ranges[pair.producer] for pair in pairs}):
+    with hooked(segment.root, {pair.readers[0]: ranges[pair.producer] for pair in pairs}):
         sums = collect(segment, segment.layers, full=True)
     readers: dict[InputSums, list[str]] = {}
     for name in list(sums):

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeline.layers.offload import own_copy
 
@@ -34,6 +35,29 @@ class LinearExperts(nn.Module):
             self.add_module(str(expert), nn.ModuleDict({name: made[expert] for name, made in layers.items()}))
         self.rules = stacked
         self.train(stacked.training)
+
+    @property
+    def up_begins(self) -> int | None:
+        """Which output of an expert's first layer is the way up's first: those before it are the gate's. None where
+        they lie in turn."""
+        if self.first != "gate_up_proj":
+            return 0
+        layer = cast(nn.ModuleDict, self.get_submodule("0"))[self.first]
+        return cast(nn.Linear, layer).out_features // 2 if cast(Any, self.rules).is_concatenated else None
+
+    def passes_scales(self) -> bool:
+        """Whether what multiplies the way up multiplies what an expert's second layer is given, by as much.
+
+        Tried on what lies between, for real, so that a plan, which has no values, knows it too.
+        """
+        begins = self.up_begins
+        if begins is None:
+            return False
+        with _disable_current_modes(), torch.no_grad():
+            up = torch.linspace(-9, 7, 24, device="cpu").view(1, -1)
+            gate = torch.linspace(5, -4, 24, device="cpu").view(1, -1)[:, : 24 if begins else 0]
+            found, expected = self._between(torch.cat([gate, 4 * up], 1)), 4 * self._between(torch.cat([gate, up], 1))
+            return torch.allclose(found, expected)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states` [tokens, width] through the experts `top_k_index` [tokens, k] of each token, added up with
@@ -60,9 +84,12 @@ class LinearExperts(nn.Module):
 
     def _expert(self, place: int, rows: Tensor) -> Tensor:
         expert, rules = cast(nn.ModuleDict, self.get_submodule(str(place))), cast(Any, self.rules)
-        rows = expert[self.first](rows)
-        rows = expert[DOWN](rules._apply_gate(rows) if self.first == "gate_up_proj" else rules.act_fn(rows))
+        rows = expert[DOWN](self._between(expert[self.first](rows)))
         return cast(Tensor, rules.post_expert_norm(rows)) if getattr(rules, "has_post_expert_norm", False) else rows
+
+    def _between(self, rows: Tensor) -> Tensor:
+        rules = cast(Any, self.rules)
+        return cast(Tensor, rules._apply_gate(rows) if self.first == "gate_up_proj" else rules.act_fn(rows))
 
 
 def _parts(rows: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
@@ -100,6 +127,21 @@ def routers(model: nn.Module) -> set[str]:
             linears = {inner: layer for inner, layer in inside if isinstance(layer, nn.Linear)}
             found |= {inner for inner, layer in linears.items() if len(linears) == 1 and layer.out_features == outputs}
     return found
+
+
+def gates(model: nn.Module, mixture: str) -> list[str]:
+    """Names of what chooses among the experts of `mixture` by a matrix [experts, width] that is no linear layer's."""
+    parent, experts = mixture.rpartition(".")[0], cast(LinearExperts, model.get_submodule(mixture))
+    inside = model.get_submodule(parent).named_modules(prefix=parent)
+    others = {name: module for name, module in inside if not f"{name}.".startswith(f"{mixture}.")}
+    return [
+        name
+        for name, module in others.items()
+        if not isinstance(module, nn.Linear)
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.ndim == 2
+        and len(weight) == experts.number
+    ]
 
 
 def split(model: nn.Module, name: str) -> None:

@@ -15,12 +15,12 @@ from pipeline.layers import awq
 from pipeline.layers.awq import awq_scales, search_ranges, squared_errors
 from pipeline.layers.quantize import Grid, quantize_rows
 from pipeline.layers.quantized import quantized_layers
-from pipeline.layers.select import select
+from pipeline.layers.select import select, split_experts
 from pipeline.layers.sparsity import mask_of, set_mask
 from pipeline.models.architecture import describe
 from tests.compression.test_int8_smoothquant import llama_norms, opt_norms, strong, with_outliers
 from tests.compression.test_int8_static import IDS, batches
-from tests.tiny import context, efficientnet, opt
+from tests.tiny import context, efficientnet, mixtral, opt
 from tests.tiny import odd_llama as llama
 
 
@@ -40,6 +40,41 @@ def test_no_block_is_further_off_than_rounded_to_nearest(build, bits, symmetric)
     _, detail = quantized(strong(build()), bits, symmetric)
     for block in detail["blocks"].values():
         assert 0 < block["relative_error"] <= block["relative_error_nearest"]
+
+
+def mixture(factor=1.0):
+    """A mixture's experts as linear layers; what norms give out is `factor` times as large in every ninth channel."""
+    torch.manual_seed(0)
+    made = split_experts(mixtral(num_key_value_heads=2))
+    for name, parameter in made.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        elif "layernorm" in name:
+            parameter.data[::9] *= factor
+    return made.eval()
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_no_block_of_a_mixture_is_further_off_than_rounded_to_nearest(bits):
+    made, detail = quantized(mixture(), bits)
+    for block in detail["blocks"].values():
+        assert 0 < block["relative_error"] <= block["relative_error_nearest"]
+    assert detail["not_scaled"] == {}
+    assert {name for name, p in made.named_parameters() if "gate" in name} == {
+        f"model.layers.{n}.mlp.gate.weight" for n in (0, 1)
+    }
+
+
+def test_where_a_few_channels_matter_most_a_mixture_is_closer_and_its_router_takes_their_scales_over():
+    """Block by block: what the next router makes of a change is another expert, or nothing."""
+    router = mixture(12.0).model.layers[0].mlp.gate.weight.detach()
+    made, detail = quantized(mixture(12.0))
+    first = detail["blocks"]["model.layers.0"]
+    assert first["relative_error"] < 0.5 * first["relative_error_nearest"]
+    assert "model.layers.0.post_attention_layernorm -> mlp.gate, mlp.experts" in detail["scaled"]
+    moved = made.model.layers[0].mlp.gate.weight.detach() / router
+    assert (moved[0] != 1).any()
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved))
 
 
 @pytest.mark.parametrize(("build", "norms"), [(opt, opt_norms), (llama, llama_norms)])

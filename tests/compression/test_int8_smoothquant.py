@@ -9,11 +9,11 @@ from pipeline.compression.int8 import quantize_int8
 from pipeline.compression.int8_smoothquant import Int8SmoothQuant, quantize_int8_smoothquant
 from pipeline.errors import LeanfitError
 from pipeline.layers.quantized import quantized_layers
-from pipeline.layers.select import select
+from pipeline.layers.select import select, split_experts
 from pipeline.layers.sparsity import mask_of, set_mask
 from pipeline.models.architecture import describe
 from tests.compression.test_int8_static import IDS, batches
-from tests.tiny import efficientnet, opt
+from tests.tiny import efficientnet, mixtral, opt
 from tests.tiny import odd_llama as llama
 
 
@@ -78,6 +78,27 @@ def test_outlier_channels_cost_less_than_with_int8(build, norms):
         for norm, consumers in norms().items()
     }
     assert {layer.scheme for layer in quantized_layers(made).values()} == {"int8"}
+
+
+def test_outlier_channels_of_a_mixture_cost_less_than_with_int8():
+    def model():
+        made = strong(split_experts(mixtral(num_key_value_heads=2)))
+        norms = {}
+        for n in (0, 1):
+            at = f"model.layers.{n}."
+            experts = [f"{at}mlp.experts.{place}.gate_up_proj" for place in range(5)]
+            norms[f"{at}input_layernorm"] = [f"{at}self_attn.{p}_proj" for p in "qkv"]
+            norms[f"{at}post_attention_layernorm"] = [f"{at}mlp.gate", *experts]
+        return with_outliers(made, norms)
+
+    want = model()(**IDS).logits
+    plain = quantize_int8(model(), select(model(), describe(model())).layers)(**IDS).logits
+    made, detail = smoothed(model())
+    assert (made(**IDS).logits - want).norm() < 0.4 * (plain - want).norm()
+    assert {f"model.layers.{n}.post_attention_layernorm -> mlp.gate, mlp.experts" for n in (0, 1)} <= {
+        *detail["smoothed"]
+    }
+    assert type(made.model.layers[0].mlp.gate).__name__ == "MixtralTopKRouter"
 
 
 def _in_order(model, names):

@@ -14,10 +14,14 @@ from transformers import (
     GptOssForCausalLM,
     HunYuanMoEV1Config,
     HunYuanMoEV1ForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from pipeline.app import compose
@@ -77,7 +81,18 @@ def nemotron():
     return mixture(NemotronHForCausalLM, config)
 
 
-FAMILIES = [mixtral, gpt_oss, deepseek, phimoe, nemotron, hunyuan]
+def qwen(**changes):
+    """With a shared expert, which has a gate of its own."""
+    config = {**SIZES, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, **changes}
+    return mixture(Qwen2MoeForCausalLM, Qwen2MoeConfig(**config))
+
+
+def minimax(**changes):
+    """What its norms give is the residual too."""
+    return mixture(MiniMaxForCausalLM, MiniMaxConfig(**{**SIZES, "num_local_experts": 5, "head_dim": 16, **changes}))
+
+
+FAMILIES = [mixtral, gpt_oss, deepseek, phimoe, nemotron, hunyuan, qwen, minimax]
 TOKENS = torch.arange(3 * 20).reshape(3, 20) * 7 % 64
 
 
