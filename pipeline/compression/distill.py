@@ -164,7 +164,9 @@ class Distill(Method):
             raise ConfigError(problems)
         total = len(context.architecture.blocks)
         kept = self._kept(total, context)
-        return described(model, total, evenly_spaced(total, kept)) if self._drops(context) else student
+        if not self._drops(context):
+            return student
+        return described(model, context.architecture, evenly_spaced(total, kept))
 
     def _no_effect(self, context: Context) -> list[str]:
         """A model is not distilled into itself."""

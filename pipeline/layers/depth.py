@@ -2,21 +2,22 @@
 
 Which blocks: evenly spaced, the first and the last among them, as DistilBERT takes them (Sanh et al., 2019,
 arXiv:1910.01108). Blocks can go where a block's output has the shape of its input and the config counts the blocks;
-whether that is so is found out by building the model that the new config describes, on the meta device.
+whether that is so is found out by building the model that the new config describes, on the meta device. Blocks may
+differ in kind, dense ones and mixtures of experts say, where the config tells which are which in a way known here.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.errors import LeanfitError
-from pipeline.layers.experts import split_as_in
+from pipeline.layers.experts import linear_experts, split_named
 from pipeline.layers.structure import shapes_of
 from pipeline.models.base import Architecture
 from pipeline.models.unfilled import on_meta
@@ -25,6 +26,12 @@ COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """Names by which configs count their blocks."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 """Names of configs' lists with one entry a block."""
+LEADING = ("first_k_dense_replace", "num_dense_layers")
+"""Names by which configs count the blocks at the beginning that are dense, before others that are mixtures."""
+PLACES = ("mlp_only_layers", "moe_layers")
+"""Names of configs' lists of the places of blocks of one kind."""
+STEP, DENSE = "decoder_sparse_step", "mlp_only_layers"
+"""Qwen's: every so manieth block is a mixture, if it is not in the list."""
 INDICES = ("layer_idx", "layer_index", "layer_id")
 """Attributes in which a block's modules keep its place in the stack: the key-value cache goes by it."""
 
@@ -83,7 +90,7 @@ def depth_problem(model: nn.Module, architecture: Architecture, kept: Sequence[i
     if not _count(copy.deepcopy(getattr(model, "config", None)), total, kept):
         return f"the config of {kind} does not count its {total} blocks, so none can be dropped"
     try:
-        twin = described(model, total, kept)
+        twin = described(model, architecture, kept)
     except Exception as error:  # whatever a model's class makes of a config it was not meant for
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{kind} cannot be built with {len(kept)} blocks: {first}"
@@ -92,15 +99,18 @@ def depth_problem(model: nn.Module, architecture: Architecture, kept: Sequence[i
     return None
 
 
-def described(model: nn.Module, total: int, kept: Sequence[int], config: Any = None) -> nn.Module:
-    """The model that `config` (default: the model's own) describes once it counts the blocks `kept` of `total` alone.
+def described(model: nn.Module, architecture: Architecture, kept: Sequence[int], config: Any = None) -> nn.Module:
+    """The model that `config` (default: the model's own) describes once it counts the blocks `kept` alone.
 
-    It is of the class and the data type of `model`, on the meta device.
+    It is of the class and the data type of `model`, on the meta device, and its experts are as those of `model` are.
     """
+    total = len(architecture.blocks)
     config = copy.deepcopy(getattr(model, "config", None) if config is None else config)
+    mixtures = linear_experts(model)
     if len(kept) < total:
         _count(config, total, kept)
-    twin = split_as_in(model, on_meta(type(model), config))
+        mixtures = list(_renumbered(mixtures, _stack(architecture), kept).values())
+    twin = split_named(on_meta(type(model), config), mixtures)
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return twin.to(next(dtypes, torch.float32)).train(model.training)
 
@@ -118,19 +128,76 @@ def _count(config: Any, total: int, kept: Sequence[int]) -> bool:
         listed = getattr(config, name, None)
         if isinstance(listed, list | tuple) and len(listed) == total:
             setattr(config, name, [listed[place] for place in kept])
+    for name in LEADING:
+        leading = getattr(config, name, None)
+        if isinstance(leading, int):
+            setattr(config, name, sum(place < leading for place in kept))
+    step = getattr(config, STEP, None)
+    if isinstance(step, int) and step > 1:  # what is left follows no step: all in the list
+        setattr(config, DENSE, [at for at in range(total) if (at + 1) % step or at in getattr(config, DENSE)])
+        setattr(config, STEP, 1)
+    for name in PLACES:
+        places = getattr(config, name, None)
+        if isinstance(places, list | tuple):
+            setattr(config, name, [new for new, old in enumerate(kept) if old in places])
     return bool(counts)
+
+
+def droppable_problem(model: nn.Module, architecture: Architecture, protected: Collection[int] = ()) -> str | None:
+    """Why `model` cannot be left without just any of the blocks that are not `protected`; None where it can.
+
+    Tried are the first and the last block of each kind: those of one kind can stand in for one another.
+    """
+    total = len(architecture.blocks)
+    kinds: dict[Any, list[int]] = {}
+    for place in range(total):
+        if place not in protected:
+            kinds.setdefault(_kind(model, architecture, place), []).append(place)
+    for place in sorted({end for places in kinds.values() for end in (places[0], places[-1])}):
+        kept = [other for other in range(total) if other != place]
+        if kept and depth_problem(model, architecture, kept):
+            name = architecture.blocks[place].name
+            return (
+                f"the blocks of {type(model).__name__} differ, and its config cannot describe it without {name}; keep "
+                f"such blocks with `ignore`, [{','.join(_alike_names(architecture, kinds, place))}]"
+            )
+    return None
+
+
+def heaviest(
+    model: nn.Module, architecture: Architecture, number: int, protected: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Places of so many blocks, ascending: the `protected` ones, and of the others those with most parameters."""
+    blocks = [model.get_submodule(block.name) for block in architecture.blocks]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    order = sorted(range(len(blocks)), key=lambda place: (place not in protected, -sizes[place], place))
+    return tuple(sorted(order[:number]))
+
+
+def _kind(model: nn.Module, architecture: Architecture, place: int) -> tuple[tuple[str, torch.Size], ...]:
+    """What tells a block from those of another kind: names and shapes of what is stored."""
+    return tuple(shapes_of(model.get_submodule(architecture.blocks[place].name)).items())
+
+
+def _alike_names(architecture: Architecture, kinds: dict[Any, list[int]], place: int) -> list[str]:
+    places = next(places for places in kinds.values() if place in places)
+    return [architecture.blocks[other].name for other in places]
 
 
 def _kept_shapes(model: nn.Module, stack: str, kept: Sequence[int]) -> dict[str, torch.Size]:
     """Shapes of what is stored with the blocks `kept` alone, numbered anew."""
     found = shapes_of(model)
+    return {new: found[old] for old, new in _renumbered(found, stack, kept).items()}
+
+
+def _renumbered(names: Iterable[str], stack: str, kept: Sequence[int]) -> dict[str, str]:
+    """{name: what it is called with the blocks `kept` of `stack` alone}; those in other blocks are left out."""
     places = {str(old): str(new) for new, old in enumerate(kept)}
     renamed = {}
-    for name, shape in found.items():
-        if not name.startswith(f"{stack}."):
-            renamed[name] = shape
-            continue
+    for name in names:
         old, _, rest = name.removeprefix(f"{stack}.").partition(".")
-        if old in places:
-            renamed[f"{stack}.{places[old]}.{rest}"] = shape
+        if not name.startswith(f"{stack}."):
+            renamed[name] = name
+        elif old in places:
+            renamed[name] = f"{stack}.{places[old]}.{rest}"
     return renamed

@@ -9,6 +9,7 @@ the calibration set never reaches is rounded to nearest, or pruned by magnitude.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -152,9 +153,14 @@ def split(model: nn.Module, name: str) -> None:
 
 def split_as_in(model: nn.Module, made: nn.Module) -> nn.Module:
     """`made`, a model of the same class, with its experts as those of `model` are."""
-    alike = set(linear_experts(model))
+    return split_named(made, linear_experts(model))
+
+
+def split_named(made: nn.Module, names: Iterable[str]) -> nn.Module:
+    """`made` with the experts of the mixtures of these names, as far as it has them, as linear layers, in place."""
+    wanted = set(names)
     for name in stacked_experts(made):
-        if name in alike:
+        if name in wanted:
             split(made, name)
     return made
 

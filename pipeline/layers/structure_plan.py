@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.layers.depth import depth_problem, described
+from pipeline.layers.depth import depth_problem, described, droppable_problem, heaviest
 from pipeline.layers.structure import (
     EMBEDDING,
     FFN,
@@ -36,14 +36,15 @@ KINDS = ("ffn", "heads", "hidden", "depth", "channels")
 class Plan:
     """What is left of each kind (None: not cut). `heads` counts units (see `head_units`); `channels` by block.
 
-    `changes`: the keys of the config that change, the number of blocks aside. `sizes`: (before, after) by kind, in
-    heads for heads, as reported.
+    `protected`: places of blocks that stay. `changes`: the keys of the config that change, the number of blocks aside.
+    `sizes`: (before, after) by kind, in heads for heads, as reported.
     """
 
     heads: int | None = None
     ffn: int | None = None
     hidden: int | None = None
     blocks: int | None = None
+    protected: frozenset[int] = frozenset()
     channels: dict[int, int] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     cuts: Cuts = field(default_factory=dict)
@@ -97,10 +98,14 @@ def plan(
 
 
 def planned(model: Any, architecture: Architecture, made: Plan) -> nn.Module:
-    """What `made` leaves of `model`, on the meta device: sizes do not depend on which units and blocks will go."""
+    """What `made` leaves of `model`, on the meta device: sizes do not depend on which units will go.
+
+    Nor on which blocks, where all are of one kind; elsewhere it is the most that can be left.
+    """
     total = len(architecture.blocks)
     config = changed_config(model.config, made.changes)
-    return described(model, total, range(total if made.blocks is None else made.blocks), config)
+    kept = range(total) if made.blocks is None else heaviest(model, architecture, made.blocks, made.protected)
+    return described(model, architecture, kept, config)
 
 
 def least(size: int, share: float) -> int:
@@ -225,7 +230,9 @@ def _plan_depth(
         if total == 1:
             return [f"{key}.depth={share:g}: the model has a single block; leave depth out"]
         return [f"{key}.depth={share:g} removes none of {total} blocks; choose at least {_smallest(1 / total)}"]
-    made["blocks"] = left
+    if told := droppable_problem(model, architecture, protected):
+        return [f"{key}.depth={share:g}: {told}"]
+    made["blocks"], made["protected"] = left, protected
     made["sizes"]["depth"] = (total, left)
     return []
 

@@ -28,6 +28,7 @@ from pipeline.layers.select import select
 from pipeline.layers.sparsity import masked_layers
 from pipeline.models.architecture import describe
 from pipeline.report.result import read_result
+from tests.layers.test_depth import deepseek, ernie
 
 IDS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -83,6 +84,34 @@ def run(model, method):
     assert method.preflight(model, told) == []
     made = method.finalize(method.prepare(model, told), told)
     return made, told.facts
+
+
+def test_a_depth_whose_blocks_no_config_could_describe_is_refused_before_anything_runs():
+    model = ernie()
+    (told,) = structured(depth=0.5).preflight(model, context(model))
+    assert told == (
+        "compression.link.depth=0.5: the blocks of Ernie4_5_MoeForCausalLM differ, and its config cannot describe it "
+        "without model.layers.0; keep such blocks with `ignore`, [model.layers.0]"
+    )
+    made, facts = run(model, structured(depth=0.5, ignore=("model.layers.0",)))
+    assert facts["kept"]["blocks"][0] == 0
+    assert len(made.model.layers) == 2
+
+
+def test_dense_blocks_and_mixtures_go_alike_where_the_config_tells_them_apart(tmp_path):
+    model = deepseek()
+    for block in (0, 2):  # one of each kind, which change nothing
+        for name, parameter in model.model.layers[block].named_parameters():
+            if name.split(".")[-2] == "o_proj" or "down_proj" in name:
+                parameter.data.zero_()
+    want = model(input_ids=IDS).logits
+    made, facts = run(model, structured(depth=0.5))
+    assert facts["kept"]["blocks"] == [1, 3]
+    assert (made.config.num_hidden_layers, made.config.first_k_dense_replace) == (2, 1)
+    torch.testing.assert_close(made(input_ids=IDS).logits, want)
+    made.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(input_ids=IDS).logits, want)
 
 
 @pytest.mark.parametrize("importance", ["activation", "magnitude"])

@@ -8,20 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.decoding import decode
-from pipeline.layers.depth import depth_problem, evenly_spaced, keep_blocks
+from pipeline.layers.depth import depth_problem, described, droppable_problem, evenly_spaced, heaviest, keep_blocks
+from pipeline.layers.experts import linear_experts
+from pipeline.layers.select import split_experts
 from pipeline.layers.sparsity import masked_layers, set_mask
 from pipeline.models.architecture import describe
 from tests.tiny import fresh_efficientnet as efficientnet
+from tests.tiny import mixture
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -116,6 +127,89 @@ def test_lists_of_the_config_keep_the_entries_of_the_blocks_that_stay():
     assert model.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     made = keep_blocks(model, describe(model), (1, 3))
     assert made.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "num_experts_per_tok": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def deepseek():
+    """Two dense blocks, then two mixtures."""
+    ranks = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    chosen = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    return mixture(DeepseekV3ForCausalLM, DeepseekV3Config(**SIZES, **ranks, **chosen, moe_intermediate_size=24))
+
+
+def qwen_moe():
+    """Dense, mixture, dense, dense: every second one but for the last."""
+    chosen = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+    config = Qwen2MoeConfig(**SIZES, **chosen, decoder_sparse_step=2, mlp_only_layers=[3])
+    return mixture(Qwen2MoeForCausalLM, config)
+
+
+def llama4():
+    """Dense, mixture, dense, mixture, whose last takes no positions."""
+    sizes = {**SIZES, "num_experts_per_tok": 1, "num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 40}
+    return mixture(Llama4ForCausalLM, Llama4TextConfig(**sizes, interleave_moe_layer_step=2))
+
+
+def ernie():
+    """Dense, then three mixtures, of which the config tells the first and the last by their places."""
+    chosen = {"moe_num_experts": 4, "moe_intermediate_size": 24, "moe_layer_start_index": 1}
+    config = Ernie4_5_MoeConfig(**SIZES, **chosen, moe_layer_end_index=3)
+    return mixture(Ernie4_5_MoeForCausalLM, config)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("build", [deepseek, qwen_moe, llama4])
+@pytest.mark.parametrize("kept", [(0,), (1,), (3,), (1, 2), (0, 2, 3), (2, 3)])
+def test_blocks_of_several_kinds_are_those_that_the_changed_config_describes(build, kept, split, tmp_path):
+    model = split_experts(build()) if split else build()
+    kinds = [dict(block.named_parameters()).keys() for block in model.model.layers]
+    blocks = list(model.model.layers)
+    ids = IDS[:, :8]
+    made = keep_blocks(model, describe(model), kept)
+    assert [dict(block.named_parameters()).keys() for block in made.model.layers] == [kinds[place] for place in kept]
+    assert all(one is blocks[old] for one, old in zip(made.model.layers, kept, strict=True))
+    if split:  # no class of transformers has such layers
+        config, plain = made.config, build()
+        plain.model.layers = torch.nn.ModuleList(plain.model.layers[place] for place in kept)
+        for place, block in enumerate(plain.model.layers):
+            block.self_attn.layer_idx = place
+    else:
+        config, plain = made.config, made
+    plain.config = config
+    plain.save_pretrained(tmp_path)
+    opened, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    torch.testing.assert_close(opened(input_ids=ids).logits, made(input_ids=ids).logits)
+
+
+def test_a_config_that_cannot_say_which_blocks_are_left_is_told_with_the_blocks_to_keep():
+    model = ernie()
+    architecture = describe(model)
+    assert "has other layers" in str(depth_problem(model, architecture, (1, 2, 3)))
+    told = str(droppable_problem(model, architecture))
+    assert told == (
+        "the blocks of Ernie4_5_MoeForCausalLM differ, and its config cannot describe it without model.layers.0; keep "
+        "such blocks with `ignore`, [model.layers.0]"
+    )
+    assert droppable_problem(model, architecture, {0}) is None
+    for build in (deepseek, qwen_moe, llama4):
+        assert droppable_problem(build(), describe(build())) is None
+
+
+def test_of_blocks_of_several_kinds_the_heaviest_are_planned_with_those_that_stay():
+    model = split_experts(deepseek())
+    architecture = describe(model)
+    assert heaviest(model, architecture, 2) == (2, 3)
+    assert heaviest(model, architecture, 2, {1}) == (1, 2)
+    twin = described(model, architecture, (1, 3))
+    assert linear_experts(twin) == ["model.layers.1.mlp.experts"]
+    assert heaviest(opt(4), describe(opt(4)), 2) == (0, 1)
 
 
 def test_masks_go_with_their_blocks():
