@@ -235,6 +235,7 @@ def bare(size: Size, precision: str, compiled: bool, clock: Clock) -> tuple[int,
     import torch
 
     from pipeline.data.base import DataSpec
+    from pipeline.layers.sliced_loss import whole_cross_entropy
     from pipeline.tasks import lookup
 
     words = configured(size, "bf16-mixed", False, clock.device)
@@ -249,10 +250,12 @@ def bare(size: Size, precision: str, compiled: bool, clock: Clock) -> tuple[int,
         convert_to_float8_training(model, module_filter_fn=lambda module, name: "lm_head" not in name)
     model.train()
     task = lookup.get("causal_lm")
-    called = torch.compile(model) if compiled else model
-    return count, loop(
-        model, lambda ids: task.loss(called, {"input_ids": ids, "labels": ids}), size, precision != "bf16-true", clock
-    )
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return task.loss(model, {"input_ids": ids, "labels": ids}, criterion=whole_cross_entropy)
+
+    called = torch.compile(loss_of) if compiled else loss_of
+    return count, loop(model, called, size, precision != "bf16-true", clock)
 
 
 def nanogpt(size: Size, precision: str, compiled: bool, clock: Clock) -> tuple[int, float]:
