@@ -40,7 +40,7 @@ from pipeline.schema import RunConfig, values_of
 from pipeline.tasks import lookup
 from pipeline.tasks.base import Task
 from pipeline.versions import versions
-from pipeline.walk import Run, begin, changing_stages, evaluate, preflight, stages_of, walk
+from pipeline.walk import Run, begin, changing_stages, discard, evaluate, preflight, stages_of, walk
 
 log = logging.getLogger(__name__)
 Job = Callable[[RunConfig, Path, dict[str, Any]], None]
@@ -192,9 +192,12 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     run = Run(config, run_dir, task, data, tokenizer, earlier, progress, result, nodes=nodes)
     while True:
         done = begin(run, line)
-        write_text(locked, lock_text(values_of(run.config), config.choices, lock))
         with progress:
-            next_one = attempt(run, line, done)
+            found = fitting_plan(run)
+            # What else is in this directory is of another run, which the new lock would pass for this one.
+            discard(run, changing_stages(line), done)
+            write_text(locked, lock_text(values_of(run.config), config.choices, lock))
+            next_one = attempt(run, line, done, found)
         if next_one is None:
             break
         result["memory"]["adapted"] += next_one.changes
@@ -206,12 +209,11 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     write_text(locked, lock_text(values_of(config), config.choices, lock))
 
 
-def attempt(run: Run, line: Sequence[Stage], done: int) -> Candidate | None:
-    """Every stage from the first that is not done; what to go on with where memory ran out and that is wanted.
+def fitting_plan(run: Run) -> Plan:
+    """What the run will take, noted.
 
     Raises:
-        ConfigError: it will not fit, or something that is found late before anything was done.
-        LeanfitError: memory ran out.
+        ConfigError: it will not fit.
     """
     config = run.config
     with run.progress.phase("planning"):
@@ -219,6 +221,17 @@ def attempt(run: Run, line: Sequence[Stage], done: int) -> Candidate | None:
     run.planned = {name: phase.bytes for name, phase in found.phases.items()}
     if found.fits is False and config.plan.enforce:
         raise ConfigError(f"{found.verdict()}; job=fit searches what fits, plan.enforce=false runs it all the same")
+    return found
+
+
+def attempt(run: Run, line: Sequence[Stage], done: int, found: Plan) -> Candidate | None:
+    """Every stage from the first that is not done; what to go on with where memory ran out and that is wanted.
+
+    Raises:
+        ConfigError: something that is found late before anything was done.
+        LeanfitError: memory ran out.
+    """
+    config = run.config
     try:
         walk(run, line, done)
         prove(run, line)

@@ -115,7 +115,6 @@ def changing_stages(line: Sequence[Stage]) -> list[Stage]:
 def walk(run: Run, line: Sequence[Stage], done: int) -> None:
     """Every stage but the first `done`, in order, each leaving its snapshot. Fills `run.result` as far as they go."""
     changing = changing_stages(line)
-    discard(run, changing, done)
     run.begun = done > 0
     model: nn.Module | None = None
     fits: list[dict[str, Any]] = []
@@ -197,12 +196,16 @@ def finished(run: Run, changing: list[Stage]) -> int:
 
 
 def discard(run: Run, changing: list[Stage], done: int) -> None:
-    """Throw away what a shorter run left: stale snapshots, and checkpoints of links whose input will be another."""
+    """Throw away what a shorter run left: stale snapshots, and checkpoints of links whose input will be another.
+
+    A run that trains and is not resumed begins without a checkpoint: one of an earlier run in this directory would be
+    what it goes on from once it is cut off, or out of memory, before its own first one.
+    """
     for stage in changing[done:]:
         shutil.rmtree(run.snapshot(stage), ignore_errors=True)
     if not done:
         shutil.rmtree(run.directory / ADAPTED, ignore_errors=True)
-    for stage in changing[done + 1 :]:
+    for stage in changing[done + 1 if run.config.resume or changing[0].fit is None else done :]:
         shutil.rmtree(checkpoint_directory(run.directory, stage), ignore_errors=True)
 
 

@@ -469,6 +469,23 @@ def test_the_time_of_a_link_counts_what_it_took_before_it_was_interrupted() -> N
     assert 4000 < stage["train"]["seconds"] < 4600
 
 
+def test_a_run_in_the_directory_of_another_does_not_go_on_from_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, directory = leanfit(*TINY)
+    assert code == 0
+    lock = (directory / "recipe.lock.yaml").read_text()
+    assert leanfit(*TINY, "trainer.seed=7", "device.memory=1MB")[0] == 2
+    assert (directory / "recipe.lock.yaml").read_text() == lock  # what was refused changed nothing
+    assert (directory / "checkpoints" / "last.ckpt").is_file()
+    with monkeypatch.context() as patched:  # cut off before its own first checkpoint
+        patched.setattr("pipeline.walk.run_fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert leanfit(*TINY, "trainer.seed=7")[0] == 130
+    capsys.readouterr()
+    assert main([f"resume={directory}"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
 def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"resume={tmp_path}/nowhere"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
