@@ -14,6 +14,7 @@ from pipeline import interrupts  # noqa: F401 (first: the imports below take a w
 
 # isort: split
 
+import fcntl
 import gc
 import json
 import logging
@@ -329,25 +330,26 @@ def task() -> None:
     _outcome.run_dir = run_dir
     _without_adverts()
     try:
-        if not any(line.startswith("resume=") for line in overrides):
-            # What an earlier run left in this directory says nothing of this one, however it ends.
-            (run_dir / "result.json").unlink(missing_ok=True)
-        composed = None if sweep else _outcome.composed
-        if composed is None:  # a sweep's job may be in a process of its own
-            source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
-            composed = provenance.compose(source, overrides, job.job.config_name or "config")
-        config = decoded(composed, overrides, sweep, quiet=False)
-        _started_once(config)  # submitit starts as many as hydra.launcher.tasks_per_node says
-        _outcome.resumable = config.job in ("run", "compress") and not sweep
-        _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
-        with _no_garbage("pipeline.runner"):
-            from pipeline.runner import run
+        with _alone_in(run_dir):
+            if not any(line.startswith("resume=") for line in overrides):
+                # What an earlier run left in this directory says nothing of this one, however it ends.
+                (run_dir / "result.json").unlink(missing_ok=True)
+            composed = None if sweep else _outcome.composed
+            if composed is None:  # a sweep's job may be in a process of its own
+                source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
+                composed = provenance.compose(source, overrides, job.job.config_name or "config")
+            config = decoded(composed, overrides, sweep, quiet=False)
+            _started_once(config)  # submitit starts as many as hydra.launcher.tasks_per_node says
+            _outcome.resumable = config.job in ("run", "compress") and not sweep
+            _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
+            with _no_garbage("pipeline.runner"):
+                from pipeline.runner import run
 
-        try:
-            result = run(config, run_dir)
-        except ConfigError as error:  # found only with the model's shapes at hand
-            raise ConfigError([_placed(told, composed) for told in error.problems]) from error
-        _outcome.status = str(result.get("status", "ok"))
+            try:
+                result = run(config, run_dir)
+            except ConfigError as error:  # found only with the model's shapes at hand
+                raise ConfigError([_placed(told, composed) for told in error.problems]) from error
+            _outcome.status = str(result.get("status", "ok"))
     except Exception as error:
         log.error("failed", exc_info=error)
         _outcome.error = None if sweep else error
@@ -359,6 +361,24 @@ def task() -> None:
         from pipeline.report.table import job_line
 
         print(job_line(read_result(run_dir / "result.json"), job.job.num), flush=True)
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Two runs in one directory would train from each other's checkpoints: the later one is refused. A file system that
+    knows no locks keeps none from it."""
+    held = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = f"{run_dir}: another run is at work in this directory; let it end, or choose another hydra.run.dir"
+            raise ConfigError(said) from None
+        except OSError as error:
+            log.info("nothing keeps another run out of this directory: %s", error)
+        yield
+    finally:
+        os.close(held)
 
 
 @contextmanager

@@ -486,6 +486,24 @@ def test_a_run_in_the_directory_of_another_does_not_go_on_from_it(
     assert "nothing to resume" in capsys.readouterr().err
 
 
+def test_of_two_runs_in_one_directory_the_later_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = []
+
+    def train(*_: object) -> None:
+        script = f"import sys; from pipeline.app import main; sys.exit(main({[*TINY, 'hydra.run.dir=run']!r}))"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        later.append(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.walk.run_fit", train)
+    assert leanfit(*TINY)[0] == 130
+    assert later[0].returncode == 2
+    assert "another run is at work in this directory" in later[0].stderr
+    assert leanfit("job=plan", *TINY)[0] == 0  # now it has ended
+
+
 def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"resume={tmp_path}/nowhere"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
