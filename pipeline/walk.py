@@ -149,7 +149,7 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         model = base_model(run.config, run.data)  # whether its weights fit is seen only as they are loaded
     else:
         model = shapes(run.config, run.data)
-    problems: list[str] = []
+    problems = run.config.precision.model_problems(model)
     if trains:
         architecture = describe(model)
         problems += run.config.adapter.preflight(model, architecture)

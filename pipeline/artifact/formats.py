@@ -3,7 +3,7 @@
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
-experts as linear layers.
+experts as linear layers or of Llama 4.
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from pipeline.layers.experts import linear_experts
 from pipeline.layers.float8 import Float8Linear
@@ -37,6 +38,8 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
         return "dense"
     if linear or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
         return "leanfit"
+    if any(map(_exchanged, model.modules())):
+        return "leanfit"
     return {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
 
 
@@ -45,6 +48,15 @@ def _is_public(layer: QuantizedLayer) -> bool:
     if isinstance(layer, Float8Linear):
         return True
     return isinstance(layer, Int8Linear | Int8StaticLinear | WeightOnlyLinear) and layer.grid.symmetric
+
+
+def _exchanged(module: nn.Module) -> bool:
+    """Whether transformers puts another module in the place of this one as soon as a config tells of quantization.
+
+    It does so with the experts of Llama 4: each is then a layer of its own, of which nothing is stored.
+    """
+    entry: dict[str, Any] | None = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+    return entry is not None and "compressed-tensors" in entry["quantization_methods"]
 
 
 def _weights(layer: QuantizedLayer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pipeline.layers.constants import constant
 from pipeline.layers.offload import own_copy
 
 DOWN = "down_proj"
@@ -109,6 +110,26 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if hasattr(module, "_apply_gate") and getattr(getattr(module, DOWN, None), "ndim", None) == 3
     }
+
+
+def by_groups(model: nn.Module) -> bool:
+    """Whether any experts of `model` are multiplied by torch's grouped product, transformers' usual way."""
+    configs = (getattr(module, "config", None) for module in stacked_experts(model).values())
+    return any(getattr(config, "_experts_implementation", None) == "grouped_mm" for config in configs)
+
+
+@constant
+def groups_multiply(dtype: torch.dtype) -> bool:
+    """Whether products by groups are there in `dtype`: tried. A torch without any leaves them to transformers."""
+    product = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if product is None:
+        return True
+    one = torch.zeros(16, 16, dtype=dtype, device="cpu")
+    try:
+        product(one, one.unsqueeze(0), offs=torch.tensor([16], dtype=torch.int32, device="cpu"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def linear_experts(model: nn.Module) -> list[str]:

@@ -56,6 +56,10 @@ class Precision:
         """Why a model of these shapes (on the meta device) cannot be trained so."""
         return []
 
+    def model_problems(self, model: nn.Module) -> list[str]:
+        """Why a model of these shapes (on the meta device) cannot be run so at all, be it trained or not."""
+        return []
+
     def convert_layers(self, model: nn.Module, architecture: Architecture) -> Callable[[], None]:
         """Layers that compute otherwise while a fit goes on, in place; names and weights stay. What is returned takes
         them off again."""

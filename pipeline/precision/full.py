@@ -13,6 +13,7 @@ from pipeline.registry import register
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch.plugins.precision import Precision as LightningPrecision
+    from torch import nn
 
 
 @register("precision", "full")
@@ -47,6 +48,22 @@ class Full(Precision):
 
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    def model_problems(self, model: nn.Module) -> list[str]:
+        """Experts in stacked tensors are multiplied by groups, which torch does not do in float64.
+
+        transformers has another way ("eager"), which config.json cannot ask for: what was saved would open in plain
+        transformers, and fail at its first token.
+        """
+        from pipeline.layers.experts import by_groups, groups_multiply
+
+        if not by_groups(model) or groups_multiply(self.weight_dtype):
+            return []
+        kind = type(model).__name__
+        return [
+            f"precision={self.label}: the experts of {kind} are multiplied by groups, which torch does not do in "
+            f"{self.dtype}; use precision=32-true"
+        ]
 
     def plugin(self, device: str) -> LightningPrecision:
         from lightning.pytorch.plugins.precision import DoublePrecision

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -36,6 +38,29 @@ ROOT = Path(__file__).resolve().parents[2]
 IDS = {"input_ids": torch.arange(80).view(2, 40) % 64}
 # compressed-tensors' and accelerate's loaders warn about their own dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def llama4():
+    """Experts in stacked tensors of a kind that no link takes apart."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, intermediate_size_mlp=40, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_local_experts=4, max_position_embeddings=128,
+        pad_token_id=0,
+    )  # fmt: skip
+    return Llama4ForCausalLM(config).eval()
+
+
+def test_a_quantized_model_of_which_transformers_would_exchange_experts_is_no_public_format(tmp_path):
+    """It does so for whatever names compressed-tensors, and would look for experts as layers of their own."""
+    model = llama4()
+    assert store.save(model, tmp_path / "dense", chain=[], probe=IDS)["format"] == "dense"
+    quantize_layers(model, select(model, describe(model)).layers, "int8")
+    manifest = store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    assert (manifest["format"], manifest["opens_with"]) == ("leanfit", ["pipeline.load"])
+    assert torch.equal(store.output_of(store.load(tmp_path / "a"), IDS), store.output_of(model, IDS))
+    with pytest.raises(ValueError, match="leanfit"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
 
 def opt(tied=True, width=32, layers=2):

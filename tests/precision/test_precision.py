@@ -11,14 +11,18 @@ from pydantic import ValidationError
 from pydantic.type_adapter import TypeAdapter
 from torch import nn
 
-from pipeline.app import compose
+from pipeline.app import compose, main
 from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError
+from pipeline.layers.experts import groups_multiply
+from pipeline.layers.select import split_experts
+from pipeline.models.byte_tokenizer import byte_tokenizer
 from pipeline.precision import cpu_kernels
 from pipeline.precision.full import Full
 from pipeline.precision.mixed import Mixed
 from pipeline.precision.plugins import TrueSixteen, convert_floating
 from pipeline.registry import conf_root, lookup
+from tests import tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -51,6 +55,38 @@ def kernels(request, monkeypatch):
 def test_label_is_the_name_of_the_choice(name):
     assert choice(name).label == name
     assert choice(name).problems() == []
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_mixture_is_refused_in_a_dtype_in_which_its_experts_cannot_be_multiplied(name):
+    model, precision = tiny.mixtral(), choice(name)
+    told = precision.model_problems(model)
+    try:
+        precision.convert(model)(torch.arange(8).view(1, 8))
+    except RuntimeError:
+        assert told == [
+            f"precision={name}: the experts of MixtralForCausalLM are multiplied by groups, which torch does not do in "
+            "float64; use precision=32-true"
+        ]
+    else:
+        assert told == []
+    assert precision.model_problems(tiny.llama()) == []
+    assert precision.model_problems(split_experts(tiny.mixtral())) == []
+
+
+def test_such_a_mixture_ends_before_anything_runs(tmp_path, capsys):
+    tiny.mixtral(vocab_size=256).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    line = [
+        "model=hf", f"model.pretrained={tmp_path}/model", "precision=64-true", "trainer=smoke", "device=cpu",
+        "data.sequence_length=16", f"hydra.run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    if groups_multiply(torch.float64):
+        pytest.skip("this torch multiplies by groups in float64, or leaves it to transformers")
+    assert main([*line, "compression=int8", "trainer.max_steps=0"]) == 2
+    (told,) = (told for told in capsys.readouterr().err.splitlines() if told.startswith("error:"))
+    assert "precision=64-true: the experts of MixtralForCausalLM" in told
+    assert "(command line)" in told
 
 
 @pytest.mark.parametrize(
