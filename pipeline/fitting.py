@@ -322,8 +322,8 @@ def levers(config: RunConfig, model: nn.Module, callbacks: Sequence[lightning.Ca
         parts.append(HoldMasks())
     if config.memory.step_in_backward:
         parts.append(StepInBackward())
-    elif config.memory.release_gradients:
-        parts.append(ReleaseGradients())
+    elif config.memory.release_gradients or config.parallelism.holding.buckets == "views":
+        parts.append(ReleaseGradients(once=not config.memory.release_gradients))
     return parts
 
 

@@ -312,7 +312,8 @@ class MeasureTraining(lightning.Callback):
     """Measures the peak over warm optimizer steps of a fit, counted from the first step that this process runs.
 
     By the second step gradients and optimizer states exist, and from then on every step is alike: two are measured. In
-    a fit too short for them the last steps it has are taken. Later fits with the same callback are left alone.
+    a fit too short for them the last steps it has are taken, the first one only where there is no other. Later fits
+    with the same callback are left alone.
 
     Args:
         steps: first and last optimizer step to measure, from 0.
@@ -346,9 +347,9 @@ class MeasureTraining(lightning.Callback):
         if trainer.max_steps > 0:
             left = trainer.max_steps - trainer.global_step
             last = min(last, left - 1)
-            first = max(0, min(first, last - (self.steps[1] - self.steps[0])))
-        now = trainer.global_step
-        self.skipped_steps = frozenset(range(now + first, now + last + 1))
+            first = max(min(1, last), min(first, last - (self.steps[1] - self.steps[0])))
+        self._began = trainer.global_step
+        self.skipped_steps = frozenset(range(self._began + first, self._began + last + 1))
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -358,7 +359,7 @@ class MeasureTraining(lightning.Callback):
         if trainer.global_step == min(self.skipped_steps):
             meter = Meter(pl_module.device.type)
             alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
-            meter.start(alive, bucket_bytes(trainer.strategy.model))
+            meter.start(alive, bucket_bytes(trainer.strategy.model, trainer.global_step == self._began + 1))
             self._meter = meter
 
     def on_train_batch_end(
@@ -384,9 +385,12 @@ class MeasureTraining(lightning.Callback):
             self._finished = True
 
 
-def bucket_bytes(wrapped: Any) -> int:
-    """Bytes of the buckets in which `ddp` sends gradients: 0 where those that are there lie in them."""
-    if not isinstance(wrapped, DistributedDataParallel):
+def bucket_bytes(wrapped: Any, second: bool = False) -> int:
+    """Bytes of the buckets in which `ddp` sends gradients: 0 where those that are there lie in them.
+
+    `second`: the second step is next, which lets these go and makes others, in the order of its gradients.
+    """
+    if not isinstance(wrapped, DistributedDataParallel) or second:
         return 0
     if wrapped.gradient_as_bucket_view and any(weight.grad is not None for weight in wrapped.parameters()):
         return 0

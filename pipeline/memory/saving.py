@@ -144,13 +144,20 @@ class ReleaseGradients(lightning.Callback):
     """Frees gradients right after the optimizer step; by default they stay until the next backward pass replaces them.
 
     Saves a copy of the trained weights during the forward pass. Under ddp with `bucket_view` the gradients live in the
-    buckets, which stay.
+    buckets, which stay; it makes others for its second step, beside which they would hold the first ones.
     """
+
+    def __init__(self, once: bool = False) -> None:
+        """`once`: after the first step of this process alone."""
+        self.once, self.done = once, False
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.done:
+            return
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            self.done = self.once
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)
 

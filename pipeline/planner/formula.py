@@ -60,7 +60,7 @@ def training(
     batch: Batch,
     own: Callable[[], Context] | None = None,
 ) -> Peak:
-    """The peak on one device over a warm step of the fit of `stage`.
+    """The peak on one device over a warm step of the fit of `stage`, or over its only one.
 
     Args:
         model: on the meta device; it is filled with fake tensors in place.
@@ -91,7 +91,10 @@ def training(
         folding = Folding(account, rank.around, rank.within)
         context = own() if own else None
         stack.enter_context(account)
-        rank.enter(sum(step.state), kept=not (memory.release_gradients or memory.step_in_backward))
+        only = stage.fit.steps == 1 and not memory.step_in_backward
+        rank.enter(
+            0 if only else sum(step.state), kept=not (only or memory.release_gradients or memory.step_in_backward)
+        )
         stage_loss: StageLoss | None = None
         if context and stage.method:
             stage_loss = stage.method.loss(context)
@@ -118,6 +121,8 @@ def training(
         rank.finish()
         account.hold((weight.grad for weight in rank.trained if weight.grad is not None), "gradients")
         account.moment = "optimizer step"
+        if only:
+            rank.have("state", sum(step.state), "optimizer state")
         if not memory.step_in_backward:
             account.guest(step.at_work, "optimizer step")
         del taken, loss

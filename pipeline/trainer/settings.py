@@ -22,7 +22,8 @@ class Trainer:
 
     `micro_batch_size` None: the global batch split over the devices, no accumulation. `evaluate_every`: steps between
     validations while training (best.ckpt follows them); 0 means only after training. `grad_clip` None: no clipping.
-    `compile`: forward and backward passes of blocks and loss as compiled kernels; the first step of a fit waits for them.
+    `compile`: forward and backward passes of blocks and loss as compiled kernels, which the first step of a fit waits
+    for.
     `rank_timeout`: seconds without any progress after which a rank of a distributed fit is taken to hang.
     """
 

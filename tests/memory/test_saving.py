@@ -328,3 +328,10 @@ def test_gradients_are_gone_before_the_next_forward_but_not_between_micro_batche
     assert kept.watch == [True] + [False] * 4
     assert released.model.weight.grad is None
     assert_same(released.model.parameters(), kept.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "free"), [(1, [True, True, False, False, False]), (2, [True, False, True, False, False])]
+)
+def test_gradients_may_be_let_go_of_after_the_first_step_alone(tmp_path, accumulation, free):
+    assert fit(tmp_path, [ReleaseGradients(once=True)], accumulation, batches=5).watch == free
