@@ -18,27 +18,33 @@ from torch import Tensor, nn
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """Names under which models and their blocks are given a cache."""
+LAST = ("logits_to_keep",)
+"""And the number of tokens, from the end, whose logits are wanted."""
 
 
 def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits [B, T, V] of the tokens `ids` [B, T] that follow those in `cache`, and the cache with them added.
+    """Logits [B, 1, V] of the last of the tokens `ids` [B, T] that follow those in `cache`, and the cache with them.
+
+    Of a prompt most models (transformers') compute the last token's alone, which are 1/T of its logits.
 
     Raises:
         TypeError: the model takes no cache.
     """
-    name = _cache_name(getattr(model.forward, "__func__", model.forward))
+    forward = getattr(model.forward, "__func__", model.forward)
+    name = _taken(forward, CACHES)
     if name is None:
         raise TypeError(f"{type(model).__name__} takes no key-value cache")
+    last = _taken(forward, LAST)
     with _kernels_for(model, ids):
-        output = cast(Any, model)(input_ids=ids, use_cache=True, **{name: cache})
-    return output.logits, getattr(output, name)
+        output = cast(Any, model)(input_ids=ids, use_cache=True, **{name: cache}, **({last: 1} if last else {}))
+    return output.logits[:, -1:], getattr(output, name)
 
 
 @functools.cache
-def _cache_name(forward: Callable[..., Any]) -> str | None:
-    """Under which of `CACHES` a model's `forward` takes its cache."""
+def _taken(forward: Callable[..., Any], names: tuple[str, ...]) -> str | None:
+    """Which of `names` a model's `forward` takes."""
     taken = inspect.signature(forward).parameters
-    return next((name for name in CACHES if name in taken), None)
+    return next((name for name in names if name in taken), None)
 
 
 def _kernels_for(model: nn.Module, ids: Tensor) -> AbstractContextManager[None]:

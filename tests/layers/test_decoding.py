@@ -20,7 +20,22 @@ def test_steps_with_a_cache_give_the_logits_of_the_whole(build):
         for position in range(5, IDS.shape[1]):
             logits, cache = decode(model, IDS[:, position : position + 1], cache)
             steps.append(logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, 1), whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_prompt_only_the_last_tokens_logits_are_computed_whether_a_model_can_leave_out_others_or_not():
+    model, seen = llama().eval(), []
+    model.lm_head.register_forward_hook(lambda _, args, logits: seen.append(logits.shape[1]))
+
+    class Plain(nn.Module):
+        def forward(self, input_ids, use_cache, cache=None):
+            return SimpleNamespace(logits=model(input_ids=input_ids).logits, cache=None)
+
+    with torch.no_grad():
+        (found, _), (plain, _) = decode(model, IDS), decode(Plain(), IDS)
+    assert found.shape == plain.shape == (2, 1, 64)
+    assert seen == [1, 12]
+    torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
