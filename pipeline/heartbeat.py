@@ -105,8 +105,9 @@ class Watch:
     """In the process that started the ranks: whether one of them hangs. `read` gives what each has written, if it has.
 
     `timeout`: seconds without a count of any rank. A rank that is behind the others is given less: 20 times the longest
-    pause of that kind that was seen, 20 seconds at least in a step and 60 elsewhere. A rank that is not in its training
-    loop is not looked at, but for one that a signal has stopped, as what started it may be.
+    pause of that kind that was seen, 20 seconds at least in a step and 60 elsewhere. One that does not come up while
+    another has is given 20 times what that one took, 60 seconds at least. A rank that is not in its training loop is
+    not looked at otherwise, but for one that a signal has stopped, as what started it may be.
     """
 
     def __init__(self, read: Callable[[], Sequence[bytes | None]], timeout: float) -> None:
@@ -117,24 +118,44 @@ class Watch:
         self._beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}
         self._stopped: dict[str, float] = {}
+        self._begun: float | None = None
+        self._up: float | None = None
+        """When the first rank was seen."""
+        self._came: set[int] = set()
+        self._absent: list[int] = []
 
     def hung(self, now: float | None = None) -> str | None:
         """Which rank hangs, in words; None where none does. To be asked again and again, at times `now` (seconds)."""
         now = time.monotonic() if now is None else now
-        for rank, written in enumerate(self.read()):
+        self._begun = now if self._begun is None else self._begun
+        written_by = self.read()
+        for rank, written in enumerate(written_by):
             if (beat := unpack(written)) is None:
                 self._beats.pop(rank, None)
             elif beat != (before := self._beats.get(rank)):
                 if before is not None:
                     self._learn(before, beat, now - self._changed[rank])
                 self._beats[rank], self._changed[rank] = beat, now
-        return self._stopped_process(now) or self._silent_rank(now)
+        self._came |= self._beats.keys()
+        self._absent = [rank for rank in range(len(written_by)) if rank not in self._came]
+        return self._stopped_process(now) or self._absent_rank(now) or self._silent_rank(now)
 
     def _learn(self, before: Beat, after: Beat, pause: float) -> None:
         """Take note of a pause; where a whole step passed in it, of what belongs to one, too."""
         whole = after.done - before.done >= STEP
         for phase in {before.phase, *((Phase.STEP, Phase.BETWEEN) if whole else ())}:
             self.longest[phase] = max(self.longest.get(phase, 0.0), pause)
+
+    def _absent_rank(self, now: float) -> str | None:
+        """Of ranks that have never counted: the others wait for them where all meet, and do not count on either."""
+        if self._begun is None or not self._came:
+            return None
+        self._up = now if self._up is None else self._up
+        limit = min(self.timeout, max(GRACE[Phase.BETWEEN], PATIENCE * (self._up - self._begun)))
+        if not self._absent or (waited := now - self._up) < limit:
+            return None
+        who = f"rank{'s' if len(self._absent) > 1 else ''} {', '.join(map(str, self._absent))}"
+        return f"{who} did not come up, {waited:.0f} s after the first (trainer.rank_timeout={self.timeout:g})"
 
     def _silent_rank(self, now: float) -> str | None:
         beats = {rank: beat for rank, beat in self._beats.items() if beat.phase is not Phase.IDLE}
@@ -171,6 +192,10 @@ class Watch:
     def kill(self) -> None:
         """End the ranks at once: one that hangs, or waits for it, answers no other signal."""
         self.signal(signal.SIGKILL)
+        if self._absent:  # a rank that never counted has not said its number either
+            for process in children(self.launcher):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
 
 def pack(beat: Beat) -> bytes:
@@ -188,6 +213,15 @@ def unpack(written: bytes | None) -> Beat | None:
 def read_files(paths: Sequence[Path]) -> list[bytes | None]:
     """What the ranks of this machine wrote."""
     return [path.read_bytes() if path.exists() else None for path in paths]
+
+
+def children(process: int) -> list[int]:
+    """Processes that this one has started and that are there; none where the system does not tell (no /proc)."""
+    try:
+        told = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8") if process else ""
+    except OSError:
+        return []
+    return [int(word) for word in told.split()]
 
 
 def is_stopped(process: int) -> bool:

@@ -3,11 +3,13 @@
 import os
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.heartbeat import Beat, Beats, Phase, Watch, is_stopped, pack, read_files, unpack
+from pipeline.heartbeat import Beat, Beats, Phase, Watch, children, is_stopped, pack, read_files, unpack
 
 
 class Ranks:
@@ -63,6 +65,35 @@ def test_a_first_step_may_take_much_longer_on_one_rank_than_on_others(tmp_path: 
     assert watch.hung(0.0) is None
     assert watch.hung(599.0) is None
     assert str(watch.hung(600.0)).startswith("rank 0 hung: no step for 600 s")
+
+
+def test_a_rank_that_does_not_come_up_is_named(tmp_path: Path) -> None:
+    up = Beats(tmp_path / "beats-0")
+    for first, limit in ((2.0, 60.0), (10.0, 200.0), (50.0, 600.0)):  # seconds until the first rank is there
+        files = [tmp_path / "none yet"]
+        watch = Watch(lambda files=files: read_files([*files, tmp_path / "beats-1"]), 600)  # type: ignore[misc]
+        assert watch.hung(0.0) is None
+        files[:] = [up.path]
+        assert watch.hung(first) is None
+        assert watch.hung(first + limit - 1) is None
+        assert str(watch.hung(first + limit)).startswith(f"rank 1 did not come up, {limit:.0f} s after the first")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not tell a process's children")
+def test_a_rank_that_does_not_come_up_is_ended_with_the_others(tmp_path: Path) -> None:
+    script = "import subprocess as s, time; s.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        watch = Watch(lambda: read_files([tmp_path / "none"]), 600)
+        watch.launcher = launcher.pid
+        assert watch.hung(0.0) is None
+        (rank,) = children(launcher.pid)
+        os.kill(rank, signal.SIGSTOP)
+        watch.kill()
+        while Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)  # it has ended, and its parent has not asked yet
+        launcher.kill()
 
 
 def test_where_none_is_behind_the_timeout_counts(tmp_path: Path) -> None:
