@@ -122,11 +122,15 @@ def _loader(args: Namespace) -> provenance.Loader:
     if not conf.is_dir():
         raise ConfigError(f"--config-path {args.config_path}: no such directory (command line)")
     args.config_path = str(conf) if args.config_path else None
+    for name, folder in zip(environment.FOLDERS, (args.config_path, extra), strict=True):
+        os.environ[name] = str(folder or "")
     return loader(conf, extra)
 
 
 def loader(conf: Path | None = None, extra: Path | None = None) -> provenance.Loader:
-    """A loader over a conf folder (default: the package's own) and a further one."""
+    """A loader over a conf folder (default: the package's own) and a further one, or those that a rank was handed."""
+    handed = [Path(folder) if (folder := os.environ.get(name)) else None for name in environment.FOLDERS]
+    conf, extra = conf or handed[0], extra or handed[1]
     hydra.version.setbase(VERSION_BASE)
     recipes.register_source()
     return provenance.Loader(provenance.search_path(conf or conf_root(), extra))

@@ -15,6 +15,8 @@ import logging
 import os
 from pathlib import Path
 
+FOLDERS = ("LEANFIT_CONFIG_PATH", "LEANFIT_CONFIG_DIR")
+"""What --config-path and --config-dir named: ranks compose the run's lock anew, and find its choices there."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",

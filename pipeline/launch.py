@@ -32,7 +32,7 @@ from pipeline.parallelism.base import Meeting, Parallelism
 from pipeline.preemption import stop_file
 from pipeline.schema import RunConfig
 
-HANDED_ON = ("OMP_NUM_THREADS", *environment.WAITING, "PYTHONPATH", PARENT)
+HANDED_ON = ("OMP_NUM_THREADS", *environment.WAITING, *environment.FOLDERS, "PYTHONPATH", PARENT)
 """Variables that a rank on another machine must be given."""
 POLL = 0.5
 """Seconds between two looks at the ranks."""

@@ -510,6 +510,14 @@ def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
+def test_ranks_find_the_choices_of_a_further_folder(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("# Mine\ndefaults: [gpt_nano, _self_]\n")
+    assert leanfit("--config-dir=conf", *TINY, "model=mine", "parallelism=ddp", "parallelism.devices=2")[0] == 0
+    assert main(["job=plan", *TINY, "model=mine", "hydra.run.dir=plan"]) == 2  # which is not handed on to another run
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_does() -> None:
     pinned = ["trainer.micro_batch_size=4", "precision=64-true", "optimizer.schedule=constant"]
     _, one = leanfit(*TINY, *pinned, into="one")
