@@ -341,6 +341,18 @@ def artifact(config: RunConfig) -> list[str]:
     return []
 
 
+def artifact_as_it_is(config: RunConfig) -> list[str]:
+    """What only looks at an artifact takes its model, compression and precision: others, if typed, would not run."""
+    if config.job not in ("evaluate", "verify", "generate"):
+        return []
+    fixed = re.compile(r"\+*(model|compression|precision)[.=]")
+    return [
+        f"{line} would change nothing: job={config.job} takes the artifact as it is; leave it out"
+        for line in config.overrides
+        if fixed.match(line)
+    ]
+
+
 def something_to_compress(config: RunConfig) -> list[str]:
     if config.job != "compress" or config.chain:
         return []
@@ -392,6 +404,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     loss_chunks,
     adapter,
     artifact,
+    artifact_as_it_is,
     something_to_compress,
     prompts,
 )

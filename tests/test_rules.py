@@ -42,6 +42,14 @@ def with_device(plain: RunConfig, kind: str, **changes: Any) -> RunConfig:
     return replace(plain, device=Here(name=kind, memory=None), **changes)
 
 
+@pytest.mark.parametrize("job", ["evaluate", "verify", "generate"])
+def test_an_artifact_is_taken_as_it_is(job: str) -> None:
+    typed = ["model=llama", "compression.int8.ignore=[a]", "precision=bf16-true"]
+    told = rules.artifact_as_it_is(config(f"job={job}", "artifact=x", "compression=int8", *typed))
+    assert [line.partition(" would change nothing")[0] for line in told] == ["compression=int8", *typed]
+    assert rules.artifact_as_it_is(config(f"job={job}", "artifact=x", "recipe=int8", "data=digits")) == []
+
+
 def test_the_defaults_have_no_problem(plain: RunConfig) -> None:
     assert rules.problems(plain) == []
     assert isinstance(config().device, Auto)
