@@ -220,7 +220,7 @@ def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: b
     if problems:
         raise ConfigError(problems)
     if not quiet:
-        for note in notes:
+        for note in (*notes, *rules.left_aside(config)):
             print(note, file=sys.stderr)
     return config
 

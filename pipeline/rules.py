@@ -24,6 +24,8 @@ from pipeline.schema import GROUPS, RunConfig
 from pipeline.sizes import parse_size
 from pipeline.trainer.settings import missing_compiler
 
+LOOKING = ("evaluate", "verify", "generate")
+"""Jobs that look at an artifact and change nothing of it."""
 FLOAT8_FROM = (8, 9)
 """Compute capability of the first GPUs that multiply float8."""
 FLOAT16_SMALLEST = 6.1e-5
@@ -342,15 +344,26 @@ def artifact(config: RunConfig) -> list[str]:
 
 
 def artifact_as_it_is(config: RunConfig) -> list[str]:
-    """What only looks at an artifact takes its model, compression and precision: others, if typed, would not run."""
-    if config.job not in ("evaluate", "verify", "generate"):
-        return []
-    fixed = re.compile(r"\+*(model|compression|precision)[.=]")
+    """What only looks at an artifact takes its compression and precision: others, if typed, would not run."""
+    changes = {"compression": bool(config.chain), "precision": config.precision.name != "32-true"}
     return [
         f"{line} would change nothing: job={config.job} takes the artifact as it is; leave it out"
-        for line in config.overrides
-        if fixed.match(line)
+        for line in _about_an_artifact(config, [group for group, asked in changes.items() if asked])
     ]
+
+
+def left_aside(config: RunConfig) -> list[str]:
+    """What was typed and has no part in the run, but contradicts nothing that is wanted of it: to be told."""
+    typed = _about_an_artifact(config, ["model"])
+    return [f"{line} has no part in this: the artifact brings its own model" for line in typed]
+
+
+def _about_an_artifact(config: RunConfig, groups: Sequence[str]) -> list[str]:
+    """What was typed about `groups` for a job that only looks at an artifact."""
+    if config.job not in LOOKING or not groups:
+        return []
+    said = re.compile(rf"\+*({'|'.join(groups)})[.=]")
+    return [line for line in config.overrides if said.match(line)]
 
 
 def something_to_compress(config: RunConfig) -> list[str]:

@@ -44,10 +44,13 @@ def with_device(plain: RunConfig, kind: str, **changes: Any) -> RunConfig:
 
 @pytest.mark.parametrize("job", ["evaluate", "verify", "generate"])
 def test_an_artifact_is_taken_as_it_is(job: str) -> None:
-    typed = ["model=llama", "compression.int8.ignore=[a]", "precision=bf16-true"]
-    told = rules.artifact_as_it_is(config(f"job={job}", "artifact=x", "compression=int8", *typed))
-    assert [line.partition(" would change nothing")[0] for line in told] == ["compression=int8", *typed]
-    assert rules.artifact_as_it_is(config(f"job={job}", "artifact=x", "recipe=int8", "data=digits")) == []
+    typed = ["compression=int8", "compression.int8.ignore=[a]", "precision=bf16-true"]
+    told = rules.artifact_as_it_is(config(f"job={job}", "artifact=x", *typed))
+    assert [line.partition(" would change nothing")[0] for line in told] == typed
+    harmless = ["model=llama", "compression=none", "precision=32", "data=digits"]
+    as_it_is = config(f"job={job}", "artifact=x", *harmless)
+    assert rules.artifact_as_it_is(as_it_is) == []
+    assert rules.left_aside(as_it_is) == ["model=llama has no part in this: the artifact brings its own model"]
 
 
 def test_the_defaults_have_no_problem(plain: RunConfig) -> None:
