@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -345,7 +345,7 @@ def artifact(config: RunConfig) -> list[str]:
 
 def artifact_as_it_is(config: RunConfig) -> list[str]:
     """What only looks at an artifact takes its compression and precision: others, if typed, would not run."""
-    changes = {"compression": bool(config.chain), "precision": config.precision.name != "32-true"}
+    changes = {"compression": bool(config.chain), "precision": config.choices.get("precision") not in ("32", "32-true")}
     return [
         f"{line} would change nothing: job={config.job} takes the artifact as it is; leave it out"
         for line in _about_an_artifact(config, [group for group, asked in changes.items() if asked])
