@@ -546,6 +546,7 @@ def test_a_sweep_runs_every_job_and_ends_in_one_table(capsys: pytest.CaptureFixt
     assert code == 1
     assert len(rows) == 4
     assert [row["status"] for row in rows].count("failed") == 1  # int4 with groups of 48
+    assert [row["speed_ratio"] for row in rows[:2]] == [1, 1]  # what nothing has compressed is no faster than itself
     assert (sweep / "results.csv").is_file()
     assert (sweep / "pareto.png").stat().st_size > 5000
     assert max(map(len, output.splitlines())) <= 100
