@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.layers.kernels import ACTIVATION_LEVELS, SMALLEST, integers_of
-from pipeline.layers.quantize import Grid
+from pipeline.layers.quantize import Grid, wide
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, QuantizedLayer, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
@@ -41,7 +41,7 @@ class Int8Conv2d(Convolution, IntegerLayer):
         self.take_geometry(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        values = wide(x)
         step = values.abs().amax((1, 2, 3), keepdim=True).clamp_min_(SMALLEST).div_(ACTIVATION_LEVELS)
         sums = self.convolve(integers_of(values / step), self.weight.to(values.dtype), None)
         sums *= self.weight_scale.to(values.dtype).view(1, -1, 1, 1)

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.decoding import decode
-from pipeline.layers.sliced_loss import sum_over_rows, wide
+from pipeline.layers.quantize import at_least_float32
+from pipeline.layers.sliced_loss import sum_over_rows
 from pipeline.models.architecture import describe
 from pipeline.models.base import Architecture
 
@@ -95,7 +96,7 @@ def logits_loss(
     beside = [teacher, counted.unsqueeze(-1)] if classes is None else [teacher, counted.unsqueeze(-1), classes]
 
     def divergence(student: Tensor, teacher: Tensor, counted: Tensor, classes: Tensor | None = None) -> Tensor:
-        student, teacher = wide(student), wide(teacher)
+        student, teacher = at_least_float32(student), at_least_float32(teacher)
         if classes is None and top_k is not None and top_k < teacher.shape[-1]:
             teacher, classes = teacher.topk(top_k, dim=-1)
         if classes is not None:
@@ -121,7 +122,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
             raise LeanfitError(
                 f"hidden states of {list(one.shape)} cannot be compared with the teacher's {list(other.shape)}"
             )
-        one, other = wide(one), wide(other)
+        one, other = at_least_float32(one), at_least_float32(other)
         if mask is not None:
             one, other = one * mask.unsqueeze(-1), other * mask.unsqueeze(-1)
         terms.append((one - other).square().sum() / other.square().sum())
@@ -145,7 +146,7 @@ def relation_loss(
     terms = []
     for (one, _), (other, heads) in zip(student, teacher, strict=True):
         common = math.gcd(heads, one.shape[-1])
-        pair = [_similarity(wide(x), common, mask) for x in (one, other)]
+        pair = [_similarity(at_least_float32(x), common, mask) for x in (one, other)]
         rows = None if mask is None else mask.unsqueeze(1).expand(-1, common, -1)
         terms.append(_mean(_divergence(*pair), rows))
     return torch.stack(terms).mean()

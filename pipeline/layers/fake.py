@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.layers.kernels import ACTIVATION_LEVELS, SMALLEST, integers_of
-from pipeline.layers.quantize import Grid, Quantized, quantize_rows
+from pipeline.layers.quantize import Grid, Quantized, at_least_float32, quantize_rows, wide
 from pipeline.layers.quantized import float_class
 from pipeline.layers.schemes import require_finite
 
@@ -64,10 +64,6 @@ def _steps(values: Tensor, dimensions: int | tuple[int, ...] | None) -> Tensor:
     return peaks.clamp_min_(SMALLEST).div_(ACTIVATION_LEVELS)
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
@@ -79,7 +75,7 @@ class FakeInt8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        values = _wide(rows.detach())
+        values = wide(rows)
         step = _steps(values, None if self.share_flat and x.ndim == 2 else -1)
         rows = straight_through(rows, integers_of(values / step).mul_(step))
         found = _rounded(self.weight, Grid(bits=8))
@@ -94,7 +90,7 @@ class FakeInt8Conv2d(nn.Conv2d):
     share_flat: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        values = _wide(x.detach())
+        values = wide(x)
         step = _steps(values, (1, 2, 3))
         found = _rounded(self.weight, Grid(bits=8))
         integers, scale = integers_of(values / step), found.scale.to(values.dtype).view(-1, 1, 1, 1)
@@ -104,8 +100,8 @@ class FakeInt8Conv2d(nn.Conv2d):
             inputs, weight = straight_through(x, integers * step), straight_through(self.weight, weight * scale)
             return cast(Tensor, self._conv_forward(inputs, weight, self.bias))
         # Through the division by a step the gradient is that of the value before it.
-        inputs = straight_through(_wide(x) / step, integers)
-        sums: Tensor = self._conv_forward(inputs, straight_through(_wide(self.weight) / scale, weight), None)
+        inputs = straight_through(at_least_float32(x) / step, integers)
+        sums: Tensor = self._conv_forward(inputs, straight_through(at_least_float32(self.weight) / scale, weight), None)
         sums = sums * scale.view(1, -1, 1, 1)
         if self.bias is None:
             return (sums * step).to(x.dtype)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import LeanfitError
-from pipeline.layers.quantize import is_finite
+from pipeline.layers.quantize import at_least_float32, is_finite
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Inputs = Mapping[str, Tensor]
@@ -87,7 +87,7 @@ def compact(logits: Tensor, top_k: int | None) -> Array:
     """
     if not is_finite(logits):
         raise LeanfitError("NaN or infinity among the teacher's logits; it cannot be learned from")
-    values, ids = logits.to(torch.promote_types(logits.dtype, torch.float32)), None
+    values, ids = at_least_float32(logits), None
     if top_k is not None and top_k < logits.shape[-1]:
         values, ids = values.topk(top_k, dim=-1)
     # Below the smallest float16 a probability is 0 anyway.

@@ -132,6 +132,11 @@ def not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
     return next((name for name, weight in weights if weight.is_floating_point() and not is_finite(weight)), None)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def wide(weight: Tensor) -> Tensor:
     """`weight` outside of autograd, in float32 at least."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return at_least_float32(weight.detach())

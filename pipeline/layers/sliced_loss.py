@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.layers.quantize import at_least_float32
+
 IGNORED = -100
 """A target whose row counts nothing."""
 SLICES = 16
@@ -42,7 +44,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 def whole_cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """The same from all rows at once: what a compiler makes one kernel of, which holds no more."""
-    return functional.cross_entropy(wide(logits), targets, ignore_index=IGNORED, reduction=reduction)
+    return functional.cross_entropy(at_least_float32(logits), targets, ignore_index=IGNORED, reduction=reduction)
 
 
 def sum_over_rows(function: Callable[..., Tensor], logits: Tensor, *beside: Tensor) -> Tensor:
@@ -56,11 +58,6 @@ def sum_over_rows(function: Callable[..., Tensor], logits: Tensor, *beside: Tens
     if logits.numel() <= SMALLEST:
         return function(logits, *beside)
     return cast(Tensor, _SumOverRows.apply(function, logits, *beside))  # type: ignore[no-untyped-call]
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _SumOverRows(torch.autograd.Function):

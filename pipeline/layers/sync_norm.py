@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from pipeline.layers.quantize import at_least_float32
+
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A batch norm of any number of dimensions; in eval mode, and without other ranks, what torch's is."""
@@ -24,7 +26,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or ranks() == 1:
             return super().forward(input)
         over = [dim for dim in range(input.ndim) if dim != 1]
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        x = at_least_float32(input)
         shape = [1, -1, *[1] * (input.ndim - 2)]
         count = x.new_tensor([x.numel() / x.shape[1]])
         total = summed(torch.cat([x.sum(over), count]))
