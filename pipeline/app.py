@@ -34,6 +34,7 @@ from typing import Any
 
 import hydra
 import hydra._internal.hydra
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -326,7 +327,7 @@ def launch(_: DictConfig) -> None:
 
 
 def task() -> None:
-    """Check the job's config where it runs, copy its recipes, hand it to the runner, record how it ended."""
+    """Run the job where no other one is at work, record how it ended."""
     environment.prepare()  # a launcher of other processes (joblib, submitit) comes in here
     job = HydraConfig.get()
     run_dir, sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
@@ -335,25 +336,7 @@ def task() -> None:
     _without_adverts()
     try:
         with _alone_in(run_dir):
-            if not any(line.startswith("resume=") for line in overrides):
-                # What an earlier run left in this directory says nothing of this one, however it ends.
-                (run_dir / "result.json").unlink(missing_ok=True)
-            composed = None if sweep else _outcome.composed
-            if composed is None:  # a sweep's job may be in a process of its own
-                source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
-                composed = provenance.compose(source, overrides, job.job.config_name or "config")
-            config = decoded(composed, overrides, sweep, quiet=False)
-            _started_once(config)  # submitit starts as many as hydra.launcher.tasks_per_node says
-            _outcome.resumable = config.job in ("run", "compress") and not sweep
-            _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
-            with _no_garbage("pipeline.runner"):
-                from pipeline.runner import run
-
-            try:
-                result = run(config, run_dir)
-            except ConfigError as error:  # found only with the model's shapes at hand
-                raise ConfigError([_placed(told, composed) for told in error.problems]) from error
-            _outcome.status = str(result.get("status", "ok"))
+            _outcome.status = _ran(job, run_dir, overrides, sweep)
     except Exception as error:
         log.error("failed", exc_info=error)
         _outcome.error = None if sweep else error
@@ -365,6 +348,29 @@ def task() -> None:
         from pipeline.report.table import job_line
 
         print(job_line(read_result(run_dir / "result.json"), job.job.num), flush=True)
+
+
+def _ran(job: HydraConf, run_dir: Path, overrides: Sequence[str], sweep: bool) -> str:
+    """Check the job's config where it runs, copy its recipes, hand it to the runner: the status of its result."""
+    if not any(line.startswith("resume=") for line in overrides):
+        # What an earlier run left in this directory says nothing of this one, however it ends.
+        (run_dir / "result.json").unlink(missing_ok=True)
+    composed = None if sweep else _outcome.composed
+    if composed is None:  # a sweep's job may be in a process of its own
+        source = provenance.Loader(GlobalHydra.instance().config_loader().get_search_path())
+        composed = provenance.compose(source, overrides, job.job.config_name or "config")
+    config = decoded(composed, overrides, sweep, quiet=False)
+    _started_once(config)  # submitit starts as many as hydra.launcher.tasks_per_node says
+    _outcome.resumable = config.job in ("run", "compress") and not sweep
+    _copy_recipes(composed.recipes, run_dir / (job.output_subdir or ".hydra"))
+    with _no_garbage("pipeline.runner"):
+        from pipeline.runner import run
+
+    try:
+        result = run(config, run_dir)
+    except ConfigError as error:  # found only with the model's shapes at hand
+        raise ConfigError([_placed(told, composed) for told in error.problems]) from error
+    return str(result.get("status", "ok"))
 
 
 @contextmanager

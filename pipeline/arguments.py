@@ -124,9 +124,8 @@ def typed(override: str) -> str:
     if raw and raw[2].startswith('"'):
         return raw[1] + unquote_raw(raw[2])
     path = _PATH.fullmatch(override)
-    if (
-        path and path[2].startswith('"') and quote(unquote_raw(path[2])) == path[2]
-    ):  # one path, not a sweep over several
+    # One path, not a sweep over several.
+    if path and path[2].startswith('"') and quote(unquote_raw(path[2])) == path[2]:
         return path[1] + unquote_raw(path[2])
     recipe = _RECIPE.fullmatch(override)
     return recipe[1] + unquote(recipe[2].replace("'", "")) if recipe else override

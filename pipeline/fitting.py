@@ -36,7 +36,6 @@ from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.layers.quantize import not_finite
-from pipeline.layers.sliced_loss import cross_entropy
 from pipeline.memory.measure import MeasureTraining, bucket_bytes, measure_peak, training_tensors
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
@@ -204,7 +203,7 @@ class TaskModule(lightning.LightningModule):
         super().__init__()
         self.model, self.task, self.config, self.fit, self.stage_loss = model, task, config, fit, loss
         self.architecture, self.run_dir = architecture, run_dir
-        self.criterion = compiled_criterion() if config.trainer.compile else cross_entropy
+        self.criterion = compiled_criterion() if config.trainer.compile else None
         where = config.memory.activation_offload
         self.offload = None if where == "none" else ActivationOffload(model, store(where, run_dir))
 

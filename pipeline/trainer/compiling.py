@@ -1,8 +1,8 @@
 """The training forward and backward of each block as compiled kernels (Ansel et al., 2024, "PyTorch 2", ASPLOS).
 
 Blocks are compiled one by one, as torchtitan does: those that are alike share one compilation, and what is between
-them (embeddings, the head, collectives of sharded models) stays as it is. So is what makes a loss of logits. Names of
-modules and parameters do not change. Without gradients (evaluation) all runs as it is.
+them (embeddings, the head, collectives of sharded models) stays as it is. What makes a loss of logits is compiled, too.
+Names of modules and parameters do not change. Without gradients (evaluation) nothing that is compiled runs.
 """
 
 from __future__ import annotations
