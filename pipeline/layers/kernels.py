@@ -97,8 +97,13 @@ def choose(device: torch.device, dtype: torch.dtype, rows: int) -> str:
     return kernel if fast and rows > FLOAT_ROWS else "float"
 
 
+def is_cpu(device: torch.device) -> bool:
+    """Whether what lies on `device` is computed by a CPU: a plan for a GPU has its tensors there too."""
+    return device.type == "cpu"
+
+
 def _integer_kernel(device: torch.device) -> str:
-    if device.type == "cpu":
+    if is_cpu(device):
         return _cpu_kernel()
     return "int_mm" if device.type == "cuda" and works("int_mm", device) else "reference"
 

@@ -1,8 +1,8 @@
 """Quantized forms of nn.Linear: int8 W8A8, and weights alone in 2 to 8 bits. Forward and layout as compressed-tensors.
 
 Weight-only layers multiply in the model's dtype by the dequantized weight, made anew each time: they save memory and
-disk, not time. But where 8 bits are read by an int8 kernel, a token alone is faster too, and few tokens on a GPU are
-multiplied by a kernel that decodes as it reads (`fused.py`).
+disk, not time. But few tokens are multiplied by kernels that decode as they read: on a CPU one by the int8 kernel's,
+where 8 bits have one scale a row, else up to `bagged.TOKENS` (`bagged.py`); on a GPU those of `fused.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.layers import kernels
+from pipeline.layers import bagged, kernels
 from pipeline.layers.fused import FusedLinear, Product, sharing, values_in_bytes
 from pipeline.layers.quantize import Grid
-from pipeline.layers.quantized import FloatLayer, IntegerLayer, quantizes
+from pipeline.layers.quantized import FloatLayer, IntegerLayer, decoded_product, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
 
@@ -177,8 +176,9 @@ class Siblings:
 class WeightOnlyLinear(WeightOnly, CopiedLinear):
     """Packed weights of 2 to 8 bits, a scale for each `group_size` inputs; float activations.
 
-    At 8 bits and one scale a row, one token in float32 is multiplied without a dequantized copy, from int8
-    (`kernels.weight_only_token`). The first such token makes the kernel's copy, a byte a weight, which then stays.
+    Few tokens in float32 are multiplied without a dequantized copy: by `kernels.weight_only_token` one alone at 8 bits
+    with one scale a row, else by `bagged.product`. The first of them makes the kernel's copy of the weights, which then
+    stays.
     """
 
     def __init__(self, layer: FloatLayer, **settings: Any) -> None:
@@ -192,8 +192,11 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
     @property
     def kernel(self) -> str:
         scale = self.weight_scale
-        few = kernels.choose(scale.device, scale.dtype, 1) if self._token else ""
-        return self.named(f"{few} at one token, then dequantize" if few in kernels.FBGEMM else "dequantize")
+        few = kernels.choose(scale.device, scale.dtype, 1) if scale.dtype == torch.float32 else ""
+        if self._token and few in kernels.FBGEMM:
+            return self.named(f"{few} at one token, then dequantize")
+        bags = few in kernels.FBGEMM and bagged.works(bagged.width_of(self.bits))
+        return self.named(f"bags up to {bagged.TOKENS} tokens, then dequantize" if bags else "dequantize")
 
     def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         assert self.product is not None
@@ -203,9 +206,14 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and self.fuses(x):
             return self.fused_product(x, self.bias)
-        if self._token and kernels.reads_integers(x, self.weight_scale):
-            packed = self._packed
+        packed, scale = self._packed, self.weight_scale
+        if self._token:
+            if kernels.reads_integers(x, scale):
+                if packed.value is None:
+                    packed.value = kernels.fbgemm_pack(self.integers(), scale)
+                return kernels.weight_only_token(x, self.bias, packed.value)
+        elif bagged.reads(x, self.bits, scale):
             if packed.value is None:
-                packed.value = kernels.fbgemm_pack(self.integers(), self.weight_scale)
-            return kernels.weight_only_token(x, self.bias, packed.value)
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+                packed.value = bagged.pack(self.integers(), self.bits, scale, self.zero_points())
+            return bagged.product(x, self.bias, packed.value)
+        return decoded_product(x, self, self.bias)

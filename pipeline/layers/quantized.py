@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from pipeline.layers import kernels
 from pipeline.layers.packing import pack_int32, packed_columns, unpack_int32, unpack_unsigned
 from pipeline.layers.quantize import Grid, Quantized, dequantize_rows, quantize_rows
 from pipeline.layers.sparsity import MASK
@@ -56,6 +58,10 @@ class QuantizedLayer(nn.Module):
     @abstractmethod
     def dequantized(self) -> Tensor:
         """The weight that is stored, in the float layer's shape and the scales' dtype."""
+
+    @abstractmethod
+    def decoded_rows(self, begin: int, end: int) -> Tensor:
+        """Rows `begin` to `end` of the weight that the stored integers or codes stand for, [end - begin, columns]."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -149,12 +155,15 @@ class IntegerLayer(QuantizedLayer):
             self.weight = integers.view(self.weight_dims)
 
     def dequantized(self) -> Tensor:
+        return self.decoded_rows(0, self.rows).view(self.weight_dims)
+
+    def decoded_rows(self, begin: int, end: int) -> Tensor:
+        scale, zeros = self.weight_scale[begin:end], self.zero_points()
+        zeros = None if zeros is None else zeros[begin:end]
         if self.packed:
-            unsigned = unpack_unsigned(self.weight_packed, self.bits, self.columns)
-            weight = dequantize_rows(unsigned, self.weight_scale, self.zero_points(), offset=1 << (self.bits - 1))
-        else:
-            weight = dequantize_rows(self.integers(), self.weight_scale, self.zero_points())
-        return weight.view(self.weight_dims)
+            unsigned = unpack_unsigned(self.weight_packed[begin:end], self.bits, self.columns)
+            return dequantize_rows(unsigned, scale, zeros, offset=1 << (self.bits - 1))
+        return dequantize_rows(self.weight[begin:end].flatten(1), scale, zeros)
 
     def sparse_values(self) -> tuple[str, Tensor] | None:
         if not self.sparse or not self.grid.symmetric:
@@ -164,6 +173,34 @@ class IntegerLayer(QuantizedLayer):
 
     def settings(self) -> dict[str, Any]:
         return {}
+
+
+DECODED = 1 << 19
+"""Weights that a CPU decodes at once: 2 MB in float32, which stay in its cache. A copy of a large layer is a new piece
+of memory each time, whose pages the system hands out and clears one by one: three to ten times the time."""
+
+
+def decoded_product(x: Tensor, layer: QuantizedLayer, bias: Tensor | None) -> Tensor:
+    """x [..., in] times the decoded weight of a linear layer, plus bias, in the dtype of x: [..., out].
+
+    On a CPU some of its rows at a time, where no gradient is wanted: no copy of a large weight is then held, either.
+    """
+    step, outputs = max(16, DECODED // layer.columns), layer.rows
+    trained = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if outputs <= step or trained or not kernels.is_cpu(x.device) or torch.compiler.is_compiling():
+        return F.linear(x, layer.decoded_rows(0, outputs).to(x.dtype), bias)
+    y: Tensor | None = None
+    for begin in range(0, outputs, step):
+        end = min(begin + step, outputs)
+        weight = layer.decoded_rows(begin, end).to(x.dtype)
+        part = F.linear(x, weight, None if bias is None else bias[begin:end])
+        del weight
+        if y is None:
+            y = part.new_empty(*part.shape[:-1], outputs)
+        y[..., begin:end] = part
+        del part
+    assert y is not None
+    return y
 
 
 KINDS: dict[tuple[str, type[nn.Module]], type[QuantizedLayer]] = {}

@@ -50,6 +50,9 @@ def as_on_gpu() -> Iterator[None]:
     def works(kernel: str, device: torch.device) -> bool:
         return True
 
+    def is_cpu(device: torch.device) -> bool:
+        return False
+
     def cpu_kernel() -> str:
         return "int_mm"
 
@@ -60,6 +63,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(FakeTensor, "to", to),
         mock.patch.object(FakeTensor, "cpu", hosted),
         mock.patch.object(kernels, "choose", chosen),
+        mock.patch.object(kernels, "is_cpu", is_cpu),
         mock.patch.object(kernels, "works", works),
         mock.patch.object(kernels, "_cpu_kernel", cpu_kernel),
         mock.patch.object(float8, "multiplies_float8", multiplies_float8),

@@ -18,7 +18,7 @@ from pipeline.layers.nf4 import NF4Layer
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer
 from pipeline.planner.live import Block, Live
 
-Decode = Callable[[Any], Tensor]
+Decode = Callable[[Any, int, int], Tensor]
 Pattern = list[tuple[int, int, str]]
 """(place of a block among those of the pattern, +1 or -1, what ran then)."""
 
@@ -27,9 +27,10 @@ Pattern = list[tuple[int, int, str]]
 def replaying(live: Live) -> Iterator[None]:
     """While `live` counts: the methods that decode a layer's weight run once for all layers alike."""
     with ExitStack() as stack:
-        for cls, name in ((NF4Layer, "stored_weight"), (IntegerLayer, "dequantized")):
-            decode = _Decoding(live, getattr(cls, name))
-            stack.enter_context(mock.patch.object(cls, name, lambda layer, decode=decode: decode(layer)))
+        for cls in (NF4Layer, IntegerLayer):
+            decoding = _Decoding(live, cls.decoded_rows)
+            run = lambda layer, begin, end, decoding=decoding: decoding(layer, begin, end)  # noqa: E731
+            stack.enter_context(mock.patch.object(cls, "decoded_rows", run))
         yield
 
 
@@ -39,14 +40,14 @@ class _Decoding:
         self.patterns: dict[Any, tuple[list[int], Pattern, int, Tensor]] = {}
         """By what layers have in common: bytes of the blocks, their course, the weight's place, a tensor like it."""
 
-    def __call__(self, layer: QuantizedLayer) -> Tensor:
+    def __call__(self, layer: QuantizedLayer, begin: int, end: int) -> Tensor:
         stored = tuple((name, tensor.shape, tensor.dtype) for name, tensor in layer.named_buffers())
-        key = (type(layer), repr(layer.settings()), layer.weight_dims, stored, torch.is_grad_enabled())
+        key = (type(layer), repr(layer.settings()), layer.weight_dims, stored, end - begin, torch.is_grad_enabled())
         if key in self.patterns:
             return self._again(*self.patterns[key])
         events = self.live.timeline.events
         start = len(events)
-        weight = self.decode(layer)
+        weight = self.decode(layer, begin, end)
         whole = events[start:]
         blocks = list({id(block): block for block, _, _ in whole}.values())
         places = {id(block): place for place, block in enumerate(blocks)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pipeline.layers import kernels, offload, pulse
+from pipeline.layers import bagged, kernels, offload, pulse
 from pipeline.planner.fakes import tracing
 from pipeline.planner.gpu import as_on_device
 from pipeline.planner.live import FILES, storage_key, uncounted
@@ -24,6 +24,8 @@ def unreal(config: RunConfig) -> Iterator[None]:
     """Fake tensors, and what stands in for that which they cannot do: be moved, be told apart by their address, lie in
     files, be packed for a kernel."""
     kernels.choose(torch.device("cpu"), torch.float32, 1)  # which kernel is exact here is found by trying it, for good
+    for width in bagged.KERNELS:
+        bagged.works(width)
 
     def address(tensor: Tensor) -> int:
         return storage_key(tensor) + int(tensor.storage_offset()) * tensor.itemsize
@@ -51,6 +53,7 @@ def unreal(config: RunConfig) -> Iterator[None]:
         mock.patch.object(kernels, "fbgemm_pack", _packed),
         mock.patch.object(kernels, "_fbgemm", _product),
         mock.patch.object(kernels, "peak", _peak),
+        mock.patch.object(bagged, "_sums", _bag_sums),
         mock.patch.object(offload, "_written", written),
         mock.patch.object(offload, "_place", place),
         as_on_device(config),
@@ -72,6 +75,11 @@ def _product(rows: Tensor, zero_point: int, packed: _Packed, step: float = 1.0) 
     """FBGEMM's product holds its sums as integers beside its result."""
     sums = torch.empty(*rows.shape[:-1], packed.outputs, dtype=torch.int32)
     return torch.empty(sums.shape, dtype=torch.float32)
+
+
+def _bag_sums(packed: bagged.Packed, weights: Tensor, places: Tensor, begins: Tensor) -> Tensor:
+    ends = 8 if packed.width == 8 else 4
+    return torch.empty(len(begins) - 1, (packed.rows.shape[1] - ends) * 8 // packed.width)
 
 
 def _peak(x: Tensor) -> float:

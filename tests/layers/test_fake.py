@@ -188,7 +188,7 @@ def test_a_weight_only_linear_layer_converts_without_a_difference(bits, symmetri
     layer.weight.data[0] = 0
     chosen = four_bits(16, symmetric, bits)
     made = KINDS["weight_only", nn.Linear].from_float(copy.deepcopy(layer), **chosen)
-    x = torch.randn(2, 3, 32).to(dtype)
+    x = torch.randn(2, 5, 32).to(dtype)  # more than the kernels for few tokens take
     assert torch.equal(one(layer, "weight_only", **chosen)(x), made(x))
 
 

@@ -67,10 +67,10 @@ def test_a_second_layer_of_the_shape_runs_no_operators_and_one_of_another_shape_
         spent, events, weights = [], [], []
         for layer in model:
             before, start = live.operators, len(live.timeline.events)
-            weights.append(layer.dequantized())
+            weights.append(layer.decoded_rows(0, layer.rows))
             spent.append(live.operators - before)
             events.append([(block.bytes, sign, operator) for block, sign, operator in live.timeline.events[start:]])
-    assert spent[1] <= 2 < spent[0]
+    assert spent[1] <= 1 < spent[0]
     assert spent[2] == spent[0]
     assert events[0] == events[1]
     assert [weight.shape for weight in weights] == [(32, 64), (32, 64), (64, 32)]

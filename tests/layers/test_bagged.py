@@ -1,0 +1,143 @@
+"""Few tokens times packed weights by embedding bags, beside the product by the dequantized weight in float64."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.layers import bagged, kernels
+from pipeline.layers.schemes import KINDS
+
+if kernels.choose(torch.device("cpu"), torch.float32, 1) not in kernels.FBGEMM:
+    pytest.skip("FBGEMM is not here", allow_module_level=True)
+
+
+def made(inputs=96, outputs=72, bias=True, dtype=torch.float32, **chosen):
+    chosen = {"bits": 4, "group_size": 32, **chosen}
+    return KINDS["weight_only", nn.Linear].from_float(nn.Linear(inputs, outputs, bias=bias, dtype=dtype), **chosen)
+
+
+def by_hand(x, layer):
+    y = x.double() @ layer.dequantized().double().t()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def largest_sums(x, layer, size):
+    """Of the terms that are added: integers without sign, and what makes up for that."""
+    steps = layer.weight_scale.double().repeat_interleave(size, 1)
+    return (x.double().abs() @ steps.t()) * (1 << layer.bits)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    groups=st.integers(1, 6),
+    size=st.integers(1, 20),
+    outputs=st.integers(1, 40),
+    symmetric=st.booleans(),
+    bias=st.booleans(),
+    tokens=st.integers(1, bagged.TOKENS),
+    seed=st.integers(0, 99),
+)
+def test_a_product_is_as_near_as_sums_in_float32_are(bits, groups, size, outputs, symmetric, bias, tokens, seed):
+    torch.manual_seed(seed)
+    layer = made(groups * size, outputs, bias, bits=bits, group_size=size, symmetric=symmetric)
+    x = torch.randn(tokens, groups * size) * 10 ** torch.linspace(-3, 3, groups * size)
+    y = layer(x)
+    assert layer._packed.value is not None
+    assert y.dtype == torch.float32
+    assert ((y - by_hand(x, layer)).abs() <= 1e-6 * largest_sums(x, layer, size) + 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96), (2, 4, 96), (8, 96)])
+@pytest.mark.parametrize("chosen", [{}, {"group_size": None}, {"symmetric": False}, {"bits": 8, "symmetric": False}])
+def test_any_shape_of_few_tokens_is_taken_and_any_group(shape, chosen):
+    torch.manual_seed(0)
+    layer, x = made(**chosen), torch.randn(shape)
+    assert layer.kernel == "bags up to 8 tokens, then dequantize"
+    torch.testing.assert_close(layer(x).double(), by_hand(x, layer), rtol=1e-5, atol=1e-5)
+    assert layer._packed.value is not None
+
+
+def test_inputs_may_lie_anyhow():
+    torch.manual_seed(0)
+    layer, x = made(), torch.randn(1, 96)
+    want = by_hand(x, layer).expand(3, -1)
+    for lying in (x.expand(3, -1), x.t().expand(-1, 3).t(), torch.randn(3, 192)[:, ::2].copy_(x)):
+        torch.testing.assert_close(layer(lying).double(), want, rtol=1e-5, atol=1e-5)
+    layer = made(1, 7, group_size=1)
+    torch.testing.assert_close(layer(x[:, :1].expand(3, -1)).double(), by_hand(x[:, :1], layer).expand(3, -1))
+
+
+def test_tokens_do_not_change_one_another():
+    torch.manual_seed(0)
+    layer, x = made(), torch.randn(8, 96)
+    x[3] *= 1e6
+    torch.testing.assert_close(layer(x), torch.cat([layer(row.view(1, -1)) for row in x]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "why", ["many tokens", "a gradient", "another dtype", "weights in another dtype", "forced", "no tokens", "compiled"]
+)
+def test_else_it_is_the_product_by_the_dequantized_weight(why):
+    torch.manual_seed(0)
+    layer, x = made(), torch.randn(9 if why == "many tokens" else 0 if why == "no tokens" else 2, 96)
+    if why == "a gradient":
+        x.requires_grad_()
+    if why == "another dtype":
+        x = x.double()
+        layer.bias = nn.Parameter(layer.bias.double())
+    if why == "weights in another dtype":
+        layer, x = made(dtype=torch.bfloat16), x.bfloat16()
+    if why == "compiled":
+        exported = torch.export.export(layer, (x,))
+        assert not [node for node in exported.graph.nodes if "bag" in str(node.target)]
+    else:
+        with kernels.forced("float" if why == "forced" else None):
+            y = layer(x)
+        assert torch.equal(y, nn.functional.linear(x, layer.dequantized().to(x.dtype), layer.bias))
+    assert layer._packed.value is None
+    if why == "weights in another dtype":
+        assert layer.kernel == "dequantize"
+
+
+def test_zeros_give_the_bias_and_what_is_not_a_number_stays_so():
+    layer, x = made(), torch.zeros(2, 96)
+    assert torch.equal(layer(x), layer.bias.expand(2, -1))
+    x[1, 5] = torch.nan
+    y = layer(x)
+    assert torch.equal(y[0], layer.bias)
+    assert y[1].isnan().all()
+
+
+def test_new_weights_are_used_after_load_copy_and_pickle():
+    torch.manual_seed(0)
+    first, second, x = made(), made(), torch.randn(1, 96)
+    want, before = second(x), first(x)
+    assert torch.equal(copy.deepcopy(first)(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(first))(x), before)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), want)
+    assert set(first.state_dict()) == {"bias", "weight_packed", "weight_shape", "weight_scale"}
+
+
+def test_a_copy_takes_the_bits_of_its_rows_and_a_scale_for_each_group():
+    layer = made(128, 256, bits=3, group_size=64)
+    layer(torch.randn(1, 128))
+    packed = layer._packed.value
+    assert packed.rows.numel() == 128 * (256 // 2 + 4)
+    assert packed.scales.shape == (2, 256)
+
+
+def test_inference_mode_before_leaves_nothing_that_training_cannot_use():
+    layer = made(48, 8, group_size=16)
+    with torch.inference_mode():
+        layer(torch.randn(1, 48))
+    x = torch.randn(1, 48, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer(x.detach()).shape == (1, 8)

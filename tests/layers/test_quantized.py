@@ -1,0 +1,63 @@
+"""What all quantized layers share: a large weight is decoded some rows at a time."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.layers import quantized
+from pipeline.layers.schemes import KINDS
+from pipeline.memory.measure import measure_peak
+
+CASES = {
+    "packed": ("weight_only", {"bits": 4, "group_size": 32}),
+    "3 bits with zero points": ("weight_only", {"bits": 3, "group_size": 24, "symmetric": False}),
+    "nf4": ("nf4", {"block_size": 64, "double_quant": True}),
+    "nf4, blocks over the ends of rows": ("nf4", {"block_size": 36, "double_quant": False}),
+    "nf4, blocks of whole rows": ("nf4", {"block_size": 480, "double_quant": True}),
+    "fp8": ("fp8", {}),
+    "fp8, tokens too": ("fp8", {"activations": "dynamic"}),
+}
+
+
+def made(case, outputs=100, bias=True):
+    scheme, settings = CASES[case]
+    torch.manual_seed(0)
+    return KINDS[scheme, nn.Linear].from_float(nn.Linear(96, outputs, bias=bias), **settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_decoded_as_in_the_whole(case):
+    layer = made(case)
+    whole = layer.dequantized()
+    for begin, end in ((0, 100), (0, 1), (17, 64), (64, 100), (99, 100)):
+        assert torch.equal(layer.decoded_rows(begin, end), whole[begin:end])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_product_in_parts_is_that_of_the_whole(monkeypatch, case, bias):
+    layer, x = made(case, bias=bias), torch.randn(2, 10, 96)
+    want = layer(x)
+    calls = []
+    decoded = type(layer).decoded_rows
+    monkeypatch.setattr(quantized, "DECODED", 96 * 32)
+    monkeypatch.setattr(type(layer), "decoded_rows", lambda *a: calls.append(a[1:]) or decoded(*a))
+    torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)
+    assert calls == [(0, 32), (32, 64), (64, 96), (96, 100)]
+
+
+def test_a_gradient_to_the_input_takes_the_whole(monkeypatch):
+    layer, x = made("packed"), torch.randn(2, 10, 96, requires_grad=True)
+    monkeypatch.setattr(quantized, "DECODED", 96 * 32)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand_as(x))
+
+
+def test_no_more_than_a_part_is_held_beside_the_outputs():
+    layer = KINDS["weight_only", nn.Linear].from_float(nn.Linear(512, 8192, bias=False), bits=4, group_size=64)
+    x = torch.randn(16, 512)
+    with torch.no_grad(), measure_peak("cpu") as peak:
+        layer(x)
+    outputs, part = 4 * 16 * 8192, 4 * quantized.DECODED
+    assert outputs + part < peak.bytes < outputs + 3 * part
+    assert 3 * part < 4 * layer.rows * layer.columns
