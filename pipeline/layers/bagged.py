@@ -1,4 +1,4 @@
-"""Few float32 tokens times weights of 2 to 8 bits in groups on a CPU, read as packed: FBGEMM's embedding bags.
+"""Few tokens times weights of 2 to 8 bits in groups on a CPU, read as packed: FBGEMM's embedding bags.
 
 An output is a sum over groups: scale times the sum of inputs times integers. The inner sums are those of an embedding
 bag in which inputs are rows (of an input's integers for all outputs), weighted by the input; a group is a bag. FBGEMM
@@ -8,7 +8,8 @@ they are. The sums are of float32, as those of the product by the dequantized we
 as inexact: what is summed is x * (q + 2^(bits-1)), and then taken off again.
 
 The kernels take one bag after another: so many tokens take so many times as long, and beyond `TOKENS` a dequantized
-weight is no slower. Rows of 2 and 4 bits are summed by one thread. An output takes 2, 4 or 8 bits a weight.
+weight is no slower. Rows of 2 and 4 bits are summed by one thread. In 16 bits only one token alone is taken: its sums
+are more exact than those of a weight rounded to 16 bits, and several are to be as in plain transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pipeline.layers import kernels
 from pipeline.layers.constants import constant
 from pipeline.layers.packing import pack_unsigned
 
-TOKENS = 8
+TOKENS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
+"""How many are taken at most, by their dtype, which is that of the scales."""
 KERNELS = {width: f"embedding_bag_{name}_rowwise_offsets" for width, name in ((2, "2bit"), (4, "4bit"), (8, "byte"))}
 """By the bits that an integer takes in a row."""
 
@@ -31,7 +33,7 @@ class Packed(NamedTuple):
     """The kernel's copy of a weight [out, in] of so many `bits`.
 
     `rows`: uint8 [in, bytes], an input's integers for all outputs, then what they are scaled by and begin at.
-    `scales`: float32 [groups, out]. `zeros`: scale times zero point, [groups, out]; None where the grid is symmetric.
+    `scales`: float32 [groups, 1, out]. `zeros`: scale times zero point, [groups, out]; None where the grid is symmetric.
     """
 
     width: int
@@ -48,16 +50,16 @@ def width_of(bits: int) -> int:
 def reads(x: Tensor, bits: int, scales: Tensor) -> bool:
     """Whether `product` can take x [..., in] at weights of `bits` with `scales` [out, groups]."""
     return (
-        0 < x.numel() <= TOKENS * x.shape[-1]
-        and x.dtype == scales.dtype == torch.float32
+        x.dtype == scales.dtype
+        and 0 < x.numel() <= TOKENS.get(x.dtype, 0) * x.shape[-1]
         and not (x.requires_grad and torch.is_grad_enabled())
-        and kernels.choose(x.device, x.dtype, 1) in kernels.FBGEMM
+        and kernels.choose(x.device, torch.float32, 1) in kernels.FBGEMM
         and works(width_of(bits))
     )
 
 
 def pack(integers: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) -> Packed:
-    """int8 [out, in] of `bits`, float32 scales and int8 zero points [out, groups] -> the kernel's copy."""
+    """int8 [out, in] of `bits`, scales and int8 zero points [out, groups] -> the kernel's copy."""
     width, least = width_of(bits), -(1 << (bits - 1))
     unsigned = integers.t().contiguous().view(torch.uint8) - least  # bytes wrap around
     data = pack_unsigned(unsigned, width).view(torch.uint8)  # of inputs
@@ -65,22 +67,24 @@ def pack(integers: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) 
     rows = data.new_empty(len(data), data.shape[1] + len(ends))
     rows[:, : data.shape[1]] = data
     rows[:, data.shape[1] :] = ends
-    scales = scale.t().contiguous()
-    return Packed(width, rows, scales, None if zero_point is None else zero_point.t() * scales)
+    scales = scale.t().float().contiguous()
+    return Packed(width, rows, scales.unsqueeze(1), None if zero_point is None else zero_point.t() * scales)
 
 
 def product(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
-    """x [..., in] times the weight of `packed`, plus bias [out]: [..., out]."""
-    groups, outputs = packed.scales.shape
+    """x [..., in] times the weight of `packed`, plus bias [out], summed in float32: [..., out] in the dtype of x."""
+    groups, _, outputs = packed.scales.shape
     inputs = x.shape[-1]
     tokens, size = x.numel() // inputs, inputs // groups
     # All tokens of a group one after another: what is read of its rows is still at hand for the next.
-    weights = x.detach().reshape(tokens, groups, size).transpose(0, 1)
+    weights = x.detach().float().reshape(tokens, groups, size).transpose(0, 1)
     sums = _sums(packed, weights.flatten().contiguous(), *_bags(inputs, size, tokens)).view(groups, tokens, -1)
-    y = sums[..., :outputs].mul_(packed.scales.unsqueeze(1)).sum(0)
+    if sums.shape[-1] > outputs:  # the integers of a row fill whole words
+        sums = sums[..., :outputs]
+    y = sums.mul_(packed.scales).sum(0)
     if packed.zeros is not None:
         y.addmm_(weights.sum(-1).t(), packed.zeros, alpha=-1)
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], outputs)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], outputs).to(x.dtype)
 
 
 def _sums(packed: Packed, weights: Tensor, places: Tensor, begins: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ class Siblings:
 class WeightOnlyLinear(WeightOnly, CopiedLinear):
     """Packed weights of 2 to 8 bits, a scale for each `group_size` inputs; float activations.
 
-    Few tokens in float32 are multiplied without a dequantized copy: by `kernels.weight_only_token` one alone at 8 bits
-    with one scale a row, else by `bagged.product`. The first of them makes the kernel's copy of the weights, which then
+    Few tokens are multiplied without a dequantized copy: by `kernels.weight_only_token` one in float32 at 8 bits with
+    one scale a row, else by `bagged.product`. The first of them makes the kernel's copy of the weights, which then
     stays.
     """
 
@@ -192,11 +192,15 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
     @property
     def kernel(self) -> str:
         scale = self.weight_scale
-        few = kernels.choose(scale.device, scale.dtype, 1) if scale.dtype == torch.float32 else ""
-        if self._token and few in kernels.FBGEMM:
+        few = kernels.choose(scale.device, torch.float32, 1)
+        tokens = bagged.TOKENS.get(scale.dtype, 0)
+        if few not in kernels.FBGEMM or not tokens:
+            return self.named("dequantize")
+        if self._token and scale.dtype == torch.float32:
             return self.named(f"{few} at one token, then dequantize")
-        bags = few in kernels.FBGEMM and bagged.works(bagged.width_of(self.bits))
-        return self.named(f"bags up to {bagged.TOKENS} tokens, then dequantize" if bags else "dequantize")
+        if not bagged.works(bagged.width_of(self.bits)):
+            return self.named("dequantize")
+        return self.named(f"bags {'at one token' if tokens == 1 else f'up to {tokens} tokens'}, then dequantize")
 
     def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         assert self.product is not None
@@ -207,7 +211,7 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
         if x.is_cuda and self.fuses(x):
             return self.fused_product(x, self.bias)
         packed, scale = self._packed, self.weight_scale
-        if self._token:
+        if self._token and scale.dtype == torch.float32:
             if kernels.reads_integers(x, scale):
                 if packed.value is None:
                     packed.value = kernels.fbgemm_pack(self.integers(), scale)

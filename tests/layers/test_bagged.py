@@ -40,7 +40,7 @@ def largest_sums(x, layer, size):
     outputs=st.integers(1, 40),
     symmetric=st.booleans(),
     bias=st.booleans(),
-    tokens=st.integers(1, bagged.TOKENS),
+    tokens=st.integers(1, bagged.TOKENS[torch.float32]),
     seed=st.integers(0, 99),
 )
 def test_a_product_is_as_near_as_sums_in_float32_are(bits, groups, size, outputs, symmetric, bias, tokens, seed):
@@ -81,18 +81,31 @@ def test_tokens_do_not_change_one_another():
 
 
 @pytest.mark.parametrize(
-    "why", ["many tokens", "a gradient", "another dtype", "weights in another dtype", "forced", "no tokens", "compiled"]
+    "why",
+    [
+        "many tokens",
+        "two in 16 bits",
+        "a gradient",
+        "in float64",
+        "weights in another dtype",
+        "forced",
+        "no tokens",
+        "compiled",
+    ],
 )
 def test_else_it_is_the_product_by_the_dequantized_weight(why):
     torch.manual_seed(0)
     layer, x = made(), torch.randn(9 if why == "many tokens" else 0 if why == "no tokens" else 2, 96)
     if why == "a gradient":
         x.requires_grad_()
-    if why == "another dtype":
+    if why == "two in 16 bits":
+        layer, x = made(dtype=torch.bfloat16), x.bfloat16()
+    if why == "in float64":
         x = x.double()
         layer.bias = nn.Parameter(layer.bias.double())
     if why == "weights in another dtype":
-        layer, x = made(dtype=torch.bfloat16), x.bfloat16()
+        layer = made(dtype=torch.bfloat16)
+        layer.bias = nn.Parameter(layer.bias.float())
     if why == "compiled":
         exported = torch.export.export(layer, (x,))
         assert not [node for node in exported.graph.nodes if "bag" in str(node.target)]
@@ -101,8 +114,24 @@ def test_else_it_is_the_product_by_the_dequantized_weight(why):
             y = layer(x)
         assert torch.equal(y, nn.functional.linear(x, layer.dequantized().to(x.dtype), layer.bias))
     assert layer._packed.value is None
-    if why == "weights in another dtype":
-        assert layer.kernel == "dequantize"
+
+
+@pytest.mark.parametrize("chosen", [{}, {"bits": 8, "group_size": None}, {"symmetric": False}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_in_16_bits_is_rounded_once(dtype, chosen):
+    torch.manual_seed(0)
+    layer, x = made(dtype=dtype, **chosen), torch.randn(1, 1, 96, dtype=dtype)
+    assert layer.kernel == "bags at one token, then dequantize"
+    y = layer(x)
+    assert y.dtype == dtype
+    zeros = layer.zero_points()
+    groups = layer.integers().double().view(72, layer.weight_scale.shape[1], -1) - (
+        0 if zeros is None else zeros.double().unsqueeze(-1)
+    )
+    weight = (groups * layer.weight_scale.double().unsqueeze(-1)).view(72, 96)
+    want = x.double() @ weight.t() + layer.bias.double()
+    assert ((y - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-5).all()
+    assert layer._packed.value is not None
 
 
 def test_zeros_give_the_bias_and_what_is_not_a_number_stays_so():
@@ -130,7 +159,7 @@ def test_a_copy_takes_the_bits_of_its_rows_and_a_scale_for_each_group():
     layer(torch.randn(1, 128))
     packed = layer._packed.value
     assert packed.rows.numel() == 128 * (256 // 2 + 4)
-    assert packed.scales.shape == (2, 256)
+    assert packed.scales.shape == (2, 1, 256)
 
 
 def test_inference_mode_before_leaves_nothing_that_training_cannot_use():
