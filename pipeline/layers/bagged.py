@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     """The kernel's copy of a weight [out, in] of so many `bits`.
 
     `rows`: uint8 [in, bytes], an input's integers for all outputs, then what they are scaled by and begin at.
-    `scales`: float32 [groups, 1, out]. `zeros`: scale times zero point, [groups, out]; None where the grid is symmetric.
+    `scales`: float32 [groups, 1, out]. `zeros`: scale times zero point, [groups, out]; None on a symmetric grid.
     """
 
     width: int
