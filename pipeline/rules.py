@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -345,24 +345,26 @@ def artifact(config: RunConfig) -> list[str]:
 
 def artifact_as_it_is(config: RunConfig) -> list[str]:
     """What only looks at an artifact takes its compression and precision: others, if typed, would not run."""
+    if config.job not in LOOKING:
+        return []
     changes = {"compression": bool(config.chain), "precision": config.choices.get("precision") not in ("32", "32-true")}
     return [
         f"{line} would change nothing: job={config.job} takes the artifact as it is; leave it out"
-        for line in _about_an_artifact(config, [group for group, asked in changes.items() if asked])
+        for group, asked in changes.items()
+        if asked
+        for line in _typed_about(config, group)
     ]
 
 
 def left_aside(config: RunConfig) -> list[str]:
     """What was typed and has no part in the run, but contradicts nothing that is wanted of it: to be told."""
-    typed = _about_an_artifact(config, ["model"])
-    return [f"{line} has no part in this: the artifact brings its own model" for line in typed]
-
-
-def _about_an_artifact(config: RunConfig, groups: Sequence[str]) -> list[str]:
-    """What was typed about `groups` for a job that only looks at an artifact."""
-    if config.job not in LOOKING or not groups:
+    if config.artifact is None or checkpoints.exists(Path(config.artifact)):
         return []
-    said = re.compile(rf"\+*({'|'.join(groups)})[.=]")
+    return [f"{line} has no part in this: the artifact brings its own model" for line in _typed_about(config, "model")]
+
+
+def _typed_about(config: RunConfig, group: str) -> list[str]:
+    said = re.compile(rf"\+*{group}[.=]")
     return [line for line in config.overrides if said.match(line)]
 
 

@@ -395,7 +395,8 @@ def generate_text(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> N
         raise ConfigError(
             f"artifact={artifact}: it holds no tokenizer, so it cannot generate text; choose a language model"
         )
-    prompt = config.prompt if config.prompt is not None else Path(str(config.prompt_file)).read_text(encoding="utf-8")
+    # A file's bytes as they are: `read_text` would turn the ends of lines into this system's.
+    prompt = config.prompt if config.prompt is not None else Path(str(config.prompt_file)).read_bytes().decode("utf-8")
     task: Any = lookup.get("causal_lm")
     settings, device = config.generate, config.device.kind()
     words = len(tokenizer(prompt, verbose=False)["input_ids"])

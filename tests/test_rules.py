@@ -53,6 +53,15 @@ def test_an_artifact_is_taken_as_it_is(job: str) -> None:
     assert rules.left_aside(as_it_is) == ["model=llama has no part in this: the artifact brings its own model"]
 
 
+def test_of_what_is_compressed_again_an_artifact_brings_its_model_and_a_checkpoint_does_not(tmp_path: Path) -> None:
+    typed = ["job=compress", "compression=int8", "model=llama", "model.layers=2"]
+    told = rules.left_aside(config(*typed, f"artifact={tmp_path}"))
+    assert [line.partition(" has no part")[0] for line in told] == typed[2:]
+    checkpoint = tmp_path / "last.ckpt"
+    checkpoint.touch()
+    assert rules.left_aside(config(*typed, f"artifact={checkpoint}")) == []
+
+
 def test_the_defaults_have_no_problem(plain: RunConfig) -> None:
     assert rules.problems(plain) == []
     assert isinstance(config().device, Auto)

@@ -138,6 +138,16 @@ def test_generate_prints_the_prompt_and_goes_on(finished: Path, capsys: pytest.C
     assert capsys.readouterr().out.startswith(prompt)
 
 
+def test_a_prompt_file_is_taken_byte_for_byte(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished.parent / "prompt.txt"
+    file.write_bytes(b"a = 1\r\nb = 2\r\n")
+    code, _ = leanfit(
+        "job=generate", f"artifact={finished}/artifact", f"prompt_file={file}", "generate.max_new_tokens=1"
+    )
+    assert code == 0
+    assert capsys.readouterr().out.startswith("a = 1\r\nb = 2\r\n")
+
+
 def test_an_artifact_made_earlier_is_compressed_further(tmp_path: Path) -> None:
     _, dense = leanfit(*TINY, into="dense")
     code, directory = leanfit("job=compress", f"artifact={dense}/artifact", "compression=int4", "device=cpu")

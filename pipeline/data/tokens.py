@@ -281,9 +281,17 @@ def encode(span: Span, tokenizer: PreTrainedTokenizerBase, as_bytes: bool) -> It
 
 
 def cache_root() -> Path:
-    """`LEANFIT_CACHE`, else `$XDG_CACHE_HOME/leanfit`, else `~/.cache/leanfit`."""
+    """`LEANFIT_CACHE`, else `$XDG_CACHE_HOME/leanfit`, else `~/.cache/leanfit`.
+
+    Raises:
+        ConfigError: `LEANFIT_CACHE` names the home of a user that is not there.
+    """
     if chosen := os.environ.get("LEANFIT_CACHE"):
-        return Path(chosen).expanduser()
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:
+            user = Path(chosen).parts[0]
+            raise ConfigError(f"LEANFIT_CACHE={chosen}: there is no user {user[1:]}; name another directory") from None
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "leanfit"
 

@@ -306,6 +306,9 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert cache_root() == Path("/two/leanfit")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_root() == Path.home() / ".cache" / "leanfit"
+    monkeypatch.setenv("LEANFIT_CACHE", "~nobody-of-that-name/x")
+    with pytest.raises(ConfigError, match="LEANFIT_CACHE=~nobody-of-that-name/x: there is no user nobody-of-that-name"):
+        cache_root()
 
 
 def test_calling_a_tokenizer_leaves_its_fingerprint_unchanged(bpe: PreTrainedTokenizerFast) -> None:
