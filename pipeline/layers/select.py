@@ -15,6 +15,9 @@ from pipeline.layers.experts import routers, split, stacked_experts
 from pipeline.layers.quantized import quantized_layers
 from pipeline.models.base import Architecture
 
+WRITTEN_OUT = frozenset({"FalconLinear"})
+"""Linear layers of models whose own forward pass is nn.Linear's, written out."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -116,8 +119,8 @@ def _matrices(module: nn.Module) -> list[str]:
 def _computes_otherwise(module: nn.Module) -> bool:
     """Whether a model has made something else of a linear layer or a convolution, as Llama 4 has of its router."""
     kind = type(module)
-    ours = kind.__module__.startswith("pipeline.")
-    return not ours and kind.forward not in (nn.Linear.forward, nn.Conv2d.forward)
+    plain = kind.__module__.startswith("pipeline.") or kind.__name__ in WRITTEN_OUT
+    return not plain and kind.forward not in (nn.Linear.forward, nn.Conv2d.forward)
 
 
 def _unknown(module: nn.Module) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -39,6 +41,18 @@ def test_a_model_whose_matrices_are_of_an_unknown_layer_is_refused_by_its_name()
     (told,) = selection_problems(model, describe(model), (), "compression.int8")
     assert told.startswith("compression.int8: no layer to work on; it knows Linear, Conv2d")
     assert told.endswith("; the matrices of this model are those of Conv1D")
+
+
+def test_falcon_s_linear_layers_are_worked_on_though_their_product_is_written_out():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = on_meta(FalconForCausalLM, FalconConfig(**sizes))
+    block, parts = "transformer.h.0", ("self_attention", "mlp")
+    found = select(model, describe(model))
+    assert found.layers == tuple(
+        f"{block}.{part}.{name}"
+        for part, names in zip(parts, (("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")), strict=True)
+        for name in names
+    )
 
 
 def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_float():
