@@ -161,10 +161,10 @@ class Chain:
         found.compress[stage.name] = max(peaks, key=lambda peak: peak.bytes)
         return model.eval()
 
-    def saved(self, found: Links, model: nn.Module, task: Task) -> None:
-        """Enter what it takes to write what a stage leaves, if that is the most so far."""
+    def saved(self, found: Links, stage: Stage, model: nn.Module, task: Task) -> None:
+        """Enter what it takes to write what `stage` leaves, if that is the most so far."""
         try:
-            peak = traced_saving(self.config, model, task, self.data)
+            peak = traced_saving(self.config, model, task, self.data, stage)
         except Exception as error:  # the stages after it can be planned all the same
             found.open["save"] = f"cannot be traced: {first_line(error)}"
         else:

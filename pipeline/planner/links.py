@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipeline import stage_input
 from pipeline.artifact import store
+from pipeline.chain import Stage
 from pipeline.compression.pruning import Pruner
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
@@ -55,13 +56,13 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
         chain = Chain(config, data, tokenizer)
         try:
             model = chain.entering(line[0])
-            chain.saved(found, model, task)
+            chain.saved(found, line[0], model, task)
             if stage_input.beside_compressed(config, line[0]) and config.device.kind() == "cpu":  # else on its host
                 # Beside what was trained, the dense model that it stands for.
-                chain.saved(found, faked(stage_input.shapes(config, data), chain.dtype), task)
+                chain.saved(found, line[0], faked(stage_input.shapes(config, data), chain.dtype), task)
             for stage in line[1:]:
                 model = chain.linked(found, stage, model, untraced)
-                chain.saved(found, model, task)
+                chain.saved(found, stage, model, task)
                 del left[0]
             found.load = reading(config, model) if opens_in_memory(config, line) else None
             found.stored = stored_bytes(config, model)
@@ -114,13 +115,14 @@ def declared_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links
     task = lookup.get(config.data.task)
     chain = Chain(config, data, tokenizer)
 
-    def saved(model: nn.Module) -> None:
+    def saved(stage: Stage, model: nn.Module) -> None:
         with unreal(config):
-            chain.saved(found, faked(twin(model)), task)
+            chain.saved(found, stage, faked(twin(model)), task)
 
-    saved(model)
+    saved(first, model)
     if stage_input.beside_compressed(config, first) and config.device.kind() == "cpu":  # else on its host
-        saved(stage_input.shapes(config, data).to(config.precision.weight_dtype))  # the dense one that it stands for
+        dense = stage_input.shapes(config, data).to(config.precision.weight_dtype)  # that it stands for
+        saved(first, dense)
     for stage in links:
         assert stage.method is not None
         method = stage.method
@@ -152,7 +154,7 @@ def declared_links(config: RunConfig, data: DataBundle, tokenizer: Any) -> Links
             why = f"what {stage.name} leaves is known by its values alone"
             found.open |= dict.fromkeys(("save", *after(config)), why)
             return found
-        saved(model)
+        saved(stage, model)
     try:
         declare_left(config, data, chain, found, model)
     except Exception as error:  # whatever torch makes of tensors without values

@@ -149,10 +149,13 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
-def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
+def traced_saving(
+    config: RunConfig, model: nn.Module, task: Task, data: DataBundle, stage: Stage | None = None
+) -> Peak:
     """The peak while `model`, of fake tensors, is written as an artifact. To be called within `tracing`.
 
-    On a GPU it is what the model holds there: it is written from the host.
+    `stage`: it left the model; None: the last one. On a GPU it is what the model holds there: it is written from the
+    host.
     """
     if config.device.kind() == "cuda":
         return held(model)
@@ -161,7 +164,7 @@ def traced_saving(config: RunConfig, model: nn.Module, task: Task, data: DataBun
     live = Supposing(*kernels_of(config))
     live.hold_model(model)
     live.phase = "working set"
-    with live, masks_keeping(share_of(config)):
+    with live, masks_keeping(share_of(config, stage)):
         store.parts_of(model, fake_batch(batch))
     return live.timeline.peak()
 
@@ -174,9 +177,10 @@ def stored_bytes(config: RunConfig, model: nn.Module) -> int:
     return file_bytes((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 
-def share_of(config: RunConfig) -> float:
-    """Of weights under a mask, how many are kept: by the links, or by the artifact that they go on with."""
-    share = kept_share(config.chain.values())
+def share_of(config: RunConfig, stage: Stage | None = None) -> float:
+    """Of weights under a mask, how many are kept: by the links, or by the artifact that they go on with. Links that
+    come after `stage` have pruned nothing yet."""
+    share = kept_share(list(config.chain.values())[: None if stage is None else stage.index])
     path = None if config.artifact is None else Path(config.artifact)
     return share if path is None or checkpoints.exists(path) else min(share, store.kept_share(path))
 

@@ -99,6 +99,21 @@ def assert_stored(predicted, directory):
     assert stored <= predicted <= 1.05 * stored
 
 
+def test_what_an_earlier_pruner_leaves_is_saved_with_all_that_it_has_kept(tmp_path):
+    """A later one that prunes more has not begun then."""
+    pruning = ["compression=[magnitude,wanda]", "compression.magnitude.sparsity=0.2", "compression.wanda.sparsity=0.8"]
+    config = compose([*GPT, *pruning])
+    tokenizer, data = opened(config)
+    model = base_model(config, data)
+    model = prune_magnitude(
+        model, config.chain["magnitude"].layers(model, context_of(config, stages_of(config)[1], model)), 0.2
+    )
+    with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as writing:
+        store.save(model.eval(), tmp_path / "a", chain=[], probe=lookup.get("causal_lm").probe(data))
+    for links in (trace_links, declare_links):
+        assert links(config, data, tokenizer).save.bytes == pytest.approx(writing.bytes, rel=0.01)
+
+
 def test_links_of_an_artifact_whose_weights_lie_in_files_are_predicted_within_two_percent(tmp_path):
     config = compose([*GPT, "precision=bf16-true"])
     tokenizer, data = opened(config)
