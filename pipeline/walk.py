@@ -117,7 +117,7 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
     changing = changing_stages(line)
     run.begun = done > 0
     model: nn.Module | None = None
-    fits: list[dict[str, Any]] = []
+    saving_known = True
     for stage in changing:
         if stage.index < done:
             record = store.read_manifest(run.snapshot(stage))["record"]
@@ -128,16 +128,19 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
                     model = stage_input(run.config, run.directory, run.data, changing, stage)
                 enter_peak(run.result, "load", opening)
             model, record = train(run, stage, model) if stage.kind == "train" else compress(run, stage, model)
+            record["peaks"] = {"load": asdict(opening)}
             record = save_snapshot(run, stage, model, record, last=stage is changing[-1])
             if not run.config.keep_stages:
                 forget(run.directory, stage)
         run.begun = True
         note(run, stage, record)
-        fits += [record["fitted"]] if record["fitted"] else []
-    if any(fitted.get("saving_bytes") is None for fitted in fits):
+        fitted = record["fitted"]
+        written = "save" in record.get("peaks", {}) and (not fitted or fitted.get("saving_bytes") is not None)
+        saving_known = saving_known and written
+    if not saving_known:
         # What the rest of the run took to save would pass for all of it.
         run.result["memory"]["measured"]["save"] = None
-        run.progress.say("peak memory of saving is not known: the run was cut off as it saved the last step of a fit")
+        run.progress.say("peak memory of saving is not known: the run was cut off as it saved a stage or its fit")
 
 
 def preflight(run: Run, changing: list[Stage]) -> None:
@@ -303,7 +306,10 @@ def most(*sizes: int | None) -> int | None:
 
 
 def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, Any], *, last: bool) -> dict[str, Any]:
-    """Write the model as it leaves `stage`. A link's quality is measured here, the last's on the artifact itself."""
+    """Write the model as it leaves `stage`. A link's quality is measured here, the last's on the artifact itself.
+
+    The record, with the peaks of opening and saving, says to a run that is resumed what they were.
+    """
     if stage.kind == "link" and not last:
         with run.progress.phase(f"evaluating: {stage.name}"):
             record["quality"] = asdict(evaluate(run, model))
@@ -313,11 +319,15 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
         dense = fill_dense(split_as_in(model, base_model(run.config, run.data)), model.cpu())
         places = {run.directory / ADAPTED: model, run.snapshot(stage): dense}
     release()  # what making the model took
+    peaks = []
     with run.progress.phase("saving"):
         for place, saved in places.items():
             with measure_peak(run.device, [*saved.parameters(), *saved.buffers()]) as writing:
                 write_snapshot(run, stage, saved, place, record)
-            enter_peak(run.result, "save", writing)
+            peaks.append(writing)
+    largest = Peak(most(*(peak.bytes for peak in peaks)), most(*(peak.reserved for peak in peaks)))
+    record["peaks"]["save"] = asdict(largest)
+    store.annotate(run.snapshot(stage), {"record": record})
     release()  # what writing it took: the process that reads it back needs room beside this one
     return record
 
@@ -381,6 +391,8 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
     """Enter a finished stage into the result."""
     size = store.tensor_bytes(run.snapshot(stage))
     fitted = record["fitted"]
+    for phase, peak in record.get("peaks", {}).items():
+        enter_peak(run.result, phase, Peak(**peak))
     if fitted:
         enter_peak(run.result, "save", Peak(fitted.get("saving_bytes")))
     if stage.index == 0:

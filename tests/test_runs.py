@@ -241,11 +241,14 @@ def test_a_broken_gate_can_be_judged_again_without_training_again() -> None:
 
 def test_a_run_cut_off_at_its_receipt_is_finished_by_resume() -> None:
     _, directory = leanfit(*TINY, "compression=int8", "keep_stages=true")
+    whole = read_result(directory / "result.json")
     (directory / "result.json").unlink()
     before = weights(directory)
     assert main([f"resume={directory}"]) == 0
-    assert read_result(directory / "result.json")["artifact"]["reload"]["ok"] is True
+    told = read_result(directory / "result.json")
+    assert told["artifact"]["reload"]["ok"] is True
     assert same(before, weights(directory))
+    assert told["memory"]["measured"] == whole["memory"]["measured"]  # what came before was opened and saved, too
 
 
 @pytest.mark.parametrize("cut", [1, 2])
