@@ -3,7 +3,7 @@
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
-experts as linear layers or of Llama 4.
+experts as linear layers or of Llama 4, packed layers of Falcon.
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -28,6 +28,8 @@ from pipeline.layers.static import Int8StaticLinear
 
 PUBLIC = ("dense", "int-quantized", "pack-quantized", "float-quantized")
 MODEL_TYPE = "leanfit"
+READING = frozenset({"falcon"})
+"""Model types whose linear layers read their weight in a forward pass of their own: of packed ones there is none."""
 
 
 def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
@@ -38,9 +40,11 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
         return "dense"
     if linear or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
         return "leanfit"
-    if any(map(_exchanged, model.modules())):
+    form = {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
+    reading = getattr(getattr(model, "config", None), "model_type", None) in READING
+    if (reading and form == "pack-quantized") or any(map(_exchanged, model.modules())):
         return "leanfit"
-    return {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
+    return form
 
 
 def _is_public(layer: QuantizedLayer) -> bool:

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    FalconConfig,
+    FalconForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -61,6 +63,20 @@ def test_a_quantized_model_of_which_transformers_would_exchange_experts_is_no_pu
     assert torch.equal(store.output_of(store.load(tmp_path / "a"), IDS), store.output_of(model, IDS))
     with pytest.raises(ValueError, match="leanfit"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+
+
+def test_quantized_layers_that_transformers_reads_without_their_scheme_are_of_no_public_format(tmp_path):
+    """Falcon's look for a weight, of which there is none while it is packed; integers of 8 bits are one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = FalconConfig(**sizes)
+    model = FalconForCausalLM(config).eval()
+    whole = quantize_layers(FalconForCausalLM(config).eval(), select(model, describe(model)).layers, "int8")
+    assert store.save(whole, tmp_path / "whole", chain=[], probe=IDS)["format"] == "int-quantized"
+    quantize_layers(model, select(model, describe(model)).layers, "weight_only", bits=4, group_size=16)
+    manifest = store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    assert (manifest["format"], manifest["opens_with"]) == ("leanfit", ["pipeline.load"])
+    assert torch.equal(store.output_of(store.load(tmp_path / "a"), IDS), store.output_of(model, IDS))
 
 
 def opt(tied=True, width=32, layers=2):
