@@ -169,6 +169,7 @@ def _segments(
                 segment.module = model.get_submodule(name)  # it may have been replaced
                 for number, output in enumerate(segment.run()):  # at once in place of the inputs, which go
                     calls[number] = calls[number].with_hidden(keep(hidden_of(output)))
+                    del output  # the last would stay while the next block is worked on, whatever `keep` has made of it
     done = {layer for found in inside.values() for layer in found} if chained else set()
     rest = tuple(layer for layer in layers if layer not in done)
     if rest:

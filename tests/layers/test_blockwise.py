@@ -1,10 +1,13 @@
 """Calibration block by block, against one hooked forward pass of the whole model."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from pipeline.layers.blockwise import is_chain, segments
+from pipeline.layers.blockwise import hidden_of, is_chain, segments
+from pipeline.layers.offload import offload_module
 from pipeline.layers.select import select
 from pipeline.models.architecture import describe
 from tests import tiny
@@ -132,3 +135,16 @@ def test_arguments_that_all_calls_share_are_held_once(build, data):
         if isinstance(value, torch.Tensor) and name != "hidden_states":
             assert first.calls[2].kwargs[name] is value
     assert first.calls[2].hidden is not first.calls[0].hidden
+
+
+def test_where_hidden_states_lie_in_files_nothing_that_a_block_gave_stays_in_memory(tmp_path):
+    model, batches, given = opt(), token_batches(), []
+    for module in model.modules():
+        offload_module(module, tmp_path)
+    first = model.model.decoder.layers[0]
+    walk = segments(model, describe(model), select(model, describe(model)).layers, batches, "cpu")
+    next(walk)
+    first.register_forward_hook(lambda module, args, output: given.append(weakref.ref(hidden_of(output))))
+    next(walk)
+    assert len(given) == len(batches)
+    assert not any(output() is not None for output in given)
