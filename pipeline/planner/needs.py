@@ -43,11 +43,12 @@ from pipeline.walk import stages_of
 
 
 class Needs:
-    """Peaks and bytes on disk of configs whose task and tokenizer are those of `config`."""
+    """Peaks and bytes on disk of configs whose task, tokenizer and bound of inference are those of `config`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.task = lookup.get(config.data.task)
         self.tokenizer = config.model.tokenizer()
+        self._inference = config.fit.inference
         self._opened: dict[Any, DataBundle] = {}
         self._others: dict[Any, dict[str, Phase]] = {}
         self._unevaluated: dict[Any, Plan] = {}
@@ -88,8 +89,8 @@ class Needs:
         return replace(most, bytes=int(line)) if line > least.bytes else least
 
     def phases(self, config: RunConfig, traced: bool) -> dict[str, Phase]:
-        """Every phase of the run that can be predicted."""
-        found = {**self.others(config, traced)}
+        """Every phase of the run that can be predicted; it generates nothing itself."""
+        found = {name: phase for name, phase in self.others(config, traced).items() if name != "generate"}
         for name, phase in self.training(config, traced).items():
             found[name] = max(phase, found.get(name, phase), key=lambda one: one.bytes)
         return found
@@ -117,7 +118,9 @@ class Needs:
 
     def others(self, config: RunConfig, traced: bool = True) -> dict[str, Phase]:
         """Every phase but stage 0's fit. Fits of links depend on what saves memory: they are left out unless traced, or
-        where stage 0 has no fit that tells how much that is."""
+        where stage 0 has no fit that tells how much that is. Generation is one where its bytes are bound."""
+        # A candidate, as it runs, asks for no bound.
+        config = replace(config, fit=replace(config.fit, inference=self._inference))
         first, *links = stages_of(config)
         fits = (traced or first.fit is None) and any(link.fit is not None for link in links)
         levers = (traced, micro_batch_size(config), repr(without_micro(config))) if fits else None

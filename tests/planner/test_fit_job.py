@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.fitting import fit
 from pipeline.planner import fit_job
 from pipeline.planner.fit_search import Search, strategy, way_out
+from pipeline.planner.needs import Needs
 from pipeline.planner.plan import plan
 from pipeline.planner.search import Candidate, grown, plain
 from pipeline.report.progress import Progress
@@ -181,6 +182,18 @@ def test_a_lever_is_searched_that_only_the_evaluation_during_training_needs(tmp_
 def test_what_comes_out_keeps_its_bound(tmp_path):
     chosen = searched(tmp_path, "budget=1GB", "fit.inference=5MB")
     assert chosen.best.candidate.changes == ("trainer.evaluation_batch_size=8",)  # all else fits as typed
+
+
+@pytest.mark.parametrize("chain", ["none", "int8"])
+def test_generation_keeps_the_bound_of_inference_and_is_nothing_of_the_run(chain, tmp_path):
+    words = [f"compression={chain}", "data.sequence_length=16", "trainer.evaluation_batch_size=1"]
+    takes = plan(compose([*SMALL, *words, "job=plan"])).phases["generate"].bytes
+    with pytest.raises(ConfigError, match="generation of 200 tokens takes"):
+        searched(tmp_path, *words, "budget=1GB", f"fit.inference={takes - 1}")
+    needs = Needs(compose([*FIT, *words, "budget=1GB", "fit.inference=1GB"]))
+    run = plain(compose([*FIT, *words, "budget=1GB", "fit.inference=1GB"]))
+    assert needs.others(run)["generate"].bytes == takes
+    assert "generate" not in needs.phases(run, traced=False)
 
 
 @pytest.mark.parametrize(
