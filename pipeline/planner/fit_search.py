@@ -502,6 +502,10 @@ def way_out(phase: str, kind: str, config: RunConfig) -> str:
         "gradients": ("adapter", "or a smaller model"),
         "optimizer state": ("optimizer", "or adapter"),
     }
+    if phase in ("evaluate", "validate") and kind not in named:  # what `memory` saves, training holds
+        batch = "trainer.evaluation_batch_size"  # halved already, unless it was typed
+        smaller = search.typed(config, batch) and config.trainer.evaluation_batch_size > 1
+        return f"Give more, or {f'a smaller {batch}' if smaller else shorter}"
     group, other = named.get(kind, ("memory", f"or {shorter}"))
     if group in config.fit.free:
         return "Give more, or take a smaller model"

@@ -280,6 +280,9 @@ def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):
         ("train", ["model=efficientnet", "data=digits"], "Give more, fit.free=[memory] or a smaller model"),
         ("compress", ["compression=wanda"], "Give more, or fewer calibration.samples, or a smaller "),
         ("compress", ["compression=int8"], "Give more, fit.free=[memory] or a shorter data.sequence_length"),
+        ("evaluate", [], "Give more, or a shorter data.sequence_length"),
+        ("evaluate", ["trainer.evaluation_batch_size=1"], "Give more, or a shorter data.sequence_length"),
+        ("validate", ["trainer.evaluation_batch_size=4"], "Give more, or a smaller trainer.evaluation_batch_size"),
     ],
 )
 def test_the_way_out_is_one_that_there_is(phase, words, way):
