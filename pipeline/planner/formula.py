@@ -125,8 +125,9 @@ def training(
             rank.have("state", sum(step.state), "optimizer state")
         if not memory.step_in_backward:
             account.guest(step.at_work, "optimizer step")
-        del taken, loss
+        del loss
         account.mark(STEP_DONE)
+        del taken
     course = folding.unrolled()
     kept = course.held_at(STEP_DONE)
     if ranks.holding.buckets == "views":  # in which gradients lie once they are summed, and which stay without them

@@ -36,6 +36,7 @@ from pipeline.planner.live import Peak
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import trace_training
 from pipeline.planner.transfers import held, opens_in_memory, trace_opening, traced_saving
+from pipeline.planner.workspaces import WORKSPACES
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -338,8 +339,9 @@ def beside_fit(config: RunConfig, bare: Phase, train: Peak) -> Phase:
     early = config.memory.release_gradients or config.memory.step_in_backward
     kept = ("optimizer state",) if early else ("optimizer state", "gradients")
     there = train.kinds if train.kept is None else train.kept
-    beside = {kind: there[kind] for kind in kept if kind in there}
-    return replace(bare, bytes=bare.bytes + sum(beside.values()), kinds={**bare.kinds, **beside})
+    beside = {kind: there[kind] for kind in (*kept, WORKSPACES) if kind in there}
+    among = bare.kinds.get(WORKSPACES, 0)  # the evaluation's thread is one of the fit's
+    return replace(bare, bytes=bare.bytes - among + sum(beside.values()), kinds={**bare.kinds, **beside})
 
 
 def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: bool) -> Phase:

@@ -368,6 +368,17 @@ def test_older_gpus_have_smaller_workspaces(monkeypatch):
     assert workspace(compose([*GPT, "job=plan", "device=cuda"])) == 8_519_680
 
 
+@pytest.mark.parametrize("level", ["trace", "formula"])
+def test_what_threads_of_a_fit_take_for_products_stays_for_validation_and_checkpoints(level, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = compose([*GPT, "trainer.evaluate_every=2", "job=plan", "device=cuda", "device.memory=80GB"])
+    phases = plan(config, level=level).phases
+    both = {name: phases[name].kinds[WORKSPACES] for name in ("train", "validate", "save")}
+    assert set(both.values()) == {2 * workspace(config) + sum(WITH_BIAS)}
+    assert phases["validate"].bytes == sum(phases["validate"].kinds.values())
+    assert phases["evaluate"].kinds[WORKSPACES] == workspace(config) + sum(WITH_BIAS)
+
+
 def test_no_layer_is_dropped_by_chance_on_tensors_without_values():
     with FakeTensorMode(), Live():
         assert not torch.rand([]) < 0.5
