@@ -78,6 +78,6 @@ def correction(found: list[float]) -> tuple[float, float] | None:
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: brackets without end
         return {}
     return found if isinstance(found, dict) else {}
