@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,7 +359,8 @@ class MeasureTraining(lightning.Callback):
         if trainer.global_step == min(self.skipped_steps):
             meter = Meter(pl_module.device.type)
             alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
-            meter.start(alive, bucket_bytes(trainer.strategy.model, trainer.global_step == self._began + 1))
+            measured = [step - self._began for step in self.skipped_steps]
+            meter.start(alive, bucket_bytes(trainer.strategy.model, measured))
             self._meter = meter
 
     def on_train_batch_end(
@@ -385,12 +386,13 @@ class MeasureTraining(lightning.Callback):
             self._finished = True
 
 
-def bucket_bytes(wrapped: Any, second: bool = False) -> int:
+def bucket_bytes(wrapped: Any, steps: Collection[int] = ()) -> int:
     """Bytes of the buckets in which `ddp` sends gradients: 0 where those that are there lie in them.
 
-    `second`: the second step is next, which lets these go and makes others, in the order of its gradients.
+    `steps`: the next ones, from 0 in this process. One of them may let these go and make others, in the order of its
+    gradients: the second, of a static graph the third.
     """
-    if not isinstance(wrapped, DistributedDataParallel) or second:
+    if not isinstance(wrapped, DistributedDataParallel) or 1 + wrapped.static_graph in steps:
         return 0
     if wrapped.gradient_as_bucket_view and any(weight.grad is not None for weight in wrapped.parameters()):
         return 0

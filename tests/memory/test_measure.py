@@ -404,6 +404,36 @@ def test_buckets_that_hold_copies_of_gradients_are_counted(tmp_path):
     assert (viewed, plain, copied) == (0, 0, held)
 
 
+REBUILT = """
+import os, sys, torch
+from pipeline.memory.measure import bucket_bytes, measure_peak
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+for static in (False, True):
+    for steps in ([1], [2], [3]):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, static_graph=static
+        )
+        for _ in range(steps[0]):
+            wrapped(torch.ones(2, 64)).sum().backward()
+            wrapped.zero_grad()
+        with measure_peak("cpu", model.parameters(), bucket_bytes(wrapped, steps)) as peak:
+            wrapped(torch.ones(2, 64)).sum().backward()
+            wrapped.zero_grad()
+        print(peak.bytes, flush=True)
+os._exit(0)
+"""
+
+
+def test_buckets_count_once_in_the_step_that_makes_them_anew(tmp_path):
+    said = subprocess.run(
+        [sys.executable, "-c", REBUILT, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    peaks = [int(line) for line in said.stdout.splitlines()]
+    assert len(peaks) == 6
+    assert max(peaks) - min(peaks) < 100  # a scalar or two; the buckets have 16900
+
+
 LETTING_GO = """
 import ctypes, hashlib, os, sys, threading, time, torch
 from pipeline.memory.measure import gloo_states, let_go
