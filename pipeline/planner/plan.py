@@ -320,8 +320,12 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
 def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan) -> None:
     """Evaluation in the middle of the fit: beside what the fit keeps between two steps."""
     train = found.phases.get("train")
-    if train is not None and (bare := validation(config, task, data)) is not None:
+    if train is None:
+        return
+    if (bare := validation(config, task, data)) is not None:
         found.phases["validate"] = beside_fit(config, bare, train)
+    elif why := untraceable(config):
+        found.open["validate"] = why
 
 
 def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase | None:

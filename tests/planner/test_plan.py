@@ -296,6 +296,14 @@ def test_validation_in_the_middle_of_a_fit_is_computed_within_ten_percent(tmp_pa
     assert predicted.bytes == pytest.approx(peak.bytes, rel=0.1)
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_validation_on_ranks_is_said_not_to_be_planned(every):
+    found = plan(compose([*GPT, "parallelism=ddp", "parallelism.devices=2", f"trainer.evaluate_every={every}"]))
+    assert "validate" not in found.phases
+    said = {"validate": "parallelism=ddp: ranks that work together are not traced"}
+    assert found.open == (said if every else {})
+
+
 def test_a_model_that_cannot_be_traced_is_computed_and_says_so(monkeypatch):
     def refuse(*_):
         raise RuntimeError("values are asked for\nhere")
