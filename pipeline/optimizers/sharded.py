@@ -100,7 +100,8 @@ def _variance(state: dict[str, Any], gradient: DTensor, weight: float, least: fl
         return mean.lerp_(local(gradient).square(), weight).clone()
     rows: Tensor = state["row_var"].lerp_(square_sums(gradient, -1).div_(gradient.size(-1)), weight)
     columns: Tensor = state["col_var"].lerp_(square_sums(gradient, -2).div_(gradient.size(-2)), weight)
-    estimate = part_of(rows, gradient) @ part_of(columns, gradient)
+    # Not as a product of matrices: of a weight with one row, ranks without it have no part of `columns` either.
+    estimate = part_of(rows, gradient) * part_of(columns, gradient)
     return estimate.div_(part_of(rows.mean(dim=-2, keepdim=True).clamp_(min=least), gradient))
 
 
