@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.layers import kernels
 from pipeline.layers.constants import constant
-from pipeline.layers.packing import pack_unsigned
+from pipeline.layers.packing import pack_unsigned, unpack_unsigned
 
 TOKENS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 """How many are taken at most, by their dtype, which is that of the scales."""
@@ -30,7 +30,7 @@ KERNELS = {width: f"embedding_bag_{name}_rowwise_offsets" for width, name in ((2
 
 
 class Packed(NamedTuple):
-    """The kernel's copy of a weight [out, in] of so many `bits`.
+    """A weight [out, in] as the kernels read it, `width` bits an integer.
 
     `rows`: uint8 [in, bytes], an input's integers for all outputs, then what they are scaled by and begin at.
     `scales`: float32 [groups, 1, out]. `zeros`: scale times zero point, [groups, out]; None on a symmetric grid.
@@ -59,7 +59,7 @@ def reads(x: Tensor, bits: int, scales: Tensor) -> bool:
 
 
 def pack(integers: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) -> Packed:
-    """int8 [out, in] of `bits`, scales and int8 zero points [out, groups] -> the kernel's copy."""
+    """int8 [out, in] of `bits`, scales and int8 zero points [out, groups] -> what the kernels read."""
     width, least = width_of(bits), -(1 << (bits - 1))
     unsigned = integers.t().contiguous().view(torch.uint8) - least  # bytes wrap around
     data = pack_unsigned(unsigned, width).view(torch.uint8)  # of inputs
@@ -69,6 +69,15 @@ def pack(integers: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) 
     rows[:, data.shape[1] :] = ends
     scales = scale.t().float().contiguous()
     return Packed(width, rows, scales.unsqueeze(1), None if zero_point is None else zero_point.t() * scales)
+
+
+def unpack(packed: Packed, begin: int, end: int) -> Tensor:
+    """Outputs `begin` to `end` of what was packed, each integer plus 2^(bits-1): uint8 [end - begin, in]."""
+    each = 32 // packed.width
+    first, last = begin // each, -(-end // each)
+    words = packed.rows[:, 4 * first : 4 * last].contiguous().view(torch.int32)
+    unsigned = unpack_unsigned(words, packed.width, each * (last - first))
+    return unsigned[:, begin - each * first : end - each * first].t().contiguous()
 
 
 def product(x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:

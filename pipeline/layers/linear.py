@@ -15,17 +15,22 @@ from torch import Tensor, nn
 
 from pipeline.layers import bagged, kernels
 from pipeline.layers.fused import FusedLinear, Product, sharing, values_in_bytes
+from pipeline.layers.packing import pack_int32
 from pipeline.layers.quantize import Grid
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, decoded_product, quantizes
 from pipeline.layers.weight_only import WeightOnly
 
 
 class CopiedLinear(FusedLinear, IntegerLayer):
-    """Weights of which a kernel has a packed copy of its own. Whatever changes the weights makes the copy void."""
+    """Weights of which a kernel has a packed form of its own. Whatever changes the weights makes that void."""
 
     def __init__(self, layer: FloatLayer, grid: Grid) -> None:
         super().__init__(layer, grid)
         self.out_features, self.in_features = self.weight_dims
+        self._packed = kernels.Packed()
+
+    def void(self) -> None:
+        """Leave the kernel's form."""
         self._packed = kernels.Packed()
 
     def set_integers(self, integers: Tensor) -> None:
@@ -33,12 +38,12 @@ class CopiedLinear(FusedLinear, IntegerLayer):
         self._packed = kernels.Packed()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._packed = kernels.Packed()
+        self.void()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = kernels.Packed()
+        self.void()
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -176,9 +181,9 @@ class Siblings:
 class WeightOnlyLinear(WeightOnly, CopiedLinear):
     """Packed weights of 2 to 8 bits, a scale for each `group_size` inputs; float activations.
 
-    Few tokens are multiplied without a dequantized copy: by `kernels.weight_only_token` one in float32 at 8 bits with
-    one scale a row, else by `bagged.product`. The first of them makes the kernel's copy of the weights, which then
-    stays.
+    Few tokens are multiplied without a dequantized copy. One in float32 at 8 bits with one scale a row is by
+    `kernels.weight_only_token`, for which a copy of a byte a weight is made and stays. Others are by `bagged.product`,
+    and the weights are then held in its form alone, until somebody asks for them as they are stored.
     """
 
     def __init__(self, layer: FloatLayer, **settings: Any) -> None:
@@ -218,6 +223,37 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
                 return kernels.weight_only_token(x, self.bias, packed.value)
         elif bagged.reads(x, self.bits, scale):
             if packed.value is None:
-                packed.value = bagged.pack(self.integers(), self.bits, scale, self.zero_points())
+                self._hand_over()
             return bagged.product(x, self.bias, packed.value)
         return decoded_product(x, self, self.bias)
+
+    @property
+    def _handed_over(self) -> bool:
+        return isinstance(self._packed.value, bagged.Packed)
+
+    def _hand_over(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._packed.value = bagged.pack(self.integers(), self.bits, self.weight_scale, self.zero_points())
+            self.weight_packed = self.weight_packed.new_empty(self.rows, 0)
+            if self.weight_scale.dtype == torch.float32:
+                self.weight_scale = self._packed.value.scales.squeeze(1).t()  # which are the same, transposed
+
+    def void(self) -> None:
+        if self._handed_over:
+            with torch.inference_mode(False), torch.no_grad():
+                self.weight_packed = pack_int32(self.integers(), self.bits)
+                self.weight_scale = self.weight_scale.contiguous()
+        super().void()
+
+    def unsigned_rows(self, begin: int, end: int) -> Tensor:
+        if self._handed_over:
+            return bagged.unpack(self._packed.value, begin, end)
+        return super().unsigned_rows(begin, end)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.void()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.void()  # a copy, or what is pickled, has the weights as they are stored
+        return self.__dict__

@@ -138,8 +138,12 @@ class IntegerLayer(QuantizedLayer):
     def integers(self) -> Tensor:
         """int8 [rows, columns] (a convolution's kernels flattened)."""
         if self.packed:
-            return unpack_int32(self.weight_packed, self.bits, self.columns)
+            return (self.unsigned_rows(0, self.rows) - (1 << (self.bits - 1))).view(torch.int8)  # bytes wrap around
         return self.weight.flatten(1)
+
+    def unsigned_rows(self, begin: int, end: int) -> Tensor:
+        """Rows `begin` to `end` of packed integers, each plus 2^(bits-1): uint8 [end - begin, columns]."""
+        return unpack_unsigned(self.weight_packed[begin:end], self.bits, self.columns)
 
     def zero_points(self) -> Tensor | None:
         """int8 [rows, groups]; None where the grid is symmetric."""
@@ -161,8 +165,7 @@ class IntegerLayer(QuantizedLayer):
         scale, zeros = self.weight_scale[begin:end], self.zero_points()
         zeros = None if zeros is None else zeros[begin:end]
         if self.packed:
-            unsigned = unpack_unsigned(self.weight_packed[begin:end], self.bits, self.columns)
-            return dequantize_rows(unsigned, scale, zeros, offset=1 << (self.bits - 1))
+            return dequantize_rows(self.unsigned_rows(begin, end), scale, zeros, offset=1 << (self.bits - 1))
         return dequantize_rows(self.weight[begin:end].flatten(1), scale, zeros)
 
     def sparse_values(self) -> tuple[str, Tensor] | None:
@@ -190,8 +193,7 @@ def decoded_product(x: Tensor, layer: QuantizedLayer, bias: Tensor | None) -> Te
     if outputs <= step or trained or not kernels.is_cpu(x.device) or torch.compiler.is_compiling():
         return F.linear(x, layer.decoded_rows(0, outputs).to(x.dtype), bias)
     y: Tensor | None = None
-    for begin in range(0, outputs, step):
-        end = min(begin + step, outputs)
+    for begin, end in parts(outputs, step):
         weight = layer.decoded_rows(begin, end).to(x.dtype)
         part = F.linear(x, weight, None if bias is None else bias[begin:end])
         del weight
@@ -201,6 +203,11 @@ def decoded_product(x: Tensor, layer: QuantizedLayer, bias: Tensor | None) -> Te
         del part
     assert y is not None
     return y
+
+
+def parts(rows: int, step: int) -> list[tuple[int, int]]:
+    """Where each `step` of `rows` begins and ends."""
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 KINDS: dict[tuple[str, type[nn.Module]], type[QuantizedLayer]] = {}

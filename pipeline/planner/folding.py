@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pipeline.layers.depth import INDICES
+from pipeline.layers.linear import CopiedLinear
 from pipeline.planner.live import Block, Event, Live, Timeline
 from pipeline.planner.workspaces import WORKSPACES
 
@@ -65,12 +66,13 @@ class Like(NamedTuple):
 
 @dataclass
 class Pattern:
-    """What one block did: numbers of events; and the leaves of its output, tensors as `Like`.
+    """What `block` did: numbers of events; and the leaves of its output, tensors as `Like`.
 
     `between`: what the block was given and what it gave, in both directions. Its likes have tensors of their own there,
     which of what they give (`gave`) are there at the end: some may be made long before, as attention's weights are.
     """
 
+    block: nn.Module
     forward: range = range(0)
     began: int | None = None
     ended: int | None = None
@@ -109,6 +111,8 @@ class Folding:
     patterns: dict[Any, Pattern] = field(default_factory=dict)
     repeats: list[tuple[int, Pattern, bool]] = field(default_factory=list)
     """(number of events before it, of which pattern, whether it is the backward pass)."""
+    lent: list[Any] = field(default_factory=list)
+    """Tensors whose end is told by a pattern."""
 
     def now(self) -> int:
         return len(self.account.timeline.events)
@@ -168,7 +172,7 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
     folding.around(block, False, True)
     pattern = folding.patterns.get(key)
     if pattern is None:
-        folding.patterns[key] = pattern = Pattern()
+        folding.patterns[key] = pattern = Pattern(block)
         out = _computed(folding, pattern, block, lambda: inner(*args, **kwargs), inputs)
     else:
         folding.repeats.append((folding.now(), pattern, False))
@@ -176,9 +180,18 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
         made = iter(_StandIn.apply(folding, block, pattern, anchor, *inputs))  # type: ignore[no-untyped-call]
         assert pattern.spec is not None
         out = tree_unflatten([next(made) if isinstance(leaf, Like) else leaf for leaf in pattern.leaves], pattern.spec)
+        _lend(folding, block, pattern.block)
     folding.around(block, False, False)
     folding.account.phase = "logits and loss"  # unless another block follows
     return out
+
+
+def _lend(folding: Folding, block: nn.Module, like: nn.Module) -> None:
+    """Layers of `block` give their weights to a kernel, as those of `like` have, which is in the pattern."""
+    for layer, other in zip(block.modules(), like.modules(), strict=True):
+        if isinstance(layer, CopiedLinear) and isinstance(other, CopiedLinear) and other._packed.value is not None:
+            folding.lent.append(layer._buffers)
+            layer._packed, layer._buffers = other._packed, dict(other._buffers)
 
 
 def _computed(

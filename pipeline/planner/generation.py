@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline.layers import bagged
 from pipeline.layers.decoding import CACHES
+from pipeline.layers.linear import CopiedLinear
 from pipeline.models.architecture import describe, positions
 from pipeline.planner.fakes import faked, kernels_of, tracing
 from pipeline.planner.folding import Folding, folded
@@ -73,6 +75,9 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
     def label(module: nn.Module, args: Any, given: dict[str, Any], out: Any) -> None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         live.hold(_cached(cache), KEY_VALUE_CACHE)
+        for layer in module.modules():
+            if isinstance(layer, CopiedLinear) and isinstance(form := layer._packed.value, bagged.Packed):
+                live.hold((part for part in (form.rows, form.scales, form.zeros) if part is not None), "weights")
 
     folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
     hooks = [model.register_forward_pre_hook(begin)]

@@ -7,13 +7,14 @@ pass: most of what a plan of QLoRA waited for. Layers of one shape and format ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from pipeline.layers import quantized
 from pipeline.layers.nf4 import NF4Layer
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer
 from pipeline.planner.live import Block, Live
@@ -31,7 +32,19 @@ def replaying(live: Live) -> Iterator[None]:
             decoding = _Decoding(live, cls.decoded_rows)
             run = lambda layer, begin, end, decoding=decoding: decoding(layer, begin, end)  # noqa: E731
             stack.enter_context(mock.patch.object(cls, "decoded_rows", run))
+        stack.enter_context(few_parts())
         yield
+
+
+def few_parts() -> AbstractContextManager[Any]:
+    """Of a large weight that is decoded in parts, the first two and the last: all others hold what the second does."""
+    every = quantized.parts
+
+    def few(rows: int, step: int) -> list[tuple[int, int]]:
+        found = every(rows, step)
+        return [*found[:2], *found[2:][-1:]]
+
+    return mock.patch.object(quantized, "parts", new=few)
 
 
 class _Decoding:

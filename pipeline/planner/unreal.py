@@ -16,6 +16,7 @@ from pipeline.layers import bagged, kernels, offload, pulse
 from pipeline.planner.fakes import tracing
 from pipeline.planner.gpu import as_on_device
 from pipeline.planner.live import FILES, storage_key, uncounted
+from pipeline.planner.replaying import few_parts
 from pipeline.schema import RunConfig
 
 
@@ -54,6 +55,7 @@ def unreal(config: RunConfig) -> Iterator[None]:
         mock.patch.object(kernels, "_fbgemm", _product),
         mock.patch.object(kernels, "peak", _peak),
         mock.patch.object(bagged, "_sums", _bag_sums),
+        few_parts(),
         mock.patch.object(offload, "_written", written),
         mock.patch.object(offload, "_place", place),
         as_on_device(config),

@@ -154,12 +154,37 @@ def test_new_weights_are_used_after_load_copy_and_pickle():
     assert set(first.state_dict()) == {"bias", "weight_packed", "weight_shape", "weight_scale"}
 
 
-def test_a_copy_takes_the_bits_of_its_rows_and_a_scale_for_each_group():
+def test_weights_are_held_once_with_the_bits_of_their_rows_and_a_scale_for_each_group():
     layer = made(128, 256, bits=3, group_size=64)
     layer(torch.randn(1, 128))
     packed = layer._packed.value
     assert packed.rows.numel() == 128 * (256 // 2 + 4)
     assert packed.scales.shape == (2, 1, 256)
+    assert layer.weight_packed.numel() == 0
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"bits": bits, "symmetric": even} for bits in (2, 3, 4, 8) for even in (True, False)]
+)
+def test_what_was_handed_to_the_kernel_is_as_it_was_for_all_others(chosen):
+    torch.manual_seed(0)
+    layer, x = made(96, 77, **chosen), torch.randn(20, 96)
+    integers, weight, y = layer.integers(), layer.dequantized(), layer(x)
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer(x[:1])
+    assert layer.weight_packed.numel() == 0
+    assert torch.equal(layer.integers(), integers)
+    assert torch.equal(layer.dequantized(), weight)
+    assert torch.equal(layer.decoded_rows(19, 43), weight[19:43])
+    assert torch.equal(layer(x), y)
+    assert layer.weight_packed.numel() == 0
+    again = layer.state_dict()
+    assert all(torch.equal(tensor, stored[name]) and tensor.is_contiguous() for name, tensor in again.items())
+    layer(x[:1])
+    assert torch.equal(layer.to(torch.float64).weight_packed, stored["weight_packed"])
+    layer.float()(x[:1])
+    layer.set_integers(integers.flip(0))
+    assert torch.equal(layer.integers(), integers.flip(0))
 
 
 def test_inference_mode_before_leaves_nothing_that_training_cannot_use():

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.app import compose, main
+from pipeline.compression.base import Context
+from pipeline.layers.linear import WeightOnlyLinear
+from pipeline.layers.quantized import quantized_layers
 from pipeline.memory.measure import measure_peak
+from pipeline.models.architecture import describe
 from pipeline.planner.generation import longest
 from pipeline.planner.plan import plan
 from pipeline.tasks import lookup
@@ -43,6 +47,28 @@ def test_generation_is_predicted_within_one_percent_before_and_past_the_last_pos
     assert predicted.bytes == pytest.approx(peak.bytes, rel=0.01)
     assert sum(predicted.kinds.values()) == predicted.bytes
     assert predicted.kinds["key-value cache"] > 0
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-true"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_weights_that_a_token_gives_to_a_kernel_are_held_once(bits, precision):
+    words = [*LLAMA, "model.layers=4", "compression=int4", f"compression.int4.bits={bits}", f"precision={precision}"]
+    config = compose([*words, "compression.int4.group_size=32", "generate.max_new_tokens=8", "job=plan"])
+    tokenizer = config.model.tokenizer()
+    data = config.data.open(tokenizer)
+    predicted = plan(config, data).phases["generate"]
+    method, model = config.chain["int4"], config.precision.convert(config.model.build(data.spec))
+    context = Context(stage="int4", architecture=describe(model), device="cpu", steps=0, seed=0)
+    model = method.finalize(method.prepare(model, context), context)
+    stored = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as peak:
+        lookup.get("causal_lm").generate(model, tokenizer, PROMPT, 8, 0.0, 0)
+    assert predicted.bytes == pytest.approx(peak.bytes, rel=0.01)
+    assert all(size >= 0 for size in predicted.kinds.values())
+    layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, WeightOnlyLinear)]
+    assert len(layers) == 4 * 7
+    assert not any(layer.weight_packed.numel() for layer in layers)
+    assert predicted.kinds["weights"] > 0.8 * stored
 
 
 def test_a_longer_text_takes_a_larger_cache_and_the_formula_says_so_too():
