@@ -51,7 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = f"{arguments.layers} layers of width {arguments.width}"
-    base = compose(["model=gpt_124m", f"model.layers={arguments.layers}", f"model.width={arguments.width}"])
+    wide = (f"model.width={arguments.width}", f"model.heads={arguments.width // 64}")
+    base = compose(["model=gpt_124m", f"model.layers={arguments.layers}", *wide])
     torch.manual_seed(0)
     dense = base.model.build(DataSpec(vocabulary=256, sequence_length=128)).eval()
     models: dict[str, nn.Module] = {"float32": dense.to(device)}
