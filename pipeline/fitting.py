@@ -13,10 +13,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import lightning.pytorch as lightning
@@ -36,7 +36,14 @@ from pipeline.layers.chunked_loss import require_plain_head
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.masks import HoldMasks, has_masks
 from pipeline.layers.quantize import not_finite
-from pipeline.memory.measure import MeasureTraining, bucket_bytes, measure_peak, training_tensors
+from pipeline.memory.measure import (
+    MeasureTraining,
+    MeasureValidation,
+    Peak,
+    bucket_bytes,
+    measure_peak,
+    training_tensors,
+)
 from pipeline.memory.offload import ActivationOffload, offload_optimizer, store
 from pipeline.memory.saving import ReleaseGradients, StepInBackward, apply_activation_checkpointing
 from pipeline.models.base import Architecture
@@ -61,6 +68,8 @@ class Fitted:
     reserved_bytes: int | None = None
     saving_bytes: int | None = None
     """The peak while the last checkpoint was written; of several ranks that of the first, which holds most."""
+    validating: dict[str, int | None] = field(default_factory=lambda: asdict(Peak()))
+    """The peak while the model was evaluated in the middle of the fit."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -254,9 +263,21 @@ class TaskModule(lightning.LightningModule):
         if "state_dict" in checkpoint:  # a strategy on a mesh has loaded its weights by now
             checkpoint["state_dict"].update(held_tensors(self))
 
+    def on_validation_epoch_start(self) -> None:
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        self.validated = torch.zeros(2, dtype=exact, device=self.device)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.task_loss(batch)
-        self.log("val_loss", loss, on_epoch=True, batch_size=self.task.count(batch))
+        if cast(Any, self.trainer.val_dataloaders).batch_sampler.counts(batch_idx):
+            count = self.task.count(batch)
+            self.validated[0] += loss.detach().to(self.validated) * count
+            self.validated[1] += count
+
+    def on_validation_epoch_end(self) -> None:
+        # Not by Lightning's own mean over devices: it rounds how much each has seen, on average, to a whole number.
+        total, count = self.trainer.strategy.reduce(self.validated, reduce_op="sum")
+        self.log("val_loss", total / count)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.config.optimizer.build(self.model, lr=self.fit.lr)
@@ -409,7 +430,8 @@ def fit(
     if compiling is not None:
         parts.append(compiling)
     parts += levers(config, model, callbacks)
-    parts.append(meter)
+    validating = MeasureValidation(beside)
+    parts += [meter, validating]
     saver = SaveLast(last, config.trainer.checkpoint_every, steps, beside)
     parts += [saver, StopAfterStep(saver.save, stop_file(run_dir, stage))]
     # Ranks run out of memory one by one, so shards cannot be put together; steps in backward change weights before a
@@ -442,16 +464,12 @@ def fit(
         if module.offload is not None:
             undo.callback(module.offload.close)
         model.train()
+        ranks = config.parallelism
+        place = {"rank": trainer.global_rank // ranks.tensor_ranks, "world": ranks.data_ranks}
         trainer.fit(
             module,
-            train_loader(
-                data.train,
-                batch_size=micro,
-                seed=config.trainer.seed,
-                rank=trainer.global_rank // config.parallelism.tensor_ranks,
-                world=config.parallelism.data_ranks,
-            ),
-            evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size) if every else None,
+            train_loader(data.train, batch_size=micro, seed=config.trainer.seed, **place),
+            evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size, **place) if every else None,
             ckpt_path=last if resume and checkpoints.exists(last) else None,
             weights_only=False,
         )
@@ -463,4 +481,5 @@ def fit(
         saver.earlier_seconds,
         meter.reserved_bytes,
         saver.peak_bytes,
+        asdict(validating.peak),
     )

@@ -406,6 +406,7 @@ def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:
             run.result["train"] = fitted["train"]
             run.result["memory"]["measured"]["train"] = fitted["peak_bytes"]
             run.result["memory"]["reserved"]["train"] = fitted.get("reserved_bytes")
+            enter_peak(run.result, "validate", Peak(**fitted.get("validating", {})))
         return
     assert stage.method is not None
     run.result["stages"].append(

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from pipeline.errors import ConfigError
@@ -103,11 +103,39 @@ def train_loader(
         )
 
 
-def evaluation_loader(dataset: Dataset[Batch], batch_size: int) -> DataLoader[Batch]:
-    """Every sample once, in order; the last batch may be smaller. Draws nothing from the global random state."""
-    return DataLoader(
-        dataset, batch_size=batch_size, shuffle=False, collate_fn=collate, generator=torch.Generator().manual_seed(0)
-    )
+class Turns(Sampler[list[int]]):
+    """Batches of samples in order, which devices take in turns: of `world` devices `rank` takes batch number `rank`,
+    `rank + world`, ...
+
+    All take as many, since layers in shards wait for one another. Where batches are short of that, the last one is
+    computed again, and does not count.
+    """
+
+    def __init__(self, samples: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.samples, self.batch_size, self.rank, self.world = samples, batch_size, rank, world
+        self.batches = -(-samples // batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.batches // self.world)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in range(len(self)):
+            first = min(turn * self.world + self.rank, self.batches - 1) * self.batch_size
+            yield list(range(first, min(first + self.batch_size, self.samples)))
+
+    def counts(self, turn: int) -> bool:
+        """Whether this device's batch of a turn is no other's."""
+        return turn * self.world + self.rank < self.batches
+
+
+def evaluation_loader(dataset: Dataset[Batch], batch_size: int, *, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
+    """Every sample once, in order; the last batch may be smaller. Draws nothing from the global random state.
+
+    Of several devices each takes its `Turns`, the loader's `batch_sampler`.
+    """
+    turns = Turns(len(cast(Sized, dataset)), batch_size, rank, world)
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(dataset, batch_sampler=turns, collate_fn=collate, generator=generator)
 
 
 def collate(samples: Any) -> Batch:

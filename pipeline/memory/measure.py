@@ -363,6 +363,9 @@ class MeasureTraining(lightning.Callback):
             meter.start(alive, bucket_bytes(trainer.strategy.model, measured))
             self._meter = meter
 
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._stop()  # a validation between two steps is no part of them
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -384,6 +387,59 @@ class MeasureTraining(lightning.Callback):
             self.peak_bytes, self.reserved_bytes = self._meter.stop(), self._meter.reserved
             self._meter = None
             self._finished = True
+
+
+class MeasureValidation(lightning.Callback):
+    """Measures the peak over the first two batches of the first validation of a fit: the second is computed while what
+    the first has left is there. `beside`: as for `MeasureTraining`."""
+
+    def __init__(self, beside: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self.beside = beside
+        self.peak = Peak()
+        self._meter: Meter | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bytes": self.peak.bytes, "reserved": self.peak.reserved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.peak = Peak(**state_dict)
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self.peak.bytes is None and self._meter is None and batch_idx == 0:
+            meter = Meter(pl_module.device.type)
+            alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
+            meter.start(alive, bucket_bytes(trainer.strategy.model))
+            self._meter = meter
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *_: Any,
+    ) -> None:
+        if batch_idx == 1:
+            self._stop()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._stop()
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.beside = tuple
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._meter is not None:
+            self.peak = Peak(self._meter.stop(), self._meter.reserved)
+            self._meter = None
 
 
 def bucket_bytes(wrapped: Any, steps: Collection[int] = ()) -> int:

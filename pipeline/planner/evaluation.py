@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 
 from torch import nn
 from torch.utils.data import Subset
 
 from pipeline.data.base import DataBundle
+from pipeline.data.loader import evaluation_loader
 from pipeline.models.architecture import describe
 from pipeline.planner.fakes import faked, kernels_of, put_into_files, tracing
 from pipeline.planner.folding import Folding, folded
@@ -17,6 +20,7 @@ from pipeline.planner.supposed import Supposing
 from pipeline.planner.workspaces import BIASED
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Task
+from pipeline.tasks.measuring import inference
 
 BATCHES = 2
 """The second is computed while the first one's results are still there."""
@@ -37,6 +41,29 @@ def trace_evaluation(
         live = Supposing(*kernels_of(config))
         live.multiply(BIASED)  # something was evaluated before, or trained
         return traced_evaluation(config, model, task, data, live)
+
+
+def trace_validation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
+    """The peak while a fit on one device evaluates `model` in its middle, without what the fit keeps; `model`, of the
+    meta device and in the dtypes that it is trained in, is filled with fake tensors in place."""
+    architecture = describe(model)
+    loader = evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size)
+    with tracing(config), ExitStack() as stack:
+        faked(model)
+        stack.callback(config.precision.convert_layers(model, architecture))
+        live = Supposing(*kernels_of(config))
+        live.multiply(BIASED)
+        live.hold_model(model)
+        live.phase = "activations"
+        folding = Folding(live)
+        stack.enter_context(live)
+        stack.enter_context(folded(model, [block.name for block in architecture.blocks], folding))
+        stack.enter_context(inference(model))
+        stack.enter_context(config.precision.plugin("cpu").forward_context())
+        for batch in islice(loader, BATCHES):
+            live.hold(batch.values(), "batch")
+            task.loss(model, batch, config.memory.loss_chunks)
+    return folding.unrolled().peak()
 
 
 def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle, live: Live) -> Peak:

@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
 from pipeline.planner import calibration, formula, scratch
-from pipeline.planner.evaluation import trace_evaluation
+from pipeline.planner.evaluation import trace_evaluation, trace_validation
 from pipeline.planner.fakes import faked, tracing
 from pipeline.planner.gathering import CHECKPOINT
 from pipeline.planner.generation import generates, trace_generation
@@ -333,17 +333,16 @@ def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase | None:
     if config.parallelism.distributed:
         return None
     model = adapted(config, stages_of(config)[0], stage_input.shapes(config, data))
-    peak = trace_evaluation(config, model, task, data)
+    peak = trace_validation(config, model, task, data)
     evaluated = Peak(peak.bytes, peak.kinds, "evaluation")
     return known(config, "validate", evaluated, "computed", convolutional(model))
 
 
 def beside_fit(config: RunConfig, bare: Phase, train: Peak) -> Phase:
-    """A validation with what the fit of `train` keeps between two steps."""
-    early = config.memory.release_gradients or config.memory.step_in_backward
-    kept = ("optimizer state",) if early else ("optimizer state", "gradients")
+    """A validation with what the fit of `train` keeps between two steps, but for the gradients, which Lightning lets go
+    of before."""
     there = train.kinds if train.kept is None else train.kept
-    beside = {kind: there[kind] for kind in (*kept, WORKSPACES) if kind in there}
+    beside = {kind: there[kind] for kind in ("optimizer state", WORKSPACES) if kind in there}
     among = bare.kinds.get(WORKSPACES, 0)  # the evaluation's thread is one of the fit's
     return replace(bare, bytes=bare.bytes - among + sum(beside.values()), kinds={**bare.kinds, **beside})
 

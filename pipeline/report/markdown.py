@@ -271,7 +271,7 @@ def _listed(words: Sequence[str]) -> str:
 
 def _memory_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for phase in ("load", "train", "compress", "save", "evaluate", "generate"):
+    for phase in ("load", "train", "validate", "compress", "save", "evaluate", "generate"):
         predicted, measured = amount(result, "memory", "predicted", phase), amount(result, "memory", "measured", phase)
         if predicted is not None or measured is not None:
             rows.append(_memory_row(phase, predicted, measured))

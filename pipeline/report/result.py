@@ -74,11 +74,12 @@ class Train(Section):
 
 
 class Peaks(Section):
-    """`load`: what a run begins with is built or opened, and its artifact is read back. `save`: checkpoints after a
-    fit's last step, and artifacts, are written."""
+    """`load`: what a run begins with is built or opened, and its artifact is read back. `validate`: the evaluation in
+    the middle of stage 0's fit. `save`: checkpoints after a fit's last step, and artifacts, are written."""
 
     load: Count
     train: Count
+    validate: Count
     compress: Count
     save: Count
     evaluate: Count
@@ -91,6 +92,7 @@ class Errors(Section):
 
     load: FiniteFloat | None
     train: FiniteFloat | None
+    validate: FiniteFloat | None
     compress: FiniteFloat | None
     save: FiniteFloat | None
     evaluate: FiniteFloat | None

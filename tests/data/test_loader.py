@@ -9,11 +9,13 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from pipeline.data.loader import ENDLESS, EndlessOrder, evaluation_loader, train_loader
+from pipeline.data.loader import ENDLESS, EndlessOrder, Turns, evaluation_loader, train_loader
 from pipeline.data.tokens import TokenWindows
 from pipeline.errors import ConfigError
 
@@ -211,3 +213,15 @@ def test_tuples_are_collated_like_torch_does() -> None:
     values, labels = next(iter(evaluation_loader(TensorDataset(torch.arange(6.0), torch.arange(6)), 4)))
     assert torch.equal(values, torch.arange(4.0))
     assert torch.equal(labels, torch.arange(4))
+
+
+@given(samples=st.integers(1, 60), batch_size=st.integers(1, 9), world=st.integers(1, 7))
+def test_devices_take_turns_at_batches_that_count_once(samples: int, batch_size: int, world: int) -> None:
+    turns = [Turns(samples, batch_size, rank, world) for rank in range(world)]
+    assert len({len(one) for one in turns}) == 1
+    assert all(len(list(one)) == len(one) for one in turns)
+    counted = [batch for one in turns for turn, batch in enumerate(one) if one.counts(turn)]
+    assert sorted(sample for batch in counted for sample in batch) == list(range(samples))
+    assert max(len(batch) for one in turns for batch in one) <= batch_size
+    alone = [list(batch) for batch in Turns(samples, batch_size)]
+    assert sorted(counted) == alone

@@ -47,6 +47,8 @@ LEVERS = {
 LLAMA = ["model=llama", "model.layers=2", "model.width=32", "model.heads=4", "model.key_value_heads=2"]
 
 
+VALIDATED = [f"trainer.evaluate_every={STEPS // 2}", "trainer.evaluation_batch_size=7"]
+"""Batches of 7, 7, 7, 7 and 4 samples."""
 NAMES = ("ddp", "fsdp", "tp")
 
 
@@ -63,8 +65,11 @@ CASES = {
         **{f"{name}-{lever}": [*DOUBLE, *two(name), *LEVERS[lever]] for name in NAMES for lever in LEVERS},
         **{f"{name}-float32": two(name) for name in ("ddp", "fsdp", "tp")},
         **{f"{name}-llama": [*LLAMA, *DOUBLE, *two(name)] for name in ("fsdp", "tp")},
+        **{f"{name}-validated": [*DOUBLE, *two(name), *VALIDATED] for name in NAMES},
     },
     4: {
+        "ddp-validated": [*DOUBLE, *four("ddp"), *VALIDATED],
+        "fsdp_tp-validated": [*DOUBLE, *four("fsdp_tp"), *VALIDATED],
         "ddp-plain": [*DOUBLE, *four("ddp")],
         "fsdp-plain": [*DOUBLE, *four("fsdp")],
         "tp-plain": [*DOUBLE, *four("tp")],
@@ -149,6 +154,25 @@ def test_several_devices_train_as_one_does(devices, case, alone, tmp_path_factor
     double = "precision=64-true" in overrides
     torch.testing.assert_close(losses, expected, rtol=1e-10 if double else 1e-5, atol=0)
     assert_same_weights(weights, one, 1e-10 if double else 1e-3)
+
+
+def validation_loss(directory):
+    """Of the checkpoint that is the best one so far."""
+    last = checkpoint_directory(directory, Stage(0, "train", "train")) / "last.ckpt"
+    callbacks = torch.load(last, weights_only=False)["callbacks"]
+    (best,) = (state for name, state in callbacks.items() if "'val_loss'" in name)
+    return best["best_model_score"].item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "case"), [(n, case) for n, cases in CASES.items() for case in cases if case.endswith("validated")]
+)
+def test_several_devices_share_an_evaluation_and_find_what_one_does(devices, case, tmp_path_factory):
+    overrides = [word for word in CASES[devices][case] if not word.startswith("parallelism")]
+    train(directory := tmp_path_factory.mktemp("single"), compose([*COMMON, *overrides]))
+    found = validation_loss(made_by_ranks(__file__, devices, tmp_path_factory) / case)
+    assert found == pytest.approx(validation_loss(directory), rel=1e-9)
 
 
 @pytest.mark.slow
