@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,7 @@ from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
+from pipeline.tasks.measuring import inference
 from pipeline.walk import teacher_tensors
 
 RECORD = 315
@@ -69,26 +70,14 @@ def training(
     """
     assert stage.fit is not None
     _, accumulation = micro_batch_size(config)
-    ranks, memory, dtype = config.parallelism, config.memory, config.precision.weight_dtype
+    ranks, memory = config.parallelism, config.memory
     on_cpu = config.device.kind() == "cpu"
-    inner, workspace = kernels_of(config)
-    workspaces = 2 * workspace + sum(WITH_BIAS) if workspace else 0
     blocks = [block.name for block in architecture.blocks]
     whole = copy.deepcopy(model) if ranks.sharded else None
-    split_layers(model, architecture, ranks.tensor_ranks)
-    account = Account(inner)
-    account.timeline.cuda = config.device.kind() == "cuda"
     with ExitStack() as stack:
-        stack.enter_context(tracing(config))
-        step = steps(config, faked(model), stage.fit.lr, inner)
-        if gathered_in := dtype_of(ranks.holding.gathered_in):
-            faked(model, gathered_in)
-        stack.callback(config.precision.convert_layers(model, architecture))
-        stack.callback(apply_activation_checkpointing(model, blocks, memory.activation_checkpointing))
+        rank, step, folding, workspaces = stack.enter_context(at_work(config, stage, model, architecture, accumulation))
+        account = rank.account
         model.train()
-        stack.enter_context(norms_over(model, ranks.ranks))
-        rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu, stage.fit.steps)
-        folding = Folding(account, rank.around, rank.within)
         context = own() if own else None
         stack.enter_context(account)
         only = stage.fit.steps == 1 and not memory.step_in_backward
@@ -136,6 +125,60 @@ def training(
         kept.pop("gradients", None)
     saved = written(config, stage.fit.lr, whole, architecture, kept, step.at_work) if whole else None
     return replace(course.peak(), kept=kept, saving=saved)
+
+
+@contextmanager
+def at_work(
+    config: RunConfig, stage: Stage, model: nn.Module, architecture: Architecture, accumulation: int
+) -> Iterator[tuple[Rank, Stepped, Folding, int]]:
+    """`model`, of the meta device, filled with fake tensors as one device has it in the fit of `stage`, and not yet
+    counted: the rank, what its optimizer holds, the account of a folded pass, and the bytes of its workspaces."""
+    assert stage.fit is not None
+    ranks, dtype = config.parallelism, config.precision.weight_dtype
+    inner, workspace = kernels_of(config)
+    blocks = [block.name for block in architecture.blocks]
+    split_layers(model, architecture, ranks.tensor_ranks)
+    account = Account(inner)
+    account.timeline.cuda = config.device.kind() == "cuda"
+    on_cpu = config.device.kind() == "cpu"
+    with ExitStack() as stack:
+        stack.enter_context(tracing(config))
+        step = steps(config, faked(model), stage.fit.lr, inner)
+        if gathered_in := dtype_of(ranks.holding.gathered_in):
+            faked(model, gathered_in)
+        stack.callback(config.precision.convert_layers(model, architecture))
+        stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
+        stack.enter_context(norms_over(model, ranks.ranks))
+        rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu, stage.fit.steps)
+        folding = Folding(account, rank.around, rank.within)
+        yield rank, step, folding, 2 * workspace + sum(WITH_BIAS) if workspace else 0
+
+
+def validating(
+    config: RunConfig, stage: Stage, model: nn.Module, task: Task, architecture: Architecture, batch: Batch
+) -> Peak:
+    """The peak on one device of several while they evaluate `model` in the middle of the fit of `stage`, beside all
+    that it keeps; arguments as for `training`, with a batch of evaluation.
+
+    Lightning has let go of gradients, but not of the buckets that they lie in.
+    """
+    with ExitStack() as stack:
+        rank, step, folding, workspaces = stack.enter_context(at_work(config, stage, model, architecture, 1))
+        account = stack.enter_context(rank.account)
+        rank.enter(sum(step.state), kept=False)
+        taken = account.guest(workspaces, WORKSPACES)
+        given = fake_batch(batch)
+        account.hold(given.values(), "batch")
+        account.moment, account.phase = "evaluation", "activations"
+        stack.enter_context(inference(model))
+        rank.forward()
+        if rank.engine:  # DeepSpeed's stage 3 lets go at once of what no backward pass will ask for
+            rank.drop("outside")
+        blocks = [block.name for block in architecture.blocks]
+        with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context():
+            task.loss(model, given, chunks=config.memory.loss_chunks)
+        del taken
+    return folding.unrolled().peak()
 
 
 def written(

@@ -155,16 +155,16 @@ class Needs:
         return Plan(phases=dict(once.phases), open=dict(once.open))
 
     def validation(self, config: RunConfig) -> Phase | None:
-        """An evaluation in the middle of the fit, without what the fit keeps meanwhile."""
+        """An evaluation in the middle of the fit, as `plan.validation` has it."""
         if not config.trainer.evaluate_every:
             return None
         batch = config.trainer.evaluation_batch_size
-        beside = repr(link_under_adapters(config)), config.parallelism.distributed
+        ranks = (config.parallelism, config.optimizer, config.memory) if config.parallelism.distributed else ()
+        beside = repr(link_under_adapters(config)), config.memory.loss_chunks, repr(ranks)
         key = ("validate", config.model, config.data, config.precision, config.adapter, *beside, batch)
         if key not in self._others:
-            bare = validation(config, self.task, self.data(config))
-            self._others[key] = {} if bare is None else {"validate": bare}
-        return self._others[key].get("validate")
+            self._others[key] = {"validate": validation(config, self.task, self.data(config))}
+        return self._others[key]["validate"]
 
     def convolutional(self, config: RunConfig) -> bool:
         if config.model not in self._convolutional:

@@ -320,27 +320,29 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
 def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan) -> None:
     """Evaluation in the middle of the fit: beside what the fit keeps between two steps."""
     train = found.phases.get("train")
-    if train is None:
-        return
-    if (bare := validation(config, task, data)) is not None:
-        found.phases["validate"] = beside_fit(config, bare, train)
-    elif why := untraceable(config):
-        found.open["validate"] = why
+    if train is not None:
+        found.phases["validate"] = beside_fit(config, validation(config, task, data), train)
 
 
-def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase | None:
-    """An evaluation of what stage 0 trains, without what its fit keeps meanwhile; None: several ranks share it."""
+def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase:
+    """An evaluation of what stage 0 trains: on one device without what its fit keeps meanwhile, on one of several
+    beside that."""
+    stage = stages_of(config)[0]
+    model = adapted(config, stage, stage_input.shapes(config, data))
     if config.parallelism.distributed:
-        return None
-    model = adapted(config, stages_of(config)[0], stage_input.shapes(config, data))
-    peak = trace_validation(config, model, task, data)
-    evaluated = Peak(peak.bytes, peak.kinds, "evaluation")
-    return known(config, "validate", evaluated, "computed", convolutional(model))
+        batch = next(iter(evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size)))
+        peak = formula.validating(config, stage, model, task, describe(model), batch)
+    else:
+        peak = trace_validation(config, model, task, data)
+    source = "computed" if untraceable(config) else "traced"
+    return known(config, "validate", Peak(peak.bytes, peak.kinds, "evaluation"), source, convolutional(model))
 
 
 def beside_fit(config: RunConfig, bare: Phase, train: Peak) -> Phase:
     """A validation with what the fit of `train` keeps between two steps, but for the gradients, which Lightning lets go
     of before."""
+    if config.parallelism.distributed:
+        return bare
     there = train.kinds if train.kept is None else train.kept
     beside = {kind: there[kind] for kind in ("optimizer state", WORKSPACES) if kind in there}
     among = bare.kinds.get(WORKSPACES, 0)  # the evaluation's thread is one of the fit's

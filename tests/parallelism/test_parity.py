@@ -171,8 +171,11 @@ def validation_loss(directory):
 def test_several_devices_share_an_evaluation_and_find_what_one_does(devices, case, tmp_path_factory):
     overrides = [word for word in CASES[devices][case] if not word.startswith("parallelism")]
     train(directory := tmp_path_factory.mktemp("single"), compose([*COMMON, *overrides]))
-    found = validation_loss(made_by_ranks(__file__, devices, tmp_path_factory) / case)
-    assert found == pytest.approx(validation_loss(directory), rel=1e-9)
+    shared = made_by_ranks(__file__, devices, tmp_path_factory) / case
+    assert validation_loss(shared) == pytest.approx(validation_loss(directory), rel=1e-9)
+    config = compose([*COMMON, *CASES[devices][case], "plan.calibrate=false"])
+    planned = plan(config, config.data.open(config.model.tokenizer() or byte_tokenizer())).phases["validate"]
+    assert planned.bytes == pytest.approx(Fitted.read(shared / FITTED).validating["bytes"], rel=0.03)
 
 
 @pytest.mark.slow

@@ -3,20 +3,17 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pipeline.memory
-from pipeline import fitting
 from pipeline.app import compose, main
 from pipeline.fitting import fit
 from pipeline.layers.quantized import quantized_layers
-from pipeline.memory.measure import Peak, measure_peak
+from pipeline.memory.measure import measure_peak
 from pipeline.planner import plan as planner
 from pipeline.planner import workspaces
 from pipeline.planner.live import Live
@@ -274,34 +271,38 @@ def test_where_nothing_trains_no_checkpoint_goes_to_disk():
     assert set(plan(config).disk) == {"artifact"}
 
 
-class Unmeasured(Callback):
-    """In place of what measures warm steps: one measurement at a time."""
-
-    def __init__(self, steps, beside):
-        self.peak_bytes = self.reserved_bytes = None
-        self.skipped_steps = ()
-
-
-def test_validation_in_the_middle_of_a_fit_is_computed_within_ten_percent(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "MeasureTraining", Unmeasured)
-    monkeypatch.setattr(fitting, "measure_peak", lambda *_: nullcontext(Peak()))
-    words = [*GPT, "trainer.batch_size=1", "trainer.evaluate_every=2", "trainer.evaluation_batch_size=16"]
-    config = compose(words)
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["precision=bf16-mixed"],
+        ["memory.loss_chunks=4", "optimizer=sgd"],
+        ["memory=lean", "adapter=lora", "trainer.evaluation_batch_size=5"],
+        ["model=efficientnet", "data=digits", "trainer.batch_size=4"],
+    ],
+)
+def test_validation_in_the_middle_of_a_fit_is_as_planned(tmp_path, words):
+    config = compose([*GPT, "trainer.batch_size=1", "trainer.evaluate_every=3", "plan.calibrate=false", *words])
     tokenizer, data = opened(config)
     predicted = plan(config, data).phases["validate"]
     line = stages_of(config)
     model, context = prepared(config, tmp_path, data, tokenizer, line, line[0])
-    with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as peak:
-        fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, tmp_path)
-    assert predicted.bytes == pytest.approx(peak.bytes, rel=0.1)
+    fitted = fit(config, line[0], model, lookup.get(config.data.task), data, context.architecture, tmp_path)
+    assert predicted.bytes == pytest.approx(fitted.validating["bytes"], rel=0.01)
+    assert predicted.kinds.get("gradients", 0) == 0
+    assert fitted.peak_bytes is not None
 
 
 @pytest.mark.parametrize("every", [0, 2])
-def test_validation_on_ranks_is_said_not_to_be_planned(every):
-    found = plan(compose([*GPT, "parallelism=ddp", "parallelism.devices=2", f"trainer.evaluate_every={every}"]))
-    assert "validate" not in found.phases
-    said = {"validate": "parallelism=ddp: ranks that work together are not traced"}
-    assert found.open == (said if every else {})
+@pytest.mark.parametrize("ranks", ["ddp", "fsdp", "tp", "deepspeed"])
+def test_validation_on_ranks_is_computed(ranks, every):
+    found = plan(compose([*GPT, f"parallelism={ranks}", "parallelism.devices=2", f"trainer.evaluate_every={every}"]))
+    assert ("validate" in found.phases) == bool(every)
+    assert found.open == {}
+    if every:
+        validate = found.phases["validate"]
+        assert validate.source == "computed"
+        assert validate.kinds["optimizer state"] == found.phases["train"].kinds["optimizer state"]
 
 
 def test_a_model_that_cannot_be_traced_is_computed_and_says_so(monkeypatch):
