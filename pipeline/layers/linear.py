@@ -223,15 +223,19 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
                 return kernels.weight_only_token(x, self.bias, packed.value)
         elif bagged.reads(x, self.bits, scale):
             if packed.value is None:
-                self._hand_over()
+                self.hand_over()
             return bagged.product(x, self.bias, packed.value)
         return decoded_product(x, self, self.bias)
 
+    def lent(self) -> list[Tensor]:
+        return [part for part in self._packed.value if isinstance(part, Tensor)] if self.handed_over else []
+
     @property
-    def _handed_over(self) -> bool:
+    def handed_over(self) -> bool:
         return isinstance(self._packed.value, bagged.Packed)
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
+        """Hold the weight in the form of `bagged.product` alone."""
         with torch.inference_mode(False), torch.no_grad():
             self._packed.value = bagged.pack(self.integers(), self.bits, self.weight_scale, self.zero_points())
             self.weight_packed = self.weight_packed.new_empty(self.rows, 0)
@@ -239,14 +243,14 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
                 self.weight_scale = self._packed.value.scales.squeeze(1).t()  # which are the same, transposed
 
     def void(self) -> None:
-        if self._handed_over:
+        if self.handed_over:
             with torch.inference_mode(False), torch.no_grad():
                 self.weight_packed = pack_int32(self.integers(), self.bits)
                 self.weight_scale = self.weight_scale.contiguous()
         super().void()
 
     def unsigned_rows(self, begin: int, end: int) -> Tensor:
-        if self._handed_over:
+        if self.handed_over:
             return bagged.unpack(self._packed.value, begin, end)
         return super().unsigned_rows(begin, end)
 

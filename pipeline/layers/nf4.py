@@ -172,7 +172,7 @@ class NF4Layer(QuantizedLayer):
         flat = unpack_values(self.weight_packed[begin:end], self.columns).flatten()
         first, before = divmod(begin * self.columns, self.block_size)  # a block may begin in the row before
         after = -(before + flat.numel()) % self.block_size
-        padded = (F.pad(flat, (before, after)) if before or after else flat).view(-1, self.block_size)
+        padded = F.pad(flat, (before, after)).view(-1, self.block_size)
         weight = padded.mul_(self.maxima(first, first + len(padded)).unsqueeze(1)).view(-1)
         return weight[before : before + flat.numel()].view(-1, self.columns).to(self.float_dtype)
 

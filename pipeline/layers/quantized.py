@@ -71,6 +71,10 @@ class QuantizedLayer(nn.Module):
         """(name of the tensor, its integers in the float layer's shape) to store as a bitmask; None: as it is."""
         return None
 
+    def lent(self) -> list[Tensor]:
+        """Tensors in which a kernel has the weight, beside or in place of what is stored."""
+        return []
+
     @property
     def kernel(self) -> str:
         """Name of what runs the layer's products."""

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, TensorMetadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.layers import experts
+from pipeline.layers.linear import CopiedLinear
 from pipeline.planner import scratch
 from pipeline.planner.live import COUNTING, FILES, HOST, Inner
 from pipeline.planner.workspaces import workspace
@@ -266,3 +267,10 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         stack.callback(HOST.clear)
         stack.callback(lambda: [live.forget() for live in tuple(COUNTING)])
         yield mode
+
+
+def as_opened(model: nn.Module) -> None:
+    """No weights of `model` are in a form that a kernel has made of them, as in an artifact that was just opened."""
+    for layer in model.modules():
+        if isinstance(layer, CopiedLinear):
+            layer.void()

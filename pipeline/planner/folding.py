@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pipeline.layers.depth import INDICES
-from pipeline.layers.linear import CopiedLinear
+from pipeline.layers.linear import WeightOnlyLinear
 from pipeline.planner.live import Block, Event, Live, Timeline
 from pipeline.planner.workspaces import WORKSPACES
 
@@ -187,11 +187,14 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
 
 
 def _lend(folding: Folding, block: nn.Module, like: nn.Module) -> None:
-    """Layers of `block` give their weights to a kernel, as those of `like` have, which is in the pattern."""
+    """Layers of `block` give their weights to a kernel, as those of `like` have: what that takes is in the pattern."""
     for layer, other in zip(block.modules(), like.modules(), strict=True):
-        if isinstance(layer, CopiedLinear) and isinstance(other, CopiedLinear) and other._packed.value is not None:
-            folding.lent.append(layer._buffers)
-            layer._packed, layer._buffers = other._packed, dict(other._buffers)
+        if not isinstance(layer, WeightOnlyLinear) or not isinstance(other, WeightOnlyLinear):
+            continue
+        if other.handed_over and not layer.handed_over:
+            folding.lent.append(list(layer.buffers()))
+            with folding.account.unnoted():
+                layer.hand_over()
 
 
 def _computed(

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.layers import bagged
 from pipeline.layers.decoding import CACHES
-from pipeline.layers.linear import CopiedLinear
+from pipeline.layers.quantized import QuantizedLayer
 from pipeline.models.architecture import describe, positions
-from pipeline.planner.fakes import faked, kernels_of, tracing
+from pipeline.planner.fakes import as_opened, faked, kernels_of, tracing
 from pipeline.planner.folding import Folding, folded
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.replaying import replaying
@@ -54,6 +53,7 @@ def traced_generation(
 ) -> Peak:
     """The same for a `model` of fake tensors and a prompt of so many tokens, each stretch counted by a new
     `counting()`. To be called within `tracing`."""
+    as_opened(model)
     limit = positions(model)
     tokens = config.generate.max_new_tokens
     held, passed = longest(prompt, tokens, limit)
@@ -75,9 +75,8 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
     def label(module: nn.Module, args: Any, given: dict[str, Any], out: Any) -> None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         live.hold(_cached(cache), KEY_VALUE_CACHE)
-        for layer in module.modules():
-            if isinstance(layer, CopiedLinear) and isinstance(form := layer._packed.value, bagged.Packed):
-                live.hold((part for part in (form.rows, form.scales, form.zeros) if part is not None), "weights")
+        lent = (tensor for layer in module.modules() if isinstance(layer, QuantizedLayer) for tensor in layer.lent())
+        live.hold((tensor for tensor in lent if live.block(tensor) is not None), "weights")
 
     folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
     hooks = [model.register_forward_pre_hook(begin)]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -184,9 +185,9 @@ def by_kind(model: nn.Module) -> dict[str, list[Tensor]]:
     """A model's own tensors. What a quantized layer holds in its weight's place is weights too, though no parameter."""
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     stored = {id(tensor) for layer in quantized for tensor in layer.buffers()}
-    buffers = list(model.buffers())
+    buffers, lent = list(model.buffers()), [tensor for layer in quantized for tensor in layer.lent()]
     return {
-        "weights": [*model.parameters(), *(tensor for tensor in buffers if id(tensor) in stored)],
+        "weights": [*model.parameters(), *(tensor for tensor in buffers if id(tensor) in stored), *lent],
         "buffers": [tensor for tensor in buffers if id(tensor) not in stored],
     }
 
@@ -221,6 +222,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inner = inner
         self._within = ""  # the operator that `inner` is asked about
         self._workspace = workspace
+        self._noting = True
         self._taken: set[tuple[bool, bool]] = set()
         self._blocks: dict[int, Block] = {}
         self._watched: dict[int, Any] = {}
@@ -252,7 +254,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline.marks.append((len(self.timeline.events), name))
 
     def _note(self, tensor: Tensor, operator: str, kind: str) -> Block | None:
-        if tensor.layout != torch.strided or device_of(tensor).type == "meta":
+        if not self._noting or tensor.layout != torch.strided or device_of(tensor).type == "meta":
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -263,6 +265,15 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._watched[key] = weakref.finalize(storage, self._release, key)
             self._watched[key].atexit = False
         return block
+
+    @contextmanager
+    def unnoted(self) -> Iterator[None]:
+        """What operators make meanwhile does not count."""
+        self._noting = False
+        try:
+            yield
+        finally:
+            self._noting = True
 
     def multiply(self, name: str) -> None:
         """A product of matrices: what its thread takes for the first one, and for the first with a bias."""

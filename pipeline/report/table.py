@@ -115,7 +115,7 @@ def comparison(result: Mapping[str, Any]) -> list[Row]:
     ratio = amount(result, "size", "ratio") or quotient(before, after)
     change = times(ratio, "smaller", "larger", "the same size")
     float32 = amount(result, "size", "ratio_float32")
-    if float32 is not None and ratio is not None and abs(float32 / ratio - 1) > 0.02:
+    if float32 is not None and ratio and abs(float32 / ratio - 1) > 0.02:
         change += f" ({significant(float32)}x against float32)"
     add(1, "bytes on disk", format_bytes(before), format_bytes(after), change)
     before, after = amount(result, "size", "parameters_before"), amount(result, "size", "parameters_after")

@@ -10,6 +10,7 @@ from pipeline.app import compose, main
 from pipeline.compression.int4 import Int4
 from pipeline.compression.int4_qat import Int4Qat, convert_int4_qat, prepare_int4_qat
 from pipeline.errors import ConfigError, LeanfitError
+from pipeline.layers import kernels
 from pipeline.layers.quantized import quantized_layers
 from pipeline.layers.sparsity import set_mask
 from pipeline.report.result import read_result
@@ -55,7 +56,9 @@ def test_the_converted_model_gives_what_the_trained_one_gave_to_the_last_bit(mak
     with torch.no_grad():
         want = prepared(**inputs).logits
         made = method.finalize(prepared, context(model))
-        assert torch.equal(made(**inputs).logits, want)
+        with kernels.forced("float"):  # few rows are summed in another order
+            assert torch.equal(made(**inputs).logits, want)
+        torch.testing.assert_close(made(**inputs).logits, want)
     assert tuple(quantized_layers(made)) == names
     assert {layer.grid.symmetric for layer in quantized_layers(made).values()} == {method.symmetric}
 

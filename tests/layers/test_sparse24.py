@@ -386,7 +386,9 @@ def test_a_quantized_link_says_that_its_kernels_read_the_zeros_too(gpu, pattern,
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "head" not in name]
     prune_magnitude(model, names, sparsity=0.5, pattern=pattern)
     quantize_layers(model, names, "weight_only", bits=4, group_size=16)
-    assert quantization_detail(model, architecture, ())["kernel"] == {f"dequantize{told}": 12}
+    ((kernel, layers),) = quantization_detail(model, architecture, ())["kernel"].items()
+    assert kernel.endswith(f"dequantize{told}")
+    assert layers == 12
 
 
 @pytest.mark.gpu

@@ -49,11 +49,12 @@ def test_generation_is_predicted_within_one_percent_before_and_past_the_last_pos
     assert predicted.kinds["key-value cache"] > 0
 
 
+@pytest.mark.parametrize("tokens", [8, 100])
 @pytest.mark.parametrize("precision", ["32", "bf16-true"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_weights_that_a_token_gives_to_a_kernel_are_held_once(bits, precision):
+def test_weights_that_a_token_gives_to_a_kernel_are_held_once(bits, precision, tokens):
     words = [*LLAMA, "model.layers=4", "compression=int4", f"compression.int4.bits={bits}", f"precision={precision}"]
-    config = compose([*words, "compression.int4.group_size=32", "generate.max_new_tokens=8", "job=plan"])
+    config = compose([*words, "compression.int4.group_size=32", f"generate.max_new_tokens={tokens}", "job=plan"])
     tokenizer = config.model.tokenizer()
     data = config.data.open(tokenizer)
     predicted = plan(config, data).phases["generate"]
@@ -62,7 +63,7 @@ def test_weights_that_a_token_gives_to_a_kernel_are_held_once(bits, precision):
     model = method.finalize(method.prepare(model, context), context)
     stored = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     with measure_peak("cpu", [*model.parameters(), *model.buffers()]) as peak:
-        lookup.get("causal_lm").generate(model, tokenizer, PROMPT, 8, 0.0, 0)
+        lookup.get("causal_lm").generate(model, tokenizer, PROMPT, tokens, 0.0, 0)
     assert predicted.bytes == pytest.approx(peak.bytes, rel=0.01)
     assert all(size >= 0 for size in predicted.kinds.values())
     layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, WeightOnlyLinear)]
