@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import evaluation_loader
 from pipeline.models.architecture import describe
-from pipeline.planner.fakes import as_opened, faked, kernels_of, put_into_files, tracing
+from pipeline.planner.fakes import faked, kernels_of, put_into_files, tracing
 from pipeline.planner.folding import Folding, folded
 from pipeline.planner.live import Live, Peak
 from pipeline.planner.replaying import replaying
@@ -71,7 +71,6 @@ def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Dat
     size = config.trainer.evaluation_batch_size
     held_out = min(len(data.evaluation), BATCHES * size)  # type: ignore[arg-type]
     few = replace(data, evaluation=Subset(data.evaluation, range(held_out)))
-    as_opened(model)
     live.hold_model(model)
     live.phase = "activations"
     folding = Folding(live)

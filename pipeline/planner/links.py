@@ -23,7 +23,7 @@ from pipeline.errors import first_line
 from pipeline.models.architecture import positions
 from pipeline.planner.evaluation import trace_evaluation, traced_evaluation
 from pipeline.planner.fake_chain import Chain, Links, as_loaded, give_masks, twin
-from pipeline.planner.fakes import faked, kernels_of, put_into_files
+from pipeline.planner.fakes import as_opened, faked, kernels_of, put_into_files
 from pipeline.planner.generation import generates, trace_generation, traced_generation
 from pipeline.planner.gpu import as_on_device
 from pipeline.planner.live import Peak
@@ -71,6 +71,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 faked(loaded)
             if "generate" in left:
                 found.generate = traced_generation(config, loaded, task, PROMPT_TOKENS, chain.counting)
+                as_opened(loaded)
                 del left[0]
             if not opens_in_memory(config, line):
                 put_into_files(loaded)
