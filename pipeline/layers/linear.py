@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.layers import bagged, kernels
 from pipeline.layers.fused import FusedLinear, Product, sharing, values_in_bytes
+from pipeline.layers.offload import place_of
 from pipeline.layers.packing import pack_int32
 from pipeline.layers.quantize import Grid
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, decoded_product, quantizes
@@ -222,9 +223,10 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
                     packed.value = kernels.fbgemm_pack(self.integers(), scale)
                 return kernels.weight_only_token(x, self.bias, packed.value)
         elif bagged.reads(x, self.bits, scale):
-            if packed.value is None:
+            if packed.value is None and place_of(self.weight_packed) is None:  # what lies in a file stays there
                 self.hand_over()
-            return bagged.product(x, self.bias, packed.value)
+            if packed.value is not None:
+                return bagged.product(x, self.bias, packed.value)
         return decoded_product(x, self, self.bias)
 
     def lent(self) -> list[Tensor]:

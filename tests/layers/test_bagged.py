@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.layers import bagged, kernels
+from pipeline.layers.offload import offload_module, place_of
 from pipeline.layers.schemes import KINDS
 
 if kernels.choose(torch.device("cpu"), torch.float32, 1) not in kernels.FBGEMM:
@@ -185,6 +186,16 @@ def test_what_was_handed_to_the_kernel_is_as_it_was_for_all_others(chosen):
     layer.float()(x[:1])
     layer.set_integers(integers.flip(0))
     assert torch.equal(layer.integers(), integers.flip(0))
+
+
+def test_weights_in_files_stay_there(tmp_path):
+    torch.manual_seed(0)
+    layer, x = made(), torch.randn(1, 96)
+    want = nn.functional.linear(x, layer.dequantized(), layer.bias)
+    offload_module(layer, tmp_path)
+    assert torch.equal(layer(x), want)
+    assert layer._packed.value is None
+    assert place_of(layer.weight_packed) == tmp_path
 
 
 def test_inference_mode_before_leaves_nothing_that_training_cannot_use():
