@@ -105,7 +105,7 @@ class Needs:
         peak = self.fitted(config, tracing) if traced else self.lower(config)
         source = "traced" if tracing else "computed"
         found = {"train": known(config, "train", peak, source, self.convolutional(config))}
-        if (beside := self.validation(config)) is not None:
+        if (beside := self.validation(config, source)) is not None:
             found["validate"] = beside_fit(config, beside, peak)
         if peak.saving is not None:
             writing = Peak(sum(peak.saving.values()), peak.saving, "")
@@ -154,16 +154,16 @@ class Needs:
         once = self._unevaluated[key]
         return Plan(phases=dict(once.phases), open=dict(once.open))
 
-    def validation(self, config: RunConfig) -> Phase | None:
+    def validation(self, config: RunConfig, source: str) -> Phase | None:
         """An evaluation in the middle of the fit, as `plan.validation` has it."""
         if not config.trainer.evaluate_every:
             return None
         batch = config.trainer.evaluation_batch_size
         ranks = (config.parallelism, config.optimizer, config.memory) if config.parallelism.distributed else ()
         beside = repr(link_under_adapters(config)), config.memory.loss_chunks, repr(ranks)
-        key = ("validate", config.model, config.data, config.precision, config.adapter, *beside, batch)
+        key = ("validate", source, config.model, config.data, config.precision, config.adapter, *beside, batch)
         if key not in self._others:
-            self._others[key] = {"validate": validation(config, self.task, self.data(config))}
+            self._others[key] = {"validate": validation(config, self.task, self.data(config), source)}
         return self._others[key]["validate"]
 
     def convolutional(self, config: RunConfig) -> bool:

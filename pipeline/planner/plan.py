@@ -321,12 +321,13 @@ def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan
     """Evaluation in the middle of the fit: beside what the fit keeps between two steps."""
     train = found.phases.get("train")
     if train is not None:
-        found.phases["validate"] = beside_fit(config, validation(config, task, data), train)
+        source = "computed" if "train" in found.untraced else "traced"
+        found.phases["validate"] = beside_fit(config, validation(config, task, data, source), train)
 
 
-def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase:
+def validation(config: RunConfig, task: Task, data: DataBundle, source: str) -> Phase:
     """An evaluation of what stage 0 trains: on one device without what its fit keeps meanwhile, on one of several
-    beside that."""
+    beside that. `source`: of what is known of that fit."""
     stage = stages_of(config)[0]
     model = adapted(config, stage, stage_input.shapes(config, data))
     if config.parallelism.distributed:
@@ -334,7 +335,6 @@ def validation(config: RunConfig, task: Task, data: DataBundle) -> Phase:
         peak = formula.validating(config, stage, model, task, describe(model), batch)
     else:
         peak = trace_validation(config, model, task, data)
-    source = "computed" if untraceable(config) else "traced"
     return known(config, "validate", Peak(peak.bytes, peak.kinds, "evaluation"), source, convolutional(model))
 
 

@@ -174,9 +174,11 @@ def test_the_leanest_where_weights_take_most_is_that_which_adds_up_no_gradients(
     assert least == min(search.computed(one)[1].bytes for one in search.levers(base))
 
 
-def test_a_lever_is_searched_that_only_the_evaluation_during_training_needs(tmp_path):
-    chosen = searched(tmp_path, "budget=3MB", "trainer.batch_size=7", "trainer.evaluate_every=4")
-    assert "memory.release_gradients=true" in chosen.best.candidate.changes
+def test_the_evaluation_during_training_keeps_the_budget_beside_what_training_keeps(tmp_path):
+    words = ["budget=3MB", "trainer.batch_size=7"]
+    without, beside = (searched(tmp_path, *words, f"trainer.evaluate_every={every}").best.candidate for every in (0, 4))
+    assert beside.config.trainer.evaluation_batch_size == 2
+    assert without.config.trainer.evaluation_batch_size > 2
 
 
 def test_what_comes_out_keeps_its_bound(tmp_path):

@@ -45,7 +45,7 @@ def test_a_config_that_needs_something_else_is_asked_itself(phase, first, second
     both = [composed("trainer.evaluate_every=4", *words) for words in (first, second)]
     needs = Needs(both[0])
     for config in [*both, *both]:
-        needs.others(config) if phase == "links" else needs.validation(config)
+        needs.others(config) if phase == "links" else needs.validation(config, "traced")
     assert asked == both
 
 
