@@ -40,6 +40,7 @@ from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.gathering import saving
 from pipeline.planner.live import STEP_DONE, Inner, Peak
 from pipeline.planner.ranks import COMMUNICATION, GATHERED, Rank, norms_over, part, split_layers
+from pipeline.planner.replaying import few_parts
 from pipeline.planner.stepping import Stepped, stepped
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES
 from pipeline.precision.plugins import kernels
@@ -143,6 +144,7 @@ def at_work(
     on_cpu = config.device.kind() == "cpu"
     with ExitStack() as stack:
         stack.enter_context(tracing(config))
+        stack.enter_context(few_parts())
         step = steps(config, faked(model), stage.fit.lr, inner)
         if gathered_in := dtype_of(ranks.holding.gathered_in):
             faked(model, gathered_in)

@@ -27,6 +27,7 @@ from pipeline.layers.footprint import file_bytes
 from pipeline.layers.sparsity import bitmask_bytes, kept_of, masked_layers
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
 from pipeline.planner.live import Live, Peak, by_kind
+from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
@@ -164,7 +165,7 @@ def traced_saving(
     live = Supposing(*kernels_of(config))
     live.hold_model(model)
     live.phase = "working set"
-    with live, masks_keeping(share_of(config, stage)):
+    with live, replaying(live), masks_keeping(share_of(config, stage)):
         store.parts_of(model, fake_batch(batch))
     return live.timeline.peak()
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.app import compose
 from pipeline.layers.schemes import quantize_layers
-from pipeline.planner import evaluation, generation, training
+from pipeline.planner import evaluation, generation, training, transfers
 from pipeline.planner.live import Live
 from pipeline.planner.plan import plan
 from pipeline.planner.replaying import replaying
@@ -39,9 +39,9 @@ def test_a_plan_is_the_same_to_the_byte(case):
     found = plan(config, data)
     each = [
         mock.patch.object(module, "replaying", return_value=nullcontext())
-        for module in (evaluation, generation, training)
+        for module in (evaluation, generation, training, transfers)
     ]
-    with each[0], each[1], each[2]:
+    with each[0], each[1], each[2], each[3]:
         expected = plan(config, data)
     assert found.phases == expected.phases
     assert not found.open
