@@ -481,5 +481,5 @@ def fit(
         saver.earlier_seconds,
         meter.reserved_bytes,
         saver.peak_bytes,
-        asdict(validating.peak),
+        asdict(Peak(validating.peak_bytes, validating.reserved_bytes)),
     )

@@ -107,9 +107,6 @@ class Float8Layer(QuantizedLayer):
         made.weight = to_float8(rows, made.weight_scale.to(rows.dtype)).view(made.weight_dims)
         return made.like(layer)
 
-    def dequantized(self) -> Tensor:
-        return self.decoded_rows(0, self.rows).view(self.weight_dims)
-
     def decoded_rows(self, begin: int, end: int) -> Tensor:
         scale = self.weight_scale[begin:end]
         return from_float8(self.weight[begin:end].flatten(1), scale.dtype).mul_(scale)

@@ -197,16 +197,13 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
 
     @property
     def kernel(self) -> str:
-        scale = self.weight_scale
-        few = kernels.choose(scale.device, torch.float32, 1)
-        tokens = bagged.TOKENS.get(scale.dtype, 0)
-        if few not in kernels.FBGEMM or not tokens:
-            return self.named("dequantize")
-        if self._token and scale.dtype == torch.float32:
-            return self.named(f"{few} at one token, then dequantize")
-        if not bagged.works(bagged.width_of(self.bits)):
-            return self.named("dequantize")
-        return self.named(f"bags {'at one token' if tokens == 1 else f'up to {tokens} tokens'}, then dequantize")
+        scale, few = self.weight_scale, ""
+        kernel, tokens = kernels.choose(scale.device, torch.float32, 1), bagged.TOKENS.get(scale.dtype, 0)
+        if kernel in kernels.FBGEMM and self._token and scale.dtype == torch.float32:
+            few = f"{kernel} at one token, then "
+        elif kernel in kernels.FBGEMM and tokens and bagged.works(bagged.width_of(self.bits)):
+            few = f"bags {'at one token' if tokens == 1 else f'up to {tokens} tokens'}, then "
+        return self.named(f"{few}dequantize")
 
     def fused_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         assert self.product is not None

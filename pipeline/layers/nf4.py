@@ -161,9 +161,6 @@ class NF4Layer(QuantizedLayer):
         """int8 [rows, columns], as of `nf4_codes`."""
         return unpack_int32(self.weight_packed, self.bits, self.columns)
 
-    def dequantized(self) -> Tensor:
-        return self.stored_weight()
-
     def stored_weight(self) -> Tensor:
         """The weight that the codes stand for, without any adapter beside them."""
         return self.decoded_rows(0, self.rows).view(self.weight_dims)

@@ -55,9 +55,9 @@ class QuantizedLayer(nn.Module):
     def from_float(cls, layer: FloatLayer, **settings: Any) -> Self:
         """The quantized form of `layer`, rounded to nearest; its bias is shared, its mask becomes `sparse`."""
 
-    @abstractmethod
     def dequantized(self) -> Tensor:
         """The weight that is stored, in the float layer's shape and the scales' dtype."""
+        return self.decoded_rows(0, self.rows).view(self.weight_dims)
 
     @abstractmethod
     def decoded_rows(self, begin: int, end: int) -> Tensor:
@@ -161,9 +161,6 @@ class IntegerLayer(QuantizedLayer):
             self.weight_packed = pack_int32(integers, self.bits)
         else:
             self.weight = integers.view(self.weight_dims)
-
-    def dequantized(self) -> Tensor:
-        return self.decoded_rows(0, self.rows).view(self.weight_dims)
 
     def decoded_rows(self, begin: int, end: int) -> Tensor:
         scale, zeros = self.weight_scale[begin:end], self.zero_points()

@@ -308,7 +308,50 @@ def measure_peak(device: str, alive: Iterable[Tensor] = (), unseen: int = 0) -> 
         peak.bytes, peak.reserved = meter.stop(), meter.reserved
 
 
-class MeasureTraining(lightning.Callback):
+class _Measuring(lightning.Callback):
+    """Measures the peak over a part of a fit. `beside`: gives tensors that are alive and that the module does not hold;
+    asked when measuring starts."""
+
+    def __init__(self, beside: Callable[[], Iterable[Tensor]]) -> None:
+        self.beside = beside
+        self.peak_bytes: int | None = None
+        """Peak in bytes; None until it has been measured."""
+        self.reserved_bytes: int | None = None
+        """The most that CUDA's pool has taken from the device meanwhile."""
+        self._meter: Meter | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"peak_bytes": self.peak_bytes, "reserved_bytes": self.reserved_bytes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What an earlier process measured; it stays where that took the last step, too."""
+        self.peak_bytes, self.reserved_bytes = state_dict["peak_bytes"], state_dict["reserved_bytes"]
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._stop()
+        self.beside = tuple  # the progress bar asks for `skipped_steps` as long as it lives: a teacher is not to
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, steps: Collection[int] = ()
+    ) -> None:
+        """`steps`: as for `bucket_bytes`."""
+        meter = Meter(module.device.type)
+        alive = [*training_tensors(trainer, module, batch), *self.beside()]
+        meter.start(alive, bucket_bytes(trainer.strategy.model, steps))
+        self._meter = meter
+
+    def _stop(self) -> None:
+        if self._meter is not None:
+            self.peak_bytes, self.reserved_bytes = self._meter.stop(), self._meter.reserved
+            self._meter = None
+
+
+class MeasureTraining(_Measuring):
     """Measures the peak over warm optimizer steps of a fit, counted from the first step that this process runs.
 
     By the second step gradients and optimizer states exist, and from then on every step is alike: two are measured. In
@@ -323,22 +366,11 @@ class MeasureTraining(lightning.Callback):
     def __init__(self, steps: tuple[int, int] = (2, 3), beside: Callable[[], Iterable[Tensor]] = tuple) -> None:
         if not 0 <= steps[0] <= steps[1]:
             raise ValueError(f"steps={steps}: the first must be at least 0 and not above the last")
-        self.steps, self.beside = steps, beside
-        self.peak_bytes: int | None = None
-        """Peak in bytes; None until it has been measured."""
-        self.reserved_bytes: int | None = None
-        """The most that CUDA's pool has taken from the device over those steps."""
+        super().__init__(beside)
+        self.steps = steps
         self.skipped_steps: frozenset[int] = frozenset()
         """Optimizer steps (`trainer.global_step` at their start) that were slowed down: to leave out of rates."""
-        self._meter: Meter | None = None
         self._finished = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"peak_bytes": self.peak_bytes, "reserved_bytes": self.reserved_bytes}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What an earlier process measured; it stays where that took the last step, too."""
-        self.peak_bytes, self.reserved_bytes = state_dict["peak_bytes"], state_dict["reserved_bytes"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._finished:
@@ -357,11 +389,7 @@ class MeasureTraining(lightning.Callback):
         if self._finished or self._meter is not None or not self.skipped_steps:
             return
         if trainer.global_step == min(self.skipped_steps):
-            meter = Meter(pl_module.device.type)
-            alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
-            measured = [step - self._began for step in self.skipped_steps]
-            meter.start(alive, bucket_bytes(trainer.strategy.model, measured))
-            self._meter = meter
+            self._start(trainer, pl_module, batch, [step - self._began for step in self.skipped_steps])
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop()  # a validation between two steps is no part of them
@@ -373,45 +401,23 @@ class MeasureTraining(lightning.Callback):
             self._stop()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._stop()
+        super().on_train_end(trainer, pl_module)
         self._finished = True
-        self.beside = tuple  # the progress bar asks for `skipped_steps` as long as it lives: a teacher is not to
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        self._stop()
 
     def _stop(self) -> None:
-        if self._meter is not None:
-            self.peak_bytes, self.reserved_bytes = self._meter.stop(), self._meter.reserved
-            self._meter = None
-            self._finished = True
+        self._finished = self._finished or self._meter is not None
+        super()._stop()
 
 
-class MeasureValidation(lightning.Callback):
+class MeasureValidation(_Measuring):
     """Measures the peak over the first two batches of the first validation of a fit: the second is computed while what
-    the first has left is there. `beside`: as for `MeasureTraining`."""
-
-    def __init__(self, beside: Callable[[], Iterable[Tensor]] = tuple) -> None:
-        self.beside = beside
-        self.peak = Peak()
-        self._meter: Meter | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"bytes": self.peak.bytes, "reserved": self.peak.reserved}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.peak = Peak(**state_dict)
+    the first has left is there."""
 
     def on_validation_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if self.peak.bytes is None and self._meter is None and batch_idx == 0:
-            meter = Meter(pl_module.device.type)
-            alive = [*training_tensors(trainer, pl_module, batch), *self.beside()]
-            meter.start(alive, bucket_bytes(trainer.strategy.model))
-            self._meter = meter
+        if self.peak_bytes is None and self._meter is None and batch_idx == 0:
+            self._start(trainer, pl_module, batch)
 
     def on_validation_batch_end(
         self,
@@ -427,19 +433,6 @@ class MeasureValidation(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop()
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.beside = tuple
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._meter is not None:
-            self.peak = Peak(self._meter.stop(), self._meter.reserved)
-            self._meter = None
 
 
 def bucket_bytes(wrapped: Any, steps: Collection[int] = ()) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -46,35 +47,40 @@ def trace_evaluation(
 def trace_validation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle) -> Peak:
     """The peak while a fit on one device evaluates `model` in its middle, without what the fit keeps; `model`, of the
     meta device and in the dtypes that it is trained in, is filled with fake tensors in place."""
-    architecture = describe(model)
     loader = evaluation_loader(data.evaluation, config.trainer.evaluation_batch_size)
     with tracing(config), ExitStack() as stack:
         faked(model)
-        stack.callback(config.precision.convert_layers(model, architecture))
+        stack.callback(config.precision.convert_layers(model, describe(model)))
         live = Supposing(*kernels_of(config))
         live.multiply(BIASED)
-        live.hold_model(model)
-        live.phase = "activations"
-        folding = Folding(live)
-        stack.enter_context(live)
-        stack.enter_context(folded(model, [block.name for block in architecture.blocks], folding))
-        stack.enter_context(inference(model))
-        stack.enter_context(config.precision.plugin("cpu").forward_context())
-        for batch in islice(loader, BATCHES):
-            live.hold(batch.values(), "batch")
-            task.loss(model, batch, config.memory.loss_chunks)
-    return folding.unrolled().peak()
+
+        def losses() -> None:
+            with inference(model), config.precision.plugin("cpu").forward_context():
+                for batch in islice(loader, BATCHES):
+                    live.hold(batch.values(), "batch")
+                    task.loss(model, batch, config.memory.loss_chunks)
+
+        return _counted(live, model, losses)
 
 
 def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: DataBundle, live: Live) -> Peak:
-    """The same for a `model` of fake tensors, counted by `live`. To be called within `tracing`."""
+    """As `trace_evaluation`, for a `model` of fake tensors, counted by `live`. To be called within `tracing`."""
     size = config.trainer.evaluation_batch_size
     held_out = min(len(data.evaluation), BATCHES * size)  # type: ignore[arg-type]
     few = replace(data, evaluation=Subset(data.evaluation, range(held_out)))
+
+    def metric() -> None:
+        with config.precision.evaluation_context("cpu"):
+            task.evaluate(model, few, size, "cpu")
+
+    return _counted(live, model, metric)
+
+
+def _counted(live: Live, model: nn.Module, passes: Callable[[], None]) -> Peak:
+    """The peak over `passes` through `model`, blocks and layers that are alike computed once."""
     live.hold_model(model)
     live.phase = "activations"
     folding = Folding(live)
-    blocks = [block.name for block in describe(model).blocks]
-    with live, folded(model, blocks, folding), replaying(live), config.precision.evaluation_context("cpu"):
-        task.evaluate(model, few, size, "cpu")
+    with live, folded(model, [block.name for block in describe(model).blocks], folding), replaying(live):
+        passes()
     return folding.unrolled().peak()

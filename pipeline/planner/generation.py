@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.layers.decoding import CACHES
-from pipeline.layers.quantized import QuantizedLayer
 from pipeline.models.architecture import describe, positions
 from pipeline.planner.fakes import as_opened, faked, kernels_of, tracing
 from pipeline.planner.folding import Folding, folded
-from pipeline.planner.live import Live, Peak
+from pipeline.planner.live import Live, Peak, by_kind
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
@@ -75,8 +74,8 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
     def label(module: nn.Module, args: Any, given: dict[str, Any], out: Any) -> None:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         live.hold(_cached(cache), KEY_VALUE_CACHE)
-        lent = (tensor for layer in module.modules() if isinstance(layer, QuantizedLayer) for tensor in layer.lent())
-        live.hold((tensor for tensor in lent if live.block(tensor) is not None), "weights")
+        # Some in the form of a kernel, by now. Those of a block that is not computed are told by another's.
+        live.hold((weight for weight in by_kind(module)["weights"] if live.block(weight) is not None), "weights")
 
     folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
     hooks = [model.register_forward_pre_hook(begin)]

@@ -130,7 +130,8 @@ CUT = {"fbgemm": 1e-6, "fbgemm_split": 8e-6}
 
 
 def weight_only(inputs, outputs, bias=True, **settings):
-    return KINDS["weight_only", nn.Linear].from_float(nn.Linear(inputs, outputs, bias=bias), bits=8, **settings)
+    settings = {"bits": 8, **settings}
+    return KINDS["weight_only", nn.Linear].from_float(nn.Linear(inputs, outputs, bias=bias), **settings)
 
 
 def product_by_hand(x, layer):
@@ -187,9 +188,10 @@ def test_a_weight_only_token_of_zeros_gives_the_bias_and_what_is_not_a_number_st
     assert layer(x).isnan().all()
 
 
-def test_new_weight_only_weights_are_used_after_load_copy_and_pickle():
+@pytest.mark.parametrize("settings", [{}, {"bits": 4, "group_size": 16}], ids=["integers", "bags"])
+def test_new_weight_only_weights_are_used_after_load_copy_and_pickle(settings):
     torch.manual_seed(0)
-    first, second, x = weight_only(32, 16), weight_only(32, 16), torch.randn(1, 32)
+    first, second, x = weight_only(32, 16, **settings), weight_only(32, 16, **settings), torch.randn(1, 32)
     want, before = second(x), first(x)
     assert torch.equal(copy.deepcopy(first)(x), before)
     assert torch.equal(pickle.loads(pickle.dumps(first))(x), before)
