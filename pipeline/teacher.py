@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.artifact import filling, store
 from pipeline.compression.base import Answer
 from pipeline.errors import ConfigError, LeanfitError
+from pipeline.layers import stored
 from pipeline.layers.blockwise import model_inputs
 from pipeline.layers.distillation import observing
 from pipeline.layers.logit_cache import LogitCache
@@ -123,8 +123,7 @@ def _pretrained(directory: Path, said: str, meta: bool) -> nn.Module:
     cls = filling.model_class((written.get("architectures") or [None])[0])
     if meta:
         for file in directory.glob("*.safetensors"):  # a file that was cut short shows so in its header
-            with safe_open(file, "pt"):
-                pass
+            stored.shapes(file)
         return rewritten(on_meta(cls, cls.config_class.from_pretrained(directory)))
     model, loading = cls.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True

@@ -14,21 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.artifact import manifest as manifests
 from pipeline.artifact import sparse
 from pipeline.errors import ArtifactError
+from pipeline.layers import stored
 from pipeline.layers.experts import split
-from pipeline.layers.offload import maps_file, offload
+from pipeline.layers.offload import offload
 from pipeline.models.unfilled import to_be_filled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes by their names in the header of a safetensors file."""
 
 
 def empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
@@ -98,10 +95,7 @@ def fill_model(
     made: Callable[[Tensor], Tensor] = Tensor.detach if offload_to is None else keep  # here, and so of its own already
     tensors: dict[str, Tensor] = {}
     for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        maps_file()
-        with safe_open(directory / file, "pt") as stored:
-            names: list[str] = stored.keys()
-            tensors.update((name, keep(stored.get_tensor(name))) for name in names)
+        tensors.update((name, keep(tensor)) for name, tensor in stored.tensors(directory / file).items())
     masks: dict[str, Tensor] = {}
     for name, encoding in manifest["encodings"].items():
         tensors[name], masks[name.rpartition(".")[0]] = map(made, _decoded(tensors, name, encoding))
@@ -142,10 +136,7 @@ def take_dtypes(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> 
     """Give the floating-point tensors of `model`, on the meta device, the dtypes that those of the files have."""
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        with safe_open(directory / file, "pt") as stored:
-            names: list[str] = stored.keys()
-            for name in names:
-                tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
-                dtype = FLOATING.get(stored.get_slice(name).get_dtype())
-                if tensor is not None and dtype is not None:
-                    tensor.data = tensor.data.to(dtype)
+        for name, shape in stored.shapes(directory / file).items():
+            tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
+            if tensor is not None and shape.is_floating_point():
+                tensor.data = tensor.data.to(shape.dtype)

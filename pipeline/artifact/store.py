@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from pipeline.artifact import sparse
 from pipeline.artifact.filling import empty_model, fill_model, put_layers, take_dtypes, tie
 from pipeline.artifact.machine import machine
 from pipeline.errors import ArtifactError
+from pipeline.layers import stored
 from pipeline.layers.blockwise import in_dtype_of
 from pipeline.layers.experts import linear_experts
 from pipeline.layers.offload import OffloadError, beside
@@ -205,12 +205,11 @@ def kept_share(directory: Path) -> float:
     directory, elements, kept = Path(directory), 0, 0
     encodings = manifests.read(directory)["encodings"]
     for file in manifests.weight_files(os.listdir(directory)):
-        with safe_open(directory / file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                encoding = encodings.get(name.removesuffix(".values"))
-                if encoding is not None and not encoding["packed"]:
-                    elements += math.prod(encoding["shape"])
-                    kept += math.prod(stored.get_slice(name).get_shape())
+        for name, shape in stored.shapes(directory / file).items():
+            encoding = encodings.get(name.removesuffix(".values"))
+            if encoding is not None and not encoding["packed"]:
+                elements += math.prod(encoding["shape"])
+                kept += shape.numel()
     return kept / elements if elements else 1.0
 
 

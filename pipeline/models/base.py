@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.base import DataSpec
@@ -41,14 +41,15 @@ class Model:
         """As `build`; pretrained weights, in `dtype`, may lie in files in `directory` instead of in memory."""
         return self.build(spec)
 
-    def lies_in_files(self) -> bool:
-        """Whether `build_offloaded` lays weights into files."""
-        return False
+    def weight_files(self) -> list[Path]:
+        """Local safetensors of pretrained weights, which `build` maps and `build_offloaded` copies file by file; none
+        where there are none."""
+        return []
 
-    def mapped(self) -> tuple[int, list[tuple[int, ...]]]:
-        """Bytes of the files that `build` maps to read them, and the shapes of the tensors in them that the model takes
-        as they lie there; all others are copies. 0 where it reads none."""
-        return 0, []
+    def assembled(self, spec: DataSpec, weights: dict[str, Tensor]) -> nn.Module:
+        """What `build` makes of a checkpoint's tensors, here given by name instead of lying in `weight_files`. They are
+        taken out of `weights`."""
+        raise NotImplementedError
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that belongs to the model; None where the task has none."""

@@ -23,8 +23,6 @@ EPSILON = 1e-5
 """Of OPT's norms, which its config does not say."""
 OFFSET = 2
 """Rows before OPT's first position."""
-COPIED = ("wpe.weight", "c_attn.weight", "c_attn.bias", "c_proj.weight", "c_fc.weight")
-"""Of GPT-2's weights those that OPT has in another form; all others are moved."""
 
 
 def rewritten(model: Any) -> PreTrainedModel:
@@ -86,7 +84,9 @@ def _weights(model: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor]]:
         yield from _of(f"{layer}final_layer_norm", block.ln_2)
         yield from _transposed(f"{layer}fc1", block.mlp.c_fc)
         yield from _transposed(f"{layer}fc2", block.mlp.c_proj)
-        block.to("meta")
+        for module in block.modules():
+            module._parameters.clear()
+            module._buffers.clear()
     yield from _of("model.decoder.final_layer_norm", body.ln_f)
     yield "lm_head.weight", model.lm_head.weight.detach()
 

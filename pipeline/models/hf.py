@@ -23,7 +23,7 @@ from pipeline.registry import register
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.base import DataSpec
@@ -113,27 +113,17 @@ class HuggingFace(Model):
             return False
         return can_be_opt(config)
 
-    def lies_in_files(self) -> bool:
-        return bool(self._weight_files())
-
-    def _weight_files(self) -> list[Path]:
-        """The local files of weights; none where there are none, or no safetensors."""
+    def weight_files(self) -> list[Path]:
         local = Path(self.source)
         return sorted({local / name for name in _weight_map(local).values()}) if local.is_dir() else []
 
-    def mapped(self) -> tuple[int, list[tuple[int, ...]]]:
-        from safetensors import safe_open
+    def assembled(self, spec: DataSpec, weights: dict[str, Tensor]) -> PreTrainedModel:
+        import torch
 
-        from pipeline.models.gpt2 import COPIED
+        from pipeline.models.gpt2 import rewritten
 
-        files = self._weight_files()
-        copied = COPIED if self._becomes_opt() else ()
-        taken = []
-        for file in files:
-            with safe_open(file, "pt") as stored:
-                lying = {name: stored.get_slice(name) for name in stored.keys() if not name.endswith(copied)}  # noqa: SIM118
-                taken += [tuple(part.get_shape()) for part in lying.values() if part.get_dtype() == "F32"]
-        return sum(file.stat().st_size for file in files), taken
+        config = self._config(spec)
+        return rewritten(self._opened(lambda: _assembled(config, weights, torch.float32)))
 
     def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
         """The model of `build` with weights in `dtype`, each in a file of its own in `directory` (layers/offload.py).
@@ -141,15 +131,14 @@ class HuggingFace(Model):
         The checkpoint is read shard by shard and tensor by tensor. One that is not local, or no safetensors, is opened
         in memory. Raises as `build` does.
         """
-        import torch
-        from safetensors import safe_open
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        from pipeline.layers.offload import maps_file, offload, offload_module, place_of
+        from pipeline.layers import stored
+        from pipeline.layers.offload import offload, offload_module, place_of
         from pipeline.models.gpt2 import rewritten
         from pipeline.models.unfilled import registering
 
-        files = self._weight_files()
+        files = self.weight_files()
         if not files:
             return self.build(spec)
         config = self._config(spec)
@@ -159,21 +148,12 @@ class HuggingFace(Model):
                 parameter.data = offload(parameter, directory)
 
         def read() -> tuple[Any, dict[str, Any]]:
-            weights = {}
-            for file in files:
-                maps_file()
-                with safe_open(file, "pt") as shard:
-                    names: list[str] = shard.keys()
-                    for name in names:
-                        tensor = shard.get_tensor(name)
-                        weights[name] = offload(tensor, directory, dtype if tensor.is_floating_point() else None)
-            auto: Any = AutoModelForCausalLM
-            with torch.device("meta"):
-                cls = type(auto.from_config(config, trust_remote_code=False))
-            with registering(put_away), _one_by_one():  # what transformers puts together from several tensors
-                model, loading = cls.from_pretrained(
-                    None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
-                )
+            weights = {name: tensor for file in files for name, tensor in stored.tensors(file).items()}
+            for name, tensor in weights.items():
+                if tensor.is_floating_point() and tensor.dtype != dtype:  # else as it lies there, until it is a weight
+                    weights[name] = offload(tensor, directory, dtype)
+            with registering(put_away):  # what transformers puts together from several tensors
+                model, loading = _assembled(config, weights, dtype)
             if (Path(self.source) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(self.source)
             return model, loading
@@ -228,6 +208,22 @@ class HuggingFace(Model):
                 f"model.pretrained={self.pretrained} has no tokenizer that can be opened: no vocabulary file"
             )
         return tokenizer
+
+
+def _assembled(config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of `config`, whose tensors are taken out of `weights`, beside transformers' loading info."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        cls: Any = type(auto.from_config(config, trust_remote_code=False))
+    with _one_by_one():
+        model, loading = cls.from_pretrained(
+            None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
+        )
+    weights.clear()
+    return model, loading
 
 
 def _one_by_one() -> AbstractContextManager[Any]:

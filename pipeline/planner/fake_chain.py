@@ -38,7 +38,7 @@ from pipeline.planner.live import Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import traced_fit
-from pipeline.planner.transfers import traced_saving
+from pipeline.planner.transfers import in_files, traced_saving
 from pipeline.planner.workspaces import BIASED
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -110,7 +110,7 @@ class Chain:
         self.dtype = config.precision.weight_dtype
         self.stored = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
         self.trains = stage_input.trains(changing_stages(stages_of(config)))
-        self.in_files = not self.trains and (self.stored or (config.artifact is None and config.model.lies_in_files()))
+        self.in_files = in_files(config)
         self.live = self.counting()
 
     def counting(self) -> Supposing:

@@ -1,17 +1,19 @@
 """What a run holds while it opens its model, and while it writes checkpoints and artifacts.
 
 Opening is replayed tensor by tensor: fresh weights are made in float32, tied ones each for itself before they are one,
-and brought to the weights' dtype one after the other; an artifact's come in the dtypes that they have, no other tensor
-beside them. What lies in files is no memory: no phase says how much it is. An artifact is written by the code that
-writes it, on fake tensors; and a checkpoint writes what training keeps, as it lies there.
+and brought to the weights' dtype one after the other; transformers puts pretrained ones together, of fake tensors for
+parts of mapped files; an artifact's come in the dtypes that they have, no other tensor beside them. What lies in files
+is no memory: no phase says how much it is. An artifact is written by the code that writes it, on fake tensors; and a
+checkpoint writes what training keeps, as it lies there.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,6 +25,7 @@ from pipeline.artifact import sparse, store
 from pipeline.chain import Stage
 from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle
+from pipeline.layers import stored
 from pipeline.layers.footprint import file_bytes
 from pipeline.layers.sparsity import bitmask_bytes, kept_of, masked_layers
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
@@ -40,21 +43,21 @@ def trace_opening(config: RunConfig, data: DataBundle) -> Peak | None:
     if in_files(config) or config.device.kind() == "cuda":
         return None
     model = stage_input.shapes(config, data)
-    stored = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
+    files = [(file.stat().st_size, stored.shapes(file)) for file in config.model.weight_files()]
+    from_artifact = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
     with tracing(config):
         live = Live()
         live.phase = "weights"
         with live:
-            if stored:
+            if from_artifact:
                 made = copies((*model.parameters(), *model.buffers()))
             else:
-                size, taken = config.model.mapped()
-                made = read(model, size, taken) if size else built(model)
+                made = read(config, data, files) if files else built(model)
                 if config.artifact is not None:
                     made.append(torch.empty(checkpoint_bytes(config), dtype=torch.uint8))
                     live.hold(made[-1:], "checkpoint")
                     del made[-1]
-                converted(model, made, config.precision.weight_dtype)
+                converted(made, config.precision.weight_dtype)
         del made
         return live.timeline.peak()
 
@@ -64,7 +67,7 @@ def in_files(config: RunConfig) -> bool:
     if stage_input.trains(changing_stages(stages_of(config))):
         return False
     if config.artifact is None:
-        return config.model.lies_in_files()
+        return bool(config.model.weight_files())
     return not checkpoints.exists(Path(config.artifact))
 
 
@@ -84,20 +87,28 @@ def built(model: nn.Module) -> list[Tensor]:
     return [made[place] for place in sorted(first.values())]
 
 
-def read(model: nn.Module, size: int, taken: Iterable[tuple[int, ...]]) -> list[Tensor]:
-    """A model's tensors as they are read in float32 from mapped files of `size` bytes: those of a shape that is `taken`
-    are parts of the files, which stay as long as one of these does, and all others lie beside them."""
-    mapped = torch.empty(size, dtype=torch.uint8)
-    there = Counter(taken)
-    made = []
-    for tensor in {id(tensor): tensor for tensor in own_tensors(model)}.values():
-        shape = tuple(tensor.shape)
-        if there[shape] and tensor.dtype == torch.float32:
-            there[shape] -= 1
-            made.append(mapped[: tensor.nbytes].view(torch.float32).view(shape))
-        else:
-            made += copies([tensor])
-    return made
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a mapped file, whose bytes are `file`, made when it is read, as a slice of safetensors' is."""
+
+    file: Tensor
+    shape: Tensor
+
+    def __getitem__(self, _: object) -> Tensor:
+        # At the start of the file, where every dtype is aligned: who counts bytes does not ask which a part takes.
+        return self.file.view(self.shape.dtype).as_strided(self.shape.shape, self.shape.stride())
+
+
+def read(config: RunConfig, data: DataBundle, files: Iterable[tuple[int, dict[str, Tensor]]]) -> list[Tensor]:
+    """A model's tensors as transformers makes them of those in mapped files, in the order in which they are converted:
+    those taken as they lie there are parts of a file, which stays as long as one of them does."""
+    parts: dict[str, Any] = {}
+    for size, shapes in files:
+        file = torch.empty(size + -size % 8, dtype=torch.uint8, device="cpu")
+        parts |= {name: Part(file, shape) for name, shape in shapes.items()}
+    del file
+    model = config.model.assembled(data.spec, parts)
+    return list({id(tensor): tensor for tensor in own_tensors(model)}.values())
 
 
 def own_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -108,8 +119,9 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (buffer for buffer in module._buffers.values() if buffer is not None)
 
 
-def converted(model: nn.Module, made: list[Tensor], dtype: torch.dtype) -> None:
-    """`made`, in the order of the modules' own tensors, to `dtype` in place, one after the other."""
+@torch.no_grad()
+def converted(made: list[Tensor], dtype: torch.dtype) -> None:
+    """`made` to `dtype` in place, one after the other."""
     for place, tensor in enumerate(made):
         if tensor.is_floating_point() and tensor.dtype != dtype:
             made[place] = tensor.to(dtype)

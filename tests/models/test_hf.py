@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForC
 
 from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError, LeanfitError
+from pipeline.layers import offload
 from pipeline.layers.offload import place_of
 from pipeline.memory.measure import measure_peak
 from pipeline.models.gpt import GPT
@@ -205,13 +207,14 @@ def test_experts_that_lie_apart_in_files_are_put_together_block_by_block(tmp_pat
     built.save_pretrained(tmp_path / "model")
     assert any(".experts.7." in name for name in load_file(tmp_path / "model" / "model.safetensors"))
     (tmp_path / "files").mkdir()
-    with measure_peak("cpu") as peak:
+    with measure_peak("cpu") as peak, mock.patch.object(offload, "_written", wraps=offload._written) as written:
         filed = hf(tmp_path / "model").build_offloaded(SPEC, torch.float32, tmp_path / "files")
     whole = sum(parameter.nbytes for parameter in filed.parameters())
     assert {place_of(parameter) for parameter in filed.parameters()} == {tmp_path / "files"}
     assert all(torch.equal(weight, filed.get_parameter(name)) for name, weight in built.named_parameters())
     assert peak.bytes is not None
     assert peak.bytes < whole / 3
+    assert sum(call.args[0].nbytes for call in written.mock_calls) == pytest.approx(whole, rel=0.01)  # on disk once
 
 
 def test_writing_to_the_model_leaves_the_checkpoint_as_it_was(shards: Path, tmp_path: Path) -> None:
