@@ -39,7 +39,8 @@ def estimate(
         autocast: the dtype of mixed precision (torch.bfloat16 say); None: none.
 
     Raises:
-        ValueError: nothing to train, or no loss in what the model gives.
+        ValueError: nothing to train, no loss in what the model gives, or a sparse gradient, as of
+            `nn.Embedding(sparse=True)`: fake tensors forget how many values it has.
         torch._subclasses.fake_tensor.DataDependentOutputException and its like: the model's shapes hang on values.
     """
     shadow = shapes_of(model)
@@ -64,6 +65,7 @@ def estimate(
                 live.mark("backward")
                 result.backward()  # type: ignore[no-untyped-call]
                 del result, given
+                refuse_sparse(shadow)
                 live.hold((p.grad for p in trained if p.grad is not None), "gradients")
                 live.phase = "optimizer step"
                 live.mark("optimizer step")
@@ -75,6 +77,14 @@ def estimate(
                 live.hold((value for value in state if isinstance(value, Tensor)), "optimizer state")
                 steps.zero_grad()
         return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of {name} is sparse, and what it takes cannot be told from shapes; give sparse=False"
+            )
 
 
 def shapes_of(model: nn.Module) -> nn.Module:

@@ -148,6 +148,14 @@ def test_a_model_on_meta_is_estimated_with_its_tied_weights_once():
     assert found.kinds["weights"] == 4 * 1024**2
 
 
+@pytest.mark.parametrize("embedding", [nn.Embedding, nn.EmbeddingBag])
+def test_a_sparse_gradient_is_refused_by_name(embedding):
+    """What is left of it, were it counted, is half of what an optimizer takes."""
+    model = nn.Sequential(embedding(50, 8, sparse=True), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"the gradient of 0\.weight is sparse.*give sparse=False"):
+        pipeline.memory.estimate(model, torch.optim.Adagrad, torch.zeros(4, 6, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
