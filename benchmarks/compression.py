@@ -126,8 +126,8 @@ def prepared(model: Path, images: bool, samples: int, tokens: int, fit: tuple[in
     import numpy as np
     import torch
 
-    from pipeline.app import compose
     from pipeline.calibration.settings import Calibration
+    from pipeline.composing import compose
     from pipeline.data.calibration import calibration_batches
     from pipeline.data.loader import collate
 

@@ -22,7 +22,7 @@ import torch
 from decoding import compressed, seconds_a_token
 from torch import nn
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.data.base import DataSpec
 from pipeline.layers import kernels
 

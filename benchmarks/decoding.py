@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.layers.decoding import decode
 from pipeline.models.architecture import describe

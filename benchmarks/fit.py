@@ -27,7 +27,7 @@ from pipeline import environment
 
 environment.prepare()
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.fitting import fit
 from pipeline.planner import speed, timing
 from pipeline.planner.fit_search import Search

@@ -153,7 +153,7 @@ def tokens_of(size: Size) -> Any:
 
 
 def configured(size: Size, precision: str, compiled: bool, device: str) -> Any:
-    from pipeline.app import compose
+    from pipeline.composing import compose
 
     return compose(
         [

@@ -58,7 +58,7 @@ class Row:
 
 def built(size: Size, dtype: torch.dtype, device: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The float model and its compressed forms on `device`, by name; and why any of them is not there."""
-    from pipeline.app import compose
+    from pipeline.composing import compose
     from pipeline.data.base import DataSpec
 
     torch.manual_seed(0)

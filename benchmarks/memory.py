@@ -22,7 +22,7 @@ from pipeline import environment
 
 environment.prepare()
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.fitting import fit
 from pipeline.models.byte_tokenizer import byte_tokenizer
 from pipeline.stage_input import prepared

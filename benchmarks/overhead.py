@@ -24,8 +24,8 @@ environment.prepare()
 import lightning.pytorch as lightning
 import torch
 
-from pipeline.app import compose
 from pipeline.chain import Fit, Stage
+from pipeline.composing import compose
 from pipeline.data.loader import train_loader
 from pipeline.fitting import fit
 from pipeline.models.architecture import describe

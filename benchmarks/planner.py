@@ -29,7 +29,7 @@ from pipeline import environment
 
 environment.prepare()
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.errors import ConfigError
 
 PHASES = ("load", "train", "compress", "save", "evaluate", "generate")

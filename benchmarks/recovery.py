@@ -165,8 +165,8 @@ class Bench:
         if record.is_file():
             return float(json.loads(record.read_text())["value"])
 
-        from pipeline.app import compose
         from pipeline.artifact import store
+        from pipeline.composing import compose
         from pipeline.compression.distill import drop_layers
         from pipeline.models.architecture import describe
         from pipeline.tasks import lookup
@@ -195,8 +195,8 @@ class Bench:
         """Overrides to train on a few windows of the training text, one after the other from a drawn place on."""
         import numpy as np
 
-        from pipeline.app import compose
         from pipeline.artifact import store
+        from pipeline.composing import compose
 
         folder = self.out / f"little-{seed}"
         folder.mkdir(exist_ok=True)
@@ -222,8 +222,8 @@ class Bench:
 
 def chained(artifact: Path | None, settings: Sequence[str], place: Path) -> Path:
     """Where the last stage left its model: the chain of `settings` on `artifact`, or a training from the start."""
-    from pipeline.app import compose
     from pipeline.artifact import store
+    from pipeline.composing import compose
     from pipeline.report.progress import Progress
     from pipeline.report.result import new_result
     from pipeline.runner import with_data_of

@@ -24,7 +24,7 @@ from pipeline.environment import DEFAULTS
 
 STEP = """
 import time
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.data.loader import train_loader
 from pipeline.tasks import lookup
 config = compose(["model=gpt_nano", "device=cpu"])
@@ -44,7 +44,7 @@ print(sorted(spent[2:])[5])
 DECODE = """
 import torch
 from benchmarks.decoding import compressed, seconds_a_token
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.data.base import DataSpec
 model = compose(["model=gpt_124m"]).model.build(DataSpec(vocabulary=256, sequence_length=128)).eval()
 model, prompt = compressed(model, "int8", "cpu"), torch.randint(0, 256, (1, 16))

@@ -1,7 +1,7 @@
 """The program: command line in, exit code out.
 
-1. `arguments.parse` makes the command line safe for Hydra. 2. `check` composes it, decodes it strictly and applies the
-rules: a mistake ends here with exit 2, all problems at once, before any directory is made or torch is imported.
+1. `arguments.parse` makes the command line safe for Hydra. 2. `composing` makes it a config: a mistake ends here with
+exit 2, all problems at once, before any directory is made or torch is imported.
 3. Hydra makes the run directory and calls `task`, which hands the frozen config to the runner.
 
 Exit codes: 0 done; 1 failed while running; 2 bad config; 3 a receipt, gate or verification not met; 130 Ctrl-C;
@@ -43,15 +43,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import arguments, checkpoints, environment, provenance, recipes, rules
+from pipeline import arguments, checkpoints, environment, provenance, recipes
+from pipeline.composing import VERSION_BASE, check, checked, decoded, loader, placed
+from pipeline.composing import compose as compose  # where it was until now
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.parallelism.launched import started_in_copies
 from pipeline.registry import conf_root
-from pipeline.resuming import finished_run
-from pipeline.schema import RunConfig, decode_run
+from pipeline.schema import RunConfig
 
 log = logging.getLogger(__name__)
-VERSION_BASE = "1.3"
 ADVERTISERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
 """Loggers that Lightning's tips go to."""
 
@@ -128,111 +128,6 @@ def _loader(args: Namespace) -> provenance.Loader:
     return loader(conf, extra)
 
 
-def loader(conf: Path | None = None, extra: Path | None = None) -> provenance.Loader:
-    """A loader over a conf folder (default: the package's own) and a further one, or those that a rank was handed."""
-    handed = [Path(folder) if (folder := os.environ.get(name)) else None for name in environment.FOLDERS]
-    conf, extra = conf or handed[0], extra or handed[1]
-    hydra.version.setbase(VERSION_BASE)
-    recipes.register_source()
-    return provenance.Loader(provenance.search_path(conf or conf_root(), extra))
-
-
-def compose(overrides: Sequence[str] = (), sweep: bool = False, quiet: bool = True) -> RunConfig:
-    """The RunConfig that a command line of these overrides stands for, checked by every rule. For use from Python.
-
-    Raises:
-        ConfigError: every problem, one line each.
-    """
-    args = arguments.parse(overrides)
-    return check(args.overrides, loader(), sweep, quiet)
-
-
-def check(
-    overrides: Sequence[str],
-    source: provenance.Loader,
-    sweep: bool = False,
-    quiet: bool = True,
-    config_name: str = "config",
-) -> RunConfig:
-    """Compose overrides in Hydra's grammar, decode, apply the rules. Prints what was dropped unless quiet.
-
-    Raises:
-        ConfigError: every problem, one line each.
-    """
-    return _checked(overrides, source, sweep, quiet, config_name)[0]
-
-
-def _checked(
-    overrides: Sequence[str], source: provenance.Loader, sweep: bool, quiet: bool, config_name: str
-) -> tuple[RunConfig, provenance.Composition]:
-    try:
-        composed = provenance.compose(source, overrides, config_name)
-        return decoded(composed, overrides, sweep, quiet), composed
-    except ConfigError as error:
-        raise ConfigError([*error.problems, *_further(error.problems, overrides, source, config_name, sweep)]) from None
-
-
-def _further(
-    problems: Sequence[str], overrides: Sequence[str], source: provenance.Loader, config_name: str, sweep: bool
-) -> list[str]:
-    """What the rules say about the rest, once the overrides that could not be understood are left out.
-
-    The rules need a decoded config. What they say of a group that lost an override is not passed on, but for a path
-    where nothing is: it is judged with a value that nobody asked for.
-    """
-    wrong = [line for line in overrides if any(_blames(told, line) for told in problems)]
-    if not wrong or any(not told.endswith("(command line)") for told in problems):
-        return []
-    known = {line: links for line in wrong if (links := provenance.known_links(source, line)) is not None}
-    lost = {line.lstrip("+~").partition("=")[0].partition(".")[0] for line in wrong if line not in known}
-    kept = [known[line][0] if line in known else line for line in overrides if line not in wrong or line in known]
-    unsure = [*lost, *(choice for _, unknown in known.values() for choice in unknown)]
-    try:
-        decoded(provenance.compose(source, kept, config_name), kept, sweep, quiet=True)
-    except ConfigError as error:
-        further = [told for told in error.problems if told not in problems]
-        # Of the links of a chain that lacks some, what follows from those that are there.
-        further = [told for told in further if not known or not re.search("must follow|prunes nothing that", told)]
-        return [
-            told
-            for told in further
-            if not any(re.search(rf"\b{re.escape(word)}\b", told) for word in unsure) or _is_missing_place(told, kept)
-        ]
-    return []
-
-
-def _is_missing_place(told: str, overrides: Sequence[str]) -> bool:
-    """Whether a problem is that there is nothing at a path that the command line gives, whatever else it says."""
-    return bool(re.search(": no such file|does not exist;", told)) and any(_blames(told, line) for line in overrides)
-
-
-def _blames(told: str, override: str) -> bool:
-    key, _, value = override.lstrip("+~").partition("=")
-    inside = (f"{key}.",) if value.startswith("{") else ()  # what is said in a choice's place says no key below it
-    return told.startswith((f"{key}=", f"{key}:", f"{key}[", f"{key} ", override, f"'{override}'", *inside))
-
-
-def decoded(composed: provenance.Composition, overrides: Sequence[str], sweep: bool, quiet: bool) -> RunConfig:
-    notes: list[str] = []
-    config = decode_run(composed, arguments.recorded(overrides), notes.append, sweep)
-    problems = [_placed(told, composed) for told in rules.problems(config)]
-    if config.resume:
-        problems += finished_run(config, Path(os.path.expanduser(composed.values["resume"])).absolute())
-    if problems:
-        raise ConfigError(problems)
-    if not quiet:
-        for note in (*notes, *rules.left_aside(config)):
-            print(note, file=sys.stderr)
-    return config
-
-
-def _placed(told: str, composed: provenance.Composition) -> str:
-    """A problem's line with the file where its key was said."""
-    key = re.match(r"[a-z_]+(\.\w+)*", told)
-    place = composed.said(key[0]) if key and key[0].partition(".")[0] in composed.values else ""
-    return f"{told} ({place})" if place and not told.endswith(f"({place})") else told
-
-
 def _started_once(config: RunConfig) -> None:
     """Raises ConfigError where each of several ranks would do the whole run."""
     copies = started_in_copies(os.environ)
@@ -260,7 +155,7 @@ def _check_all(args: Namespace, source: provenance.Loader, sweep: bool) -> RunCo
     whose jobs can."""
     name = args.config_name or "config"
     if not sweep:
-        config, _outcome.composed = _checked(args.overrides, source, sweep=False, quiet=True, config_name=name)
+        config, _outcome.composed = checked(args.overrides, source, sweep=False, quiet=True, config_name=name)
         return config
     found: dict[str, None] = {}
     for overrides in _jobs(args.overrides, source):
@@ -369,7 +264,7 @@ def _ran(job: HydraConf, run_dir: Path, overrides: Sequence[str], sweep: bool) -
     try:
         result = run(config, run_dir)
     except ConfigError as error:  # found only with the model's shapes at hand
-        raise ConfigError([_placed(told, composed) for told in error.problems]) from error
+        raise ConfigError([placed(told, composed) for told in error.problems]) from error
     return str(result.get("status", "ok"))
 
 

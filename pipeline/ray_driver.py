@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline import environment, interrupts
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import LeanfitError
 from pipeline.launch import error_file

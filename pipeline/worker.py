@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from pipeline.app import compose
 from pipeline.chain import Stage
+from pipeline.composing import compose
 from pipeline.errors import LeanfitError
 from pipeline.fitting import Fitted, fit
 from pipeline.heartbeat import Beats

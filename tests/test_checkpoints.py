@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline import checkpoints
-from pipeline.app import compose
 from pipeline.chain import Stage
+from pipeline.composing import compose
 from pipeline.fitting import checkpoint_directory
 from pipeline.report.metrics import read_metrics
 from tests.parallelism.test_parity import COMMON, DOUBLE, four, train, two

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline import rules
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.report.metrics import read_metrics
 from pipeline.trainer import compiling
 from tests.parallelism.test_parity import COMMON, LLAMA, train

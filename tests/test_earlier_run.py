@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipeline import recipes
-from pipeline.app import compose
 from pipeline.chain import Stage
 from pipeline.checkpoints import save
+from pipeline.composing import compose
 from pipeline.compression.distill import Distill
 from pipeline.earlier_run import as_locked, lock_of
 from pipeline.errors import ConfigError

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from pipeline import checkpoints
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.fitting import fit, seed_generators
 from pipeline.last_step import SaveWhereMemoryEnds
 from pipeline.report.metrics_file import read_metrics

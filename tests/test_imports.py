@@ -20,13 +20,13 @@ RANK = {
     "groups": 2, "tasks": 2, "layers": 2,
     "artifact": 2, "report": 2, "recipes": 3, "explain": 4, "arguments": 4, "provenance": 5, "schema": 6, "chain": 3,
     "usage": 6, "asked": 7, "rank_rules": 8, "rules": 9, "resuming": 7, "fitting": 8, "teacher": 8, "nodes": 8,
-    "earlier_run": 8, "launch": 9,
+    "earlier_run": 8, "launch": 9, "composing": 10,
     "stage_input": 9, "recording": 10,
     "walk": 11, "proof": 12, "planner": 12, "runner": 13, "app": 14, "worker": 15, "ray_driver": 16,
 }  # fmt: skip
 """A module imports only what has a lower rank, or stands beside it in the same part."""
 GROUP_PARTS = {"groups", "tasks", "layers", "artifact", "report", "planner"}
-HYDRA = {"pipeline.app", "pipeline.recipes", "pipeline.provenance", "pipeline.explain", "pipeline.arguments"}
+HYDRA = {f"pipeline.{part}" for part in ("app", "composing", "recipes", "provenance", "explain", "arguments")}
 """What composes a config; all else sees frozen dataclasses."""
 SHARED = {"base", "quantization", "pruning"}
 """What methods of compression have in common: these are no methods."""

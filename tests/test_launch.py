@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline import launch
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.heartbeat import Beat, Phase, Watch, pack
 from pipeline.parallelism.base import Meeting

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from pipeline import app, nodes
-from pipeline.app import compose
 from pipeline.chain import Stage
+from pipeline.composing import compose
 from pipeline.errors import ConfigError, LeanfitError, ReceiptError
 from pipeline.launch import follow
 from pipeline.nodes import address, differences, joined, leading, outcome

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.app import check, loader
 from pipeline.arguments import parse
+from pipeline.composing import check, loader
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pipeline import recording
-from pipeline.app import compose
 from pipeline.artifact import store
 from pipeline.chain import Stage
+from pipeline.composing import compose
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.fitting import fit, fit_inputs
 from pipeline.layers.logit_cache import ROWS, LogitCache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.resuming import finished_run
 
 

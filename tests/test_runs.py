@@ -19,8 +19,9 @@ import yaml
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline.app import compose, main
+from pipeline.app import main
 from pipeline.artifact.receipt import Receipt
+from pipeline.composing import compose
 from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError
 from pipeline.layers.masks import HoldMasks

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.errors import ConfigError
 from pipeline.models.byte_tokenizer import byte_tokenizer
 from pipeline.report.progress import Progress

@@ -14,8 +14,8 @@ import pipeline.layers.depth
 import pipeline.layers.schemes
 import pipeline.layers.structure_importance
 import pipeline.layers.structure_plan  # noqa: F401
-from pipeline.app import compose
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.models.architecture import describe
 

@@ -19,7 +19,8 @@ import pipeline
 from pipeline.adapters.dora import Dora
 from pipeline.adapters.lora import Lora
 from pipeline.adapters.none import NoAdapter
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.layers.lora import LoraLinear
 from pipeline.layers.nf4 import NF4Linear
 from pipeline.layers.quantized import quantized_layers

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import pipeline
-from pipeline.app import compose, main
+from pipeline.app import main
 from pipeline.artifact import store
 from pipeline.chain import order_problems
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.errors import ConfigError
 from pipeline.layers.quantized import quantized_layers

@@ -22,8 +22,9 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from pipeline.app import compose, main
+from pipeline.app import main
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.compression.distill import Distill, drop_layers
 from pipeline.errors import ConfigError, LeanfitError

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pipeline.app import compose
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.compression.int4 import quantize_int4
 from pipeline.compression.int4_awq import quantize_int4_awq
 from pipeline.errors import LeanfitError

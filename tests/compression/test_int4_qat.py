@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.compression.int4 import Int4
 from pipeline.compression.int4_qat import Int4Qat, convert_int4_qat, prepare_int4_qat
 from pipeline.errors import ConfigError, LeanfitError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.compression.int8 import Int8
 from pipeline.compression.int8_qat import Int8Qat
 from pipeline.errors import ConfigError, LeanfitError

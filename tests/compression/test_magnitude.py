@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.compression.magnitude import Magnitude, prune_magnitude
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.layers.sparsity import masked_layers

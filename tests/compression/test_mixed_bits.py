@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.app import compose
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.compression.mixed_bits import first_samples
 from pipeline.errors import LeanfitError

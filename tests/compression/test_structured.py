@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import pipeline
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.compression.structured import Structured, prune_structured, spans

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.app import compose
 from pipeline.calibration.settings import Calibration
+from pipeline.composing import compose
 from pipeline.data.calibration import calibration_batches
 from pipeline.errors import ConfigError
 

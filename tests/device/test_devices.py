@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.device import auto, cpu, cuda, mps
 from pipeline.device.auto import Auto
 from pipeline.device.cpu import CPU

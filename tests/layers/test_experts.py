@@ -24,8 +24,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from pipeline.app import compose
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.compression.wanda import prune_wanda
 from pipeline.errors import ArtifactError

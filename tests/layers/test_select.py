@@ -13,7 +13,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.layers.select import select, selection_problems
 from pipeline.models.architecture import describe
 from pipeline.models.unfilled import on_meta

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.layers.offload import IN_FILES, OffloadError
 from pipeline.memory import offload
 from pipeline.memory.measure import measure_peak

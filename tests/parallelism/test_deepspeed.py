@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pipeline import checkpoints, rank_rules
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.errors import ConfigError
 from pipeline.parallelism.deepspeed import DeepSpeed
 from pipeline.parallelism.zero import engine_config, kinds_of_state

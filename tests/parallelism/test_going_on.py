@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from tests.parallelism.test_parity import COMMON, DOUBLE, assert_same_weights, outcome, train, two
 from tests.parallelism.test_shards import BYTES, QLORA, alone, single
 from tests.ranks import made_by_ranks

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline import app, rules
-from pipeline.app import compose
 from pipeline.arguments import parse
+from pipeline.composing import compose
 from pipeline.errors import ConfigError
 from pipeline.schema import decode_run
 from tests.parallelism.test_parity import COMMON, DOUBLE, LEVERS, assert_same_weights, outcome, train

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline import checkpoints
-from pipeline.app import compose
+from pipeline.composing import compose
 from tests.parallelism.test_parity import COMMON, assert_same_weights, outcome, train, two
 from tests.parallelism.test_shards import alone, single
 from tests.ranks import made_by_ranks

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline import checkpoints
-from pipeline.app import compose
 from pipeline.chain import Stage
+from pipeline.composing import compose
 from pipeline.fitting import Fitted, checkpoint_directory, fit
 from pipeline.models.architecture import describe
 from pipeline.models.byte_tokenizer import byte_tokenizer

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pipeline import rules
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.heartbeat import unpack
 from pipeline.launch import beat_file, launch

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pipeline.app import compose
 from pipeline.checkpoints import read
+from pipeline.composing import compose
 from pipeline.parallelism.shards import local
 from pipeline.precision.scaling import Scaler
 from tests.parallelism.test_parity import COMMON, DOUBLE, LLAMA, assert_same_weights, four, outcome, train, two

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.planner import calibration
 from pipeline.planner.plan import plan
 

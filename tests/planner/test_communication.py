@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import micro_batch_size
 from pipeline.memory.saving import apply_activation_checkpointing

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline import environment
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.errors import exhausted
 from pipeline.planner.exhaustion import explained, lighter
 from pipeline.planner.plan import plan

@@ -9,7 +9,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import app
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.errors import ConfigError
 from pipeline.fitting import fit
 from pipeline.planner import fit_job

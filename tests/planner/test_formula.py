@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline import stage_input
-from pipeline.app import compose
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.data.loader import evaluation_loader
 from pipeline.fitting import fit, micro_batch_size
 from pipeline.layers.sync_norm import synchronise_batch_norms

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.models.base import Architecture
 from pipeline.planner.gathering import CHECKPOINT, TOLD, saving
 from pipeline.planner.plan import MARGINS, plan

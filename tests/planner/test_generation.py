@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.compression.base import Context
 from pipeline.layers.linear import WeightOnlyLinear
 from pipeline.layers.quantized import quantized_layers

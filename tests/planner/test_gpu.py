@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.layers import float8, kernels
 from pipeline.planner.fakes import tracing
 from pipeline.planner.gpu import as_on_gpu

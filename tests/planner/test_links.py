@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.app import compose
 from pipeline.artifact import store
+from pipeline.composing import compose
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.fitting import fit
 from pipeline.layers import kernels
@@ -337,7 +337,7 @@ def test_a_link_beside_which_adapters_were_trained_holds_its_packed_model_and_no
 LEFT = """
 import sys
 from unittest.mock import Mock
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.planner.plan import plan
 for device in (["device=cpu"], ["device=cuda", "device.memory=80GiB"]):
     config = compose(["job=plan", "model=gpt_nano", "model.layers=1", *device, "compression=[magnitude,int8]"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.planner import needs as module
 from pipeline.planner.needs import Needs, with_micro
 

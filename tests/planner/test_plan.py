@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pipeline.memory
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.fitting import fit
 from pipeline.layers.quantized import quantized_layers
 from pipeline.memory.measure import measure_peak

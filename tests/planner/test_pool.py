@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.planner import training
 from pipeline.planner.plan import RESERVED, Plan, plan, plan_training
 from pipeline.planner.pool import Pool, reserved, rounded, segment_bytes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.layers.schemes import quantize_layers
 from pipeline.planner import evaluation, generation, training, transfers
 from pipeline.planner.live import Live

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline import rules
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.fitting import micro_batch_size
 from pipeline.planner.plan import Phase
 from pipeline.planner.search import TRACED, Candidate, closest, command, grown, largest, levers, term, unasked, variants

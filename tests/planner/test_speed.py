@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.data.loader import evaluation_loader
 from pipeline.planner import speed
 from pipeline.stage_input import prepared, shapes

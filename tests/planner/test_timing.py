@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.planner import timing
 from pipeline.report.metrics_file import read_metrics
 from pipeline.tasks import lookup

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from pipeline.app import compose
 from pipeline.artifact import store
 from pipeline.chain import Fit, Stage
+from pipeline.composing import compose
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.fitting import fit
 from pipeline.layers.schemes import quantize_layers

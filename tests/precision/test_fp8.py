@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.models.architecture import describe
 from pipeline.precision.fp8 import chosen_layers
 from tests.parallelism.test_parity import COMMON, LLAMA, outcome, train

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pydantic.type_adapter import TypeAdapter
 from torch import nn
 
-from pipeline.app import compose, main
+from pipeline.app import main
+from pipeline.composing import compose
 from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError
 from pipeline.layers.experts import groups_multiply

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from pipeline.app import compose
+from pipeline.composing import compose
 from pipeline.layers.sliced_loss import IGNORED
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.trainer import compiling
