@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.layers import bagged, kernels
 from pipeline.layers.fused import FusedLinear, Product, sharing, values_in_bytes
 from pipeline.layers.offload import place_of
-from pipeline.layers.packing import pack_int32
+from pipeline.layers.packing import pack_int32, unpack_unsigned
 from pipeline.layers.quantize import Grid
 from pipeline.layers.quantized import FloatLayer, IntegerLayer, decoded_product, quantizes
 from pipeline.layers.weight_only import WeightOnly
@@ -125,23 +125,23 @@ class Siblings:
     def _forget(self) -> None:
         self._packed: Any = None
         self._packed_of: list[kernels.Packed] = []
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor | None] = []
+        self._given: tuple[Tensor, list[Tensor | None]] | None = None
+        """An input, and the outputs that are still to be taken: one object, since threads may share a model."""
 
     def take(self, layer: Int8Linear, x: Tensor) -> Tensor | None:
         """The output of `layer` at `x`, or None: there is none, and the layer is to multiply itself."""
         place = layer._place
         if place == 0:
-            self._outputs = self._multiply(x)
-            self._input = x if self._outputs else None  # else it would be held until the next pass
-        elif self._input is not x:
+            outputs = self._multiply(x)
+            given = self._given = (x, outputs) if outputs else None  # else it would be held until the next pass
+        else:
+            given = self._given
+        if given is None or given[0] is not x:
             return None
-        outputs = self._outputs
-        if not outputs:
-            return None
+        outputs = given[1]
         found, outputs[place] = outputs[place], None
         if place == len(outputs) - 1:
-            self._outputs, self._input = [], None
+            self._given = None
         return found
 
     def _multiply(self, x: Tensor) -> list[Tensor | None]:
@@ -249,9 +249,11 @@ class WeightOnlyLinear(WeightOnly, CopiedLinear):
         super().void()
 
     def unsigned_rows(self, begin: int, end: int) -> Tensor:
-        if self.handed_over:
-            return bagged.unpack(self._packed.value, begin, end)
-        return super().unsigned_rows(begin, end)
+        # In this order, each read once: another thread may hand the weight over, or take it back, meanwhile.
+        packed, stored = self._packed, self.weight_packed
+        if stored.shape[1]:
+            return unpack_unsigned(stored[begin:end], self.bits, self.columns)
+        return bagged.unpack(packed.value, begin, end)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.void()

@@ -1,14 +1,19 @@
 """Few tokens times packed weights by embedding bags, beside the product by the dequantized weight in float64."""
 
+import copy
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline.layers import bagged, kernels
+from pipeline.layers import bagged, kernels, quantized
 from pipeline.layers.offload import offload_module, place_of
 from pipeline.layers.schemes import KINDS
+from tests.preempting import interrupted
 
 if kernels.choose(torch.device("cpu"), torch.float32, 1) not in kernels.FBGEMM:
     pytest.skip("FBGEMM is not here", allow_module_level=True)
@@ -192,3 +197,29 @@ def test_inference_mode_before_leaves_nothing_that_training_cannot_use():
     layer(x).sum().backward()
     assert x.grad is not None
     assert layer(x.detach()).shape == (1, 8)
+
+
+@pytest.mark.parametrize("first", ["stored", "handed over"])
+def test_threads_that_share_a_layer_find_its_weight_in_one_form_or_the_other(first):
+    """At whatever line one thread is, another may give the weight to the kernel, or take it back."""
+    few, many = torch.randn(1, 64), torch.randn(40, 64)
+    kind = KINDS["weight_only", nn.Linear]
+    within = (
+        kind.forward, kind.hand_over, kind.unsigned_rows, kind.integers, kind.decoded_rows, quantized.decoded_product
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = kind.from_float(nn.Linear(64, 24), bits=4, group_size=32)
+    expected = {x: made(x) for x in (many, few)}
+    for x, expected_y in expected.items():
+        for line in itertools.count():
+            layer = copy.deepcopy(made)
+            by = partial(layer, few)
+            if first == "handed over":
+                layer(few)
+                by = layer.state_dict
+            y, met = interrupted(partial(layer, x), by, line, *within)
+            torch.testing.assert_close(y, expected_y, msg=lambda told, line=line: f"line {line}: {told}")
+            torch.testing.assert_close(layer(many), expected[many])
+            if not met:
+                break
+        assert line > 4

@@ -12,6 +12,7 @@ from pipeline.layers import kernels
 from pipeline.layers.linear import Int8Linear, Siblings
 from pipeline.layers.quantized import KINDS, quantized_layers
 from pipeline.layers.schemes import quantize_layers
+from tests.preempting import interrupted
 
 SHARED = kernels.choose(torch.device("cpu"), torch.float32, 1) in kernels.FBGEMM
 
@@ -147,3 +148,21 @@ def test_an_input_that_is_too_long_to_be_shared_is_not_held():
     gone = weakref.ref(x)
     del x
     assert gone() is None
+
+
+@pytest.mark.parametrize("line", range(24))
+def test_threads_that_share_a_model_get_each_its_own_outputs(line):
+    layers, alone = three(), three(join=False)
+    x, other = torch.randn(1, 96), torch.randn(1, 96)
+    found = {}
+    outputs, met = interrupted(
+        lambda: [layer(x) for layer in layers],
+        lambda: found.update(first=layers[0](other), second=layers[1](other)),
+        line,
+        Siblings.take,
+    )
+    assert met
+    found["third"] = layers[2](other)
+    for layer, output, theirs in zip(alone, outputs, found.values(), strict=True):
+        torch.testing.assert_close(output, layer(x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs, layer(other), rtol=1e-6, atol=1e-6)
