@@ -9,6 +9,7 @@ the calibration set never reaches is rounded to nearest, or pruned by magnitude.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -45,7 +46,7 @@ class LinearExperts(nn.Module):
         if self.first != "gate_up_proj":
             return 0
         layer = cast(nn.ModuleDict, self.get_submodule("0"))[self.first]
-        return cast(nn.Linear, layer).out_features // 2 if cast(Any, self.rules).is_concatenated else None
+        return cast(nn.Linear, layer).out_features // 2 if getattr(self.rules, "is_concatenated", True) else None
 
     def passes_scales(self) -> bool:
         """Whether what multiplies the way up multiplies what an expert's second layer is given, by as much.
@@ -94,6 +95,29 @@ class LinearExperts(nn.Module):
         return cast(Tensor, rules._apply_gate(rows) if self.first == "gate_up_proj" else rules.act_fn(rows))
 
 
+class DenseExperts(LinearExperts):
+    """The mixture of a module that is given a row for each expert and token, as Llama 4's: zeros where the token is not
+    sent there, from which an expert makes zeros. Those rows are left out.
+
+    `rows_per_token`: how many experts a token is sent to.
+    """
+
+    def __init__(self, stacked: Any, rows_per_token: int) -> None:
+        stacked.is_transposed = True
+        super().__init__(stacked)
+        self.rows_per_token = rows_per_token
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """`hidden_states` [experts * tokens, width], the first expert's rows first: as many rows of outputs."""
+        sent, counts = rows_of(hidden_states, self.number, self.rows_per_token)
+        mixed = self._mixed(hidden_states[sent], counts)
+        return torch.zeros_like(hidden_states).index_copy(0, sent, mixed)
+
+    def _between(self, rows: Tensor) -> Tensor:
+        gate, up = rows.chunk(2, -1)
+        return cast(Tensor, up * cast(Any, self.rules).act_fn(gate))
+
+
 def _parts(rows: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
     return torch.split_with_sizes(rows, counts)
 
@@ -103,12 +127,33 @@ def tokens_of(chosen: Tensor, number: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen.reshape(-1), minlength=number).tolist())
 
 
+def rows_of(hidden: Tensor, number: int, per_token: int) -> tuple[Tensor, list[int]]:
+    """Which rows of `hidden` [experts * tokens, width] are not zeros, and how many of them each expert has; a token has
+    `per_token` of them."""
+    sent = hidden.any(-1)
+    return sent.nonzero().squeeze(-1), cast(list[int], sent.view(number, -1).sum(1).tolist())
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether `module` holds experts [experts, in, out] for `DenseExperts`."""
+    first, second = (getattr(module, name, None) for name in ("gate_up_proj", DOWN))
+    return (
+        isinstance(first, nn.Parameter)
+        and isinstance(second, nn.Parameter)
+        and (first.ndim, second.ndim) == (3, 3)
+        and first.shape[1:] == (second.shape[2], 2 * second.shape[1])
+        and hasattr(module, "act_fn")
+        and list(inspect.signature(module.forward).parameters) == ["hidden_states"]
+    )
+
+
 def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that hold experts in stacked tensors, by name, as far as they are of a known kind."""
     return {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "_apply_gate") and getattr(getattr(module, DOWN, None), "ndim", None) == 3
+        if (hasattr(module, "_apply_gate") and getattr(getattr(module, DOWN, None), "ndim", None) == 3)
+        or is_dense(module)
     }
 
 
@@ -167,9 +212,10 @@ def gates(model: nn.Module, mixture: str) -> list[str]:
 
 
 def split(model: nn.Module, name: str) -> None:
-    """Put a `LinearExperts` in the place of the mixture of this name."""
+    """Put experts as linear layers in the place of the mixture of this name."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, LinearExperts(model.get_submodule(name)))
+    around, stacked = cast(Any, model.get_submodule(parent)), model.get_submodule(name)
+    setattr(around, leaf, DenseExperts(stacked, around.top_k) if is_dense(stacked) else LinearExperts(stacked))
 
 
 def split_as_in(model: nn.Module, made: nn.Module) -> nn.Module:

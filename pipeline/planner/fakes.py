@@ -214,6 +214,12 @@ def _spread(chosen: Tensor, number: int) -> list[int]:
     return [share + (place < rest) for place in range(number)]
 
 
+def _spread_rows(hidden: Tensor, number: int, per_token: int) -> tuple[Tensor, list[int]]:
+    chosen = torch.empty(len(hidden) // number, per_token, dtype=torch.int64)
+    _ = hidden.any(-1).nonzero_static(size=chosen.numel())
+    return chosen.flatten(), _spread(chosen, number)
+
+
 _described = operator.attrgetter(*(field.name for field in dataclasses.fields(TensorMetadata)))
 
 
@@ -253,6 +259,7 @@ def tracing(config: RunConfig | None = None) -> Iterator[FakeTensorMode]:
         mock.patch.object(masking_utils, "is_tracing", _real),
         mock.patch.object(_meta_registrations, "_meta_grouped_mm_common", _grouped_product),
         mock.patch.object(experts, "tokens_of", _spread),
+        mock.patch.object(experts, "rows_of", _spread_rows),
         mock.patch.object(TensorMetadata, "_flatten_into", _put_into_key),
     ):
         # Copies of tensors ask whether there is memory behind them.

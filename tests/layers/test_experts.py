@@ -14,6 +14,8 @@ from transformers import (
     GptOssForCausalLM,
     HunYuanMoEV1Config,
     HunYuanMoEV1ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MiniMaxConfig,
     MiniMaxForCausalLM,
     NemotronHConfig,
@@ -92,7 +94,19 @@ def minimax(**changes):
     return mixture(MiniMaxForCausalLM, MiniMaxConfig(**{**SIZES, "num_local_experts": 5, "head_dim": 16, **changes}))
 
 
-FAMILIES = [mixtral, gpt_oss, deepseek, phimoe, nemotron, hunyuan, qwen, minimax]
+def llama4(**changes):
+    """Its experts are given a row of every token, of zeros where it is not sent to them."""
+    sizes = {
+        **SIZES,
+        "num_local_experts": 5,
+        "intermediate_size_mlp": 24,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 1,
+    }
+    return mixture(Llama4ForCausalLM, Llama4TextConfig(**{**sizes, **changes}))
+
+
+FAMILIES = [mixtral, gpt_oss, deepseek, phimoe, nemotron, hunyuan, qwen, minimax, llama4]
 TOKENS = torch.arange(3 * 20).reshape(3, 20) * 7 % 64
 
 
@@ -117,7 +131,7 @@ def test_logits_and_gradients_are_those_of_stacked_experts(build):
         leaf = weight.removeprefix(f"{name}.")
         layer, kind = (leaf.removesuffix("_bias"), "bias" if leaf.endswith("_bias") else "weight")
         parts = [linear.get_parameter(f"{name}.{expert}.{layer}.{kind}").grad for expert in range(5)]
-        turned = stacked.is_transposed and kind == "weight"
+        turned = getattr(stacked, "is_transposed", True) and kind == "weight"
         torch.testing.assert_close(torch.stack([part.t() if turned else part for part in parts]), gradient)
     assert sum(p.numel() for p in linear.parameters()) == sum(p.numel() for p in model.parameters())
 
