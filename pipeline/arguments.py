@@ -96,7 +96,7 @@ def quoted(override: str) -> str:
         raise ConfigError(f"{override.partition('=')[0]}={override.partition('=')[2]!r} is not UTF-8 text") from None
     raw = _RAW.fullmatch(override)
     if raw:
-        return raw[1] + quote(raw[2])
+        return raw[1] + quote(_bare(raw[2]) if "prompt=" not in raw[1] else raw[2])
     path = _PATH.fullmatch(override)
     if path:
         return path[1] + _path(path[2])
@@ -136,6 +136,13 @@ def recorded(overrides: Sequence[str]) -> list[str]:
     lines = [typed(line) for line in overrides if not line.startswith(("hydra.", "hydra/"))]
     added = any(line.startswith("resume=") for line in lines)
     return [line for line in lines if not (added and line.startswith(f"{GROUP}="))]
+
+
+def _bare(path: str) -> str:
+    """A path without the quotes that Hydra's grammar would want around it, where nothing has that very name."""
+    inside = re.fullmatch(r"(['\"])(.+)\1", path, re.DOTALL)
+    there = os.path.exists(path) or inside is None or not os.path.exists(os.path.expanduser(inside[2]))
+    return path if there else inside[2]
 
 
 def _path(value: str) -> str:
@@ -187,7 +194,7 @@ def resumed(overrides: list[str], args: Namespace) -> list[str]:
     given = [override for override in overrides if override.startswith("resume=")]
     if not given:
         return overrides
-    directory = Path(os.path.expanduser(given[-1].partition("=")[2])).absolute()
+    directory = Path(os.path.expanduser(_bare(given[-1].partition("=")[2]))).absolute()
     problems = []
     if not os.path.isfile(directory / LOCK):
         problems.append(f"{given[-1]}: nothing to resume: no {LOCK} in that directory (command line)")

@@ -183,6 +183,22 @@ def test_a_path_is_taken_as_it_is_typed(tmp_path: Path, name: str) -> None:
         assert arguments.typed(line) == f"{key}={file}"
 
 
+@pytest.mark.parametrize("key", ["artifact", "prompt_file", "resume"])
+def test_quotes_around_a_path_are_hydras_unless_that_is_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    def given(path: str) -> str:
+        return arguments.typed(arguments.quoted(f"{key}={path}")).removeprefix(f"{key}=")
+
+    monkeypatch.chdir(tmp_path)
+    assert given("'a b'") == "'a b'"
+    (tmp_path / "a b").mkdir()
+    assert given("'a b'") == given('"a b"') == given("a b") == "a b"
+    assert given("'a b\"") == "'a b\""
+    (tmp_path / "'a b'").mkdir()
+    assert given("'a b'") == "'a b'"
+
+
 def test_paths_sweep_and_one_that_has_a_comma_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,ü.txt").write_text("text")
@@ -232,6 +248,12 @@ class TestResume:
         assert config.trainer.max_steps == 40
         cfg = app.loader().load_configuration("config", overrides, app.RunMode.RUN)
         assert cfg.hydra.run.dir == str(run_dir)
+
+    @pytest.mark.parametrize("quote", ["", "'", '"'])
+    def test_takes_a_path_in_quotes(self, run_dir: Path, quote: str) -> None:
+        found = arguments.parse([f"resume={quote}{run_dir}{quote}"]).overrides
+        assert f'hydra.run.dir="{run_dir}"' in found
+        assert f'resume="{run_dir}"' in found
 
     def test_keeps_the_first_record_of_hydra(self, run_dir: Path) -> None:
         overrides = arguments.parse([f"resume={run_dir}"]).overrides
