@@ -141,8 +141,8 @@ def recorded(overrides: Sequence[str]) -> list[str]:
 def _bare(path: str) -> str:
     """A path without the quotes that Hydra's grammar would want around it, where nothing has that very name."""
     inside = re.fullmatch(r"(['\"])(.+)\1", path, re.DOTALL)
-    there = os.path.exists(path) or inside is None or not os.path.exists(os.path.expanduser(inside[2]))
-    return path if there else inside[2]
+    quotes = inside is not None and not os.path.exists(path) and os.path.exists(os.path.expanduser(inside[2]))
+    return inside[2] if inside and quotes else path
 
 
 def _path(value: str) -> str:
