@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from safetensors.torch import save_file
@@ -245,7 +245,10 @@ def load(
     if trainable:
         for name, mask in masks.items():
             model.get_submodule(name).register_buffer(MASK, mask)
-    quantized = {id(p) for layer in quantized_layers(model).values() for p in layer.parameters()}
+    layers = quantized_layers(model)
+    if layers or linear_experts(model):
+        cast(Any, model).save_pretrained = refuse_to_save
+    quantized = {id(p) for layer in layers.values() for p in layer.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and id(parameter) not in quantized)
     if sparse_kernels and not trainable:
@@ -255,6 +258,14 @@ def load(
     model.train(trainable)
     model.to(cast(Any, device))
     return model
+
+
+def refuse_to_save(*_: Any, **__: Any) -> NoReturn:
+    """In the place of `save_pretrained`, whose files transformers would open with random weights for these layers."""
+    raise NotImplementedError(
+        "save_pretrained does not know this model's layers, which are quantized or experts of their own: transformers "
+        "would open what it writes with random weights; copy the artifact's directory instead"
+    )
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

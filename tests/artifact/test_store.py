@@ -1,5 +1,7 @@
+import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -31,10 +33,11 @@ from pipeline.compression.magnitude import prune_magnitude
 from pipeline.errors import ArtifactError
 from pipeline.layers.offload import place_of
 from pipeline.layers.schemes import quantize_layers
-from pipeline.layers.select import select
+from pipeline.layers.select import select, split_experts
 from pipeline.layers.sparsity import masked_layers
 from pipeline.memory.measure import measure_peak, storage_bytes
 from pipeline.models.architecture import describe
+from tests.tiny import mixtral
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = {"input_ids": torch.arange(80).view(2, 40) % 64}
@@ -43,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 def llama4():
-    """Experts in stacked tensors of a kind that no link takes apart."""
+    """Experts in stacked tensors, which transformers exchanges where a config tells of quantization."""
     torch.manual_seed(0)
     config = Llama4TextConfig(
         vocab_size=256, hidden_size=32, intermediate_size=48, intermediate_size_mlp=40, num_hidden_layers=2,
@@ -229,6 +232,24 @@ def test_plain_transformers_refuses_what_it_would_fill_with_random_weights(tmp_p
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="quant_method"):
         OPTForCausalLM.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["dense", "w4", "experts"])
+def test_save_pretrained_is_refused_where_transformers_would_fill_in_random_weights(tmp_path, kind):
+    model = split_experts(mixtral()) if kind == "experts" else opt()
+    if kind == "w4":
+        quantized(model, kind)
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    opened = store.load(tmp_path / "a")
+    if kind == "dense":
+        opened.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(store.output_of(again, IDS), store.output_of(model, IDS))
+    else:
+        for one in (opened, copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))):
+            with pytest.raises(NotImplementedError, match="copy the artifact's directory instead"):
+                one.save_pretrained(tmp_path / "again")
+        assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "w8", "w4", "w3"], ids=str)
