@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,7 +84,8 @@ def save(
     device. `calibration`: what calibrated links looked at. `extra`: JSON to add to the manifest under keys of its own.
 
     Raises:
-        ArtifactError: not a transformers model, or `directory` holds something that is not an artifact.
+        ArtifactError: not a transformers model, `directory` holds something that is not an artifact, or it cannot be
+            written. What was there is there still.
     """
     from transformers import PreTrainedModel
 
@@ -426,8 +429,17 @@ def _refuse_foreign(directory: Path) -> None:
         raise ArtifactError(f"{directory}: holds files that are not an artifact's; choose another place")
 
 
+def _reason(error: OSError | SafetensorError) -> str:
+    """What the system said, without the files meanwhile."""
+    if isinstance(error, shutil.Error):  # of copies: (from, to, what it said) each
+        error = error.args[0][0][2] if error.args else error
+    said = re.search(r"(?:\[Errno \d+\]|I/O error:) ([^:(]+)", str(error))
+    return said[1].strip() if said else str(error)
+
+
 def _write_whole(directory: Path, fill: Callable[[Path], Any]) -> Any:
-    """Let `fill` write into a new directory beside `directory`, then put it in place. Returns what `fill` gave."""
+    """Let `fill` write into a new directory beside `directory`, then put it in place. Returns what `fill` gave. Raises
+    ArtifactError where the system does not let it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
@@ -443,6 +455,8 @@ def _write_whole(directory: Path, fill: Callable[[Path], Any]) -> Any:
             if old.exists():
                 old.replace(directory)
             raise
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{directory}: cannot be written: {_reason(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

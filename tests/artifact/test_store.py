@@ -2,12 +2,15 @@ import copy
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -349,11 +352,30 @@ def test_hostile_manifests_give_one_clear_error(artifact, changes):
 def test_an_older_artifact_survives_a_save_that_fails(artifact, monkeypatch):
     before = store.read_manifest(artifact)
     monkeypatch.setattr(store, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ArtifactError, match="cannot be written: disk full"):
         store.save(opt(), artifact, chain=[], probe=IDS)
     assert store.read_manifest(artifact) == before
     store.load(artifact)
     assert [p.name for p in artifact.parent.iterdir()] == ["a"]
+
+
+@contextmanager
+def files_of_at_most(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_where_the_system_writes_no_more_the_artifact_is_named_and_why(artifact, tmp_path):
+    with files_of_at_most(20_000):
+        for write in (partial(store.save, opt(), chain=[], probe=IDS), partial(store.publish, artifact)):
+            with pytest.raises(ArtifactError) as refused:
+                write(directory=tmp_path / "b")
+            assert str(refused.value) == f"{tmp_path / 'b'}: cannot be written: File too large"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.fixture
