@@ -65,16 +65,20 @@ def square_sums(spread: DTensor, dim: int) -> Tensor:
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar equal on all devices; shards and whole tensors may be mixed."""
+    """The 2-norm of all gradients together, a scalar equal on all devices; shards and whole tensors may be mixed.
+
+    Squares are summed in float32 at least: in float16 those of 65,520 ones are infinite, those of small gradients 0.
+    """
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
     sums: dict[Any, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         if isinstance(gradient, DTensor):
             # Of two dimensions that split the same rows, one is a strided shard, which is_shard() does not count.
             split = tuple(i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
-            sums[gradient.device_mesh, split].append(gradient.to_local().square().sum())
+            sums[gradient.device_mesh, split].append(_square_sum(gradient.to_local(), wide))
         else:
-            sums[None].append(gradient.square().sum())
-    total = torch.zeros((), dtype=gradients[0].dtype, device=gradients[0].device)
+            sums[None].append(_square_sum(gradient, wide))
+    total = torch.zeros((), dtype=wide, device=gradients[0].device)
     for where, squares in sums.items():
         part = torch.stack(squares).sum()
         if where is not None:
@@ -83,6 +87,11 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
                 dist.all_reduce(part, group=mesh.get_group(dimension))
         total += part
     return total.sqrt()
+
+
+def _square_sum(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm.to(dtype).square()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:

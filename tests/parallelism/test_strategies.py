@@ -26,7 +26,7 @@ from pipeline.layers.schemes import quantize_layers
 from pipeline.models.architecture import describe
 from pipeline.parallelism.ddp import POWERSGD_AFTER
 from pipeline.parallelism.sharding import tensor_parallel_plan
-from pipeline.parallelism.shards import clip_gradients
+from pipeline.parallelism.shards import clip_gradients, total_norm
 from pipeline.registry import conf_root, lookup
 from tests.tiny import efficientnet, llama, opt
 
@@ -228,3 +228,12 @@ def test_clipping_whole_tensors_is_what_torch_does(seed, limit):
     nn.utils.clip_grad_norm_(torchs, limit)
     for one, other in zip(ours, torchs, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0], ids=["whose-squares-vanish", "whose-squares-overflow"])
+def test_the_norm_of_sixteen_bit_gradients_is_that_of_float32(scale, dtype):
+    torch.manual_seed(0)
+    gradients = [torch.randn(300, 300).mul(scale).to(dtype), torch.randn(300).mul(scale).to(dtype)]
+    whole = torch.cat([gradient.float().flatten() for gradient in gradients])
+    torch.testing.assert_close(total_norm(gradients), whole.norm(), rtol=1e-2, atol=0)
