@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pipeline.layers.depth import INDICES
 from pipeline.layers.linear import WeightOnlyLinear
-from pipeline.planner.live import Block, Event, Live, Timeline
+from pipeline.planner.live import Block, Event, Live, Timeline, wraps
 from pipeline.planner.workspaces import WORKSPACES
 
 Around = Callable[[nn.Module, bool, bool], None]
@@ -48,6 +48,8 @@ class Account(Live):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if wraps(types):
+            return NotImplemented
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten._to_copy.default:
             source = self.block(args[0]) if args[0].is_floating_point() else None

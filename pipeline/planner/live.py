@@ -192,6 +192,12 @@ def by_kind(model: nn.Module) -> dict[str, list[Tensor]]:
     }
 
 
+def wraps(types: Iterable[type]) -> bool:
+    """Whether one of these tensors is made of others, as torchao's float8 ones are. A mode that leaves its operators to
+    it (NotImplemented) sees what runs on its parts."""
+    return any(hasattr(kind, "__tensor_flatten__") for kind in types)
+
+
 def meets_in_place(one: Tensor, other: Tensor) -> bool:
     """Whether these are gradients of one tensor that autograd would add in place, were they no fake ones: nobody else
     holds the first (torch/csrc/autograd/input_buffer.cpp). It leaves tensors of a subclass as they are."""

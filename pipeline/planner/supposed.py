@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from pipeline.planner.live import DEVICE, FILES, HOST, Block, Inner, Live, device_of, storage_key
+from pipeline.planner.live import DEVICE, FILES, HOST, Block, Inner, Live, device_of, storage_key, wraps
 
 aten = torch.ops.aten
 COPIES = frozenset({aten.clone.default, aten._to_copy.default})
@@ -63,6 +63,8 @@ class Supposing(Live):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if wraps(types):
+            return NotImplemented
         if func is DEVICE:
             return device_of(args[0])
         if func is aten._local_scalar_dense.default:

@@ -82,12 +82,31 @@ def test_training_is_computed_as_it_is_traced(name):
     assert computed.kinds.get("optimizer state") == traced.kinds.get("optimizer state")
 
 
+def measured_peak(words, directory):
+    """Bytes of the fit of stage 0, made for real."""
+    config, data, stage, _, task = given(words)
+    model, context = prepared(config, directory, data, None, [stage], stage)
+    return fit(config, stage, model, task, data, context.architecture, directory).peak_bytes
+
+
 def test_activations_that_are_put_away_leave_memory(tmp_path):
     words = [*DEEP, "memory.activation_offload=disk"]
-    config, data, stage, _, task = given(words)
-    model, context = prepared(config, tmp_path, data, None, [stage], stage)
-    measured = fit(config, stage, model, task, data, context.architecture, tmp_path).peak_bytes
-    assert trained(words).bytes == pytest.approx(measured, rel=0.02)
+    assert trained(words).bytes == pytest.approx(measured_peak(words, tmp_path), rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8_tensors_count_with_what_runs_on_their_parts(recipe, tmp_path):
+    pytest.importorskip("torchao")
+    words = [
+        "model=llama",
+        "model.layers=2",
+        "model.width=128",
+        *SHORT,
+        "precision=fp8-mixed",
+        "precision.emulate=true",
+        f"precision.recipe={recipe}",
+    ]
+    assert trained(words).bytes == pytest.approx(measured_peak(words, tmp_path), rel=0.002)
 
 
 @pytest.mark.parametrize("name", available("optimizer"))
