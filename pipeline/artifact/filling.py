@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     """The model of the manifest's class and config.json, its weights not initialised."""
     cls = model_class(manifest["model"].get("class"))
-    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    data = json.loads((directory / "config.json").read_text(encoding="utf-8"), object_hook=_number)
     # Attention may name code on a hub; only torch's own kinds are taken, and only from the manifest.
     for key in (
         "quantization_config",
@@ -50,6 +50,11 @@ def empty_model(directory: Path, manifest: dict[str, Any]) -> PreTrainedModel:
     for name in manifest["model"].get("linear_experts", ()):
         split(model, name)
     return cast("PreTrainedModel", model)
+
+
+def _number(read: dict[str, Any]) -> Any:
+    """The number, where this is what transformers writes for one that JSON has not: {"__float__": "Infinity"} say."""
+    return float(read["__float__"]) if read.keys() == {"__float__"} else read
 
 
 def model_class(name: object) -> Any:

@@ -23,10 +23,18 @@ from transformers import (
     EfficientNetForImageClassification,
     FalconConfig,
     FalconForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -71,18 +79,40 @@ def test_a_quantized_model_of_which_transformers_would_exchange_experts_is_no_pu
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
 
-def test_quantized_layers_that_transformers_reads_without_their_scheme_are_of_no_public_format(tmp_path):
-    """Falcon's look for a weight, of which there is none while it is packed; integers of 8 bits are one."""
+SIZES = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SPACE = {**SIZES, **TOKENS, "state_size": 8}
+READING = {
+    "Falcon": lambda: FalconForCausalLM(FalconConfig(**SIZES, **HEADS)),
+    "Falcon Mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**SPACE)),
+    "Mamba": lambda: MambaForCausalLM(MambaConfig(**SPACE)),
+    "Mamba 2": lambda: Mamba2ForCausalLM(Mamba2Config(**SPACE, num_heads=4, head_dim=16, n_groups=1, chunk_size=16)),
+    "StarCoder": lambda: GPTBigCodeForCausalLM(GPTBigCodeConfig(**SIZES, **HEADS, **TOKENS, n_positions=64)),
+}
+
+
+@pytest.mark.parametrize("build", READING.values(), ids=READING)
+def test_quantized_layers_that_transformers_reads_without_their_scheme_are_of_no_public_format(tmp_path, build):
+    """It looks for a weight, of which there is none while it is packed; integers of 8 bits are one."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = FalconConfig(**sizes)
-    model = FalconForCausalLM(config).eval()
-    whole = quantize_layers(FalconForCausalLM(config).eval(), select(model, describe(model)).layers, "int8")
+    model, whole = build().eval(), build().eval()
+    quantize_layers(whole, select(whole, describe(whole)).layers, "int8")
     assert store.save(whole, tmp_path / "whole", chain=[], probe=IDS)["format"] == "int-quantized"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     quantize_layers(model, select(model, describe(model)).layers, "weight_only", bits=4, group_size=16)
     manifest = store.save(model, tmp_path / "a", chain=[], probe=IDS)
     assert (manifest["format"], manifest["opens_with"]) == ("leanfit", ["pipeline.load"])
     assert torch.equal(store.output_of(store.load(tmp_path / "a"), IDS), store.output_of(model, IDS))
+
+
+def test_a_config_with_a_number_that_json_has_not_comes_back(tmp_path):
+    model = READING["Mamba 2"]().eval()
+    assert model.config.time_step_limit == (0.0, float("inf"))
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    loaded = store.load(tmp_path / "a")
+    assert tuple(loaded.config.time_step_limit) == (0.0, float("inf"))
+    assert torch.equal(store.output_of(loaded, IDS), store.output_of(model, IDS))
 
 
 def opt(tied=True, width=32, layers=2):
