@@ -129,7 +129,7 @@ def _transformer(
     layout = _layout(model, architecture)
     kind = type(model).__name__
     problems = [
-        f"{key}.{name}={share:g}: {layout.refused[name]}{_instead(layout)}"
+        f"{key}.{name}={share:g}: {layout.refused[name]}{_instead(layout, asked, f'{key}.{name}')}"
         for name, share in asked.items()
         if name in layout.refused
     ]
@@ -153,8 +153,11 @@ def _transformer(
     return Plan(**made), []
 
 
-def _instead(layout: _Layout) -> str:
+def _instead(layout: _Layout, asked: Mapping[str, float], setting: str) -> str:
+    """What to use for a share that is refused: others, or none where one of those is asked for beside it."""
     left = [kind for kind in KINDS[:4] if kind not in layout.refused]
+    if set(left) & set(asked):
+        return f"; use {setting}=null"
     return f"; use {' or '.join(left)}" if left else ""
 
 

@@ -530,6 +530,8 @@ def test_what_a_config_cannot_say_is_refused_with_what_it_can():
     told = planned(gpt2, {"ffn": 0.5, "heads": 0.5, "hidden": 0.5})[1]
     assert len(told) == 3
     assert all(problem.endswith("; use depth") for problem in told)
+    (told,) = planned(gpt2, {"ffn": 0.5, "depth": 0.5})[1]
+    assert told.endswith("; use compression.link.ffn=null")
     told = planned(efficientnet(), {"depth": 0.5, "heads": 0.5})[1]
     assert len(told) == 2
     assert all("use channels" in problem for problem in told)
