@@ -330,7 +330,14 @@ class Search:
     def seconds(self, one: Candidate, work: speed.Work, rates: speed.Rates) -> float:
         moved = 0
         if one.config.memory.activation_offload != "none":
-            kept = replace(one.config, memory=replace(one.config.memory, activation_offload="none"))
+            # Which the other levers leave as they are.
+            kept = one.with_values(
+                "memory",
+                activation_offload="none",
+                optimizer_offload="none",
+                release_gradients=False,
+                step_in_backward=False,
+            ).config
             moved = self.needs.fitted(kept, False).kinds.get("activations", 0)
         return speed.step_seconds(one.config, work, rates, moved)
 

@@ -13,7 +13,7 @@ from pipeline.app import main
 from pipeline.composing import compose
 from pipeline.errors import ConfigError
 from pipeline.fitting import fit
-from pipeline.planner import fit_job
+from pipeline.planner import fit_job, formula, speed
 from pipeline.planner.fit_search import Search, strategy, way_out
 from pipeline.planner.needs import Needs
 from pipeline.planner.plan import plan
@@ -309,6 +309,28 @@ def test_strategies_are_timed_against_each_other_whatever_was_predicted_of_them(
     assert len({strategy(one.candidate) for one in timed}) == 2
     assert [one.measured for one in timed] == sorted(one.measured for one in timed)
     assert found.ranked[:2] == timed
+
+
+def test_what_offloaded_activations_take_to_move_is_found_once_for_levers_that_leave_them_as_they_are(
+    tmp_path, monkeypatch
+):
+    config = compose(FIT)
+    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    base = Candidate(plain(config))
+    work = search.book(base.config).work(base.config, stages_of(base.config)[0])
+    offloaded = base.with_values("memory", activation_offload="disk")
+    alike = [
+        offloaded,
+        offloaded.with_values("memory", optimizer_offload="disk"),
+        offloaded.with_values("memory", release_gradients=True),
+    ]
+    computed = []
+    whole = formula.training
+    monkeypatch.setattr(formula, "training", lambda *given: (computed.append(given), whole(*given))[1])
+    rates = speed.rates_of("cpu", [], here=False)
+    seconds = [search.seconds(one, work, rates) for one in alike]
+    assert len(computed) == 1
+    assert min(seconds) > search.seconds(base, work, rates)
 
 
 def test_help_names_the_job_and_its_keys(capsys):
