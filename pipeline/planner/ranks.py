@@ -137,7 +137,7 @@ class Rank:
         there."""
         holding = self.holding
         self.account.hold_model(self.model)
-        if holding.weights > 1:
+        if holding.weights > 1 or holding.gathers:  # these are what is put together, of one part where all is copies
             for weight in self.weights:
                 block = self.account.block(weight)
                 assert block is not None
@@ -382,7 +382,7 @@ class Rank:
 
     def part(self, weights: Iterable[nn.Parameter], ranks: int) -> int:
         """Bytes of this rank's parts, in the dtype that weights have between steps; 0 where the host has them."""
-        spread = ranks > 1 and (weights is not self.weights or self.holding.on_host == "all")
+        spread = (ranks > 1 or self.holding.gathers) and (weights is not self.weights or self.holding.on_host == "all")
         if self.holding.on_host != "nothing" and spread:
             return 0
         return sum(part(weight.shape, ranks).numel() for weight in weights) * self.dtype.itemsize

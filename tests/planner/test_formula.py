@@ -171,6 +171,7 @@ RANKED = {
     "fsdp, kept": ["parallelism=fsdp", "parallelism.reshard=false", "precision=bf16-mixed"],
     "fsdp, micro batches": ["parallelism=fsdp", "trainer.micro_batch_size=1", "memory.activation_checkpointing=full"],
     "fsdp, copies": ["parallelism=fsdp", "parallelism.replicas=2", "trainer.micro_batch_size=1"],
+    "fsdp, narrow copies": ["parallelism=fsdp", "parallelism.replicas=2", "parallelism.parameter_dtype=bfloat16"],
     "fsdp, adapters": ["parallelism=fsdp", "adapter=lora", "parallelism.parameter_dtype=bfloat16"],
     "fsdp, batch norms": ["parallelism=fsdp", *CONVOLUTIONS],
     "ddp, batch norms": ["parallelism=ddp", "precision=16-mixed", *CONVOLUTIONS],
