@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +36,7 @@ from pipeline.report.progress import Progress
 from pipeline.schema import RunConfig
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
-from pipeline.walk import stages_of
+from pipeline.walk import stages_of, teacher_tensors
 
 
 def main(arguments: list[str]) -> None:
@@ -95,7 +96,7 @@ def fit_stage(
             callbacks=[beats, *(stage.method.callbacks(context) if stage.method else [])],
             progress=progress,
             loss=stage.method.loss(context) if stage.method else None,
-            resume=resume,
+            resume=resume, beside=partial(teacher_tensors, context.teacher),
         )  # fmt: skip
 
 

@@ -48,3 +48,12 @@ def test_links_train_in_two_processes_as_in_one(strategy, tmp_path, monkeypatch)
     ids = torch.arange(32)[None]
     first, second = (pipeline.load(tmp_path / name / "artifact")(input_ids=ids).logits for name in ("single", strategy))
     assert (first - second).abs().max() < 0.05 * first.abs().max()
+
+
+@pytest.mark.slow
+def test_a_teacher_is_measured_in_two_processes_as_it_is_planned(tmp_path):
+    words = ["compression=distill", "compression.distill.steps=3"]
+    asked = [*TINY, *words, "parallelism=ddp", "plan.calibrate=false", f"hydra.run.dir={tmp_path}"]
+    assert main(asked) == 0
+    (stage,) = read_result(tmp_path / "result.json")["stages"]
+    assert stage["memory"]["train"] == pytest.approx(stage["memory"]["train_predicted"], rel=0.005)
