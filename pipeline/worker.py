@@ -96,7 +96,8 @@ def fit_stage(
             callbacks=[beats, *(stage.method.callbacks(context) if stage.method else [])],
             progress=progress,
             loss=stage.method.loss(context) if stage.method else None,
-            resume=resume, beside=partial(teacher_tensors, context.teacher),
+            resume=resume,
+            beside=partial(teacher_tensors, context.teacher),
         )  # fmt: skip
 
 
