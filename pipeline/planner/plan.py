@@ -54,6 +54,8 @@ NARROW, NARROW_CONVOLUTIONS = 0.08, 0.35
 ON_GPU, COMPRESSED_ON_GPU = 0.05, 0.15
 """And on a GPU, whose kernels are supposed to hold what a CPU's hold, but for workspaces of matrix products; and of
 links and what they leave there: of ten recorded on an H200 -10% to +3%, with the plans mended on these same ten."""
+COMPILED = 0.5
+"""And how much less a fit of compiled blocks may take, which are taken for plain ones: 19, 33 and 43% of three runs."""
 TRACED = ("cpu", "cuda")
 """Devices whose operators are known well enough to be traced."""
 RESERVED = 0.15
@@ -66,12 +68,14 @@ UNSEEN = "kernels' scratch space"
 class Phase(Peak):
     """A peak on one device, how it is known ("traced", "computed", "calibrated"), and how far off it may be.
 
-    `margin`: relative, either way. `factor`: what it was corrected by, from earlier runs on this machine.
+    `margin`: relative, either way; `below`: downwards, where that is more. `factor`: what it was corrected by, from
+    earlier runs on this machine.
     """
 
     source: str = "traced"
     margin: float = MARGINS["traced"]
     factor: float = 1.0
+    below: float | None = None
 
     @property
     def reserved_margin(self) -> float | None:
@@ -358,8 +362,9 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     if config.device.kind() == "cuda":
         margin = max(margin, COMPRESSED_ON_GPU if config.chain and phase != "train" else ON_GPU)
     found = Phase(
-        peak.bytes, peak.kinds, peak.operator, peak.course, peak.reserved, peak.kept, peak.saving, source, margin
-    )
+        peak.bytes, peak.kinds, peak.operator, peak.course, peak.reserved, peak.kept, peak.saving, source, margin,
+        below=COMPILED if config.trainer.compile and phase.partition(":")[0] == "train" else None,
+    )  # fmt: skip
     if not config.plan.calibrate:
         return found
     corrected = calibration.correction(calibration.ratios(calibration.place(), calibration.kind(config, phase)))
@@ -368,7 +373,9 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     factor, spread = corrected
     more = round((factor - 1) * peak.bytes)
     kinds = {**peak.kinds, UNSEEN: more}
-    return replace(found, bytes=peak.bytes + more, kinds=kinds, source="calibrated", margin=spread, factor=factor)
+    return replace(
+        found, bytes=peak.bytes + more, kinds=kinds, source="calibrated", margin=spread, factor=factor, below=None
+    )
 
 
 def remember(config: RunConfig, found: Plan, measured: Mapping[str, int | None]) -> None:

@@ -52,12 +52,13 @@ def plan_rows(phases: Mapping[str, Any]) -> list[list[str]]:
         *reserved_rows(shown),
         [OPERATOR, *(phase.operator.removeprefix("aten::") for phase in shown)],
         ["known how", *(phase.source for phase in shown)],
-        ["known within", *(within(phase.margin) for phase in shown)],
+        ["known within", *(within(phase.margin, phase.below) for phase in shown)],
     ]
 
 
-def within(margin: float) -> str:
-    return f"± {100 * margin:.2g}%"
+def within(margin: float, below: float | None = None) -> str:
+    """A relative margin, either way; or so much `below`."""
+    return f"± {100 * margin:.2g}%" if below is None else f"-{100 * below:.2g} to +{100 * margin:.2g}%"
 
 
 def reserved_rows(phases: Sequence[Any]) -> list[list[str]]:

@@ -33,3 +33,9 @@ def test_the_report_names_the_operator_that_a_terminal_has_no_room_for():
     assert rows["in the operator"] == ["native_layer_norm"] * len(PHASES)
     assert rows["known within"] == ["± 8%"] * len(PHASES)
     assert rows["known how"] == ["traced"] * len(PHASES)
+
+
+def test_a_margin_that_is_wider_below_is_said_so():
+    phase = Phase(1, {}, "", margin=0.1, below=0.5)
+    rows = {label: cells for label, *cells in plan_rows({"train": phase})}
+    assert rows["known within"] == ["-50 to +10%"]
