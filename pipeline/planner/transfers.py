@@ -43,8 +43,10 @@ def trace_opening(config: RunConfig, data: DataBundle) -> Peak | None:
     if in_files(config) or config.device.kind() == "cuda":
         return None
     model = stage_input.shapes(config, data)
-    files = [(file.stat().st_size, stored.shapes(file)) for file in config.model.weight_files()]
     from_artifact = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
+    files = (
+        [] if from_artifact else [(file.stat().st_size, stored.shapes(file)) for file in config.model.weight_files()]
+    )
     with tracing(config):
         live = Live()
         live.phase = "weights"
@@ -104,7 +106,7 @@ def read(config: RunConfig, data: DataBundle, files: Iterable[tuple[int, dict[st
     those taken as they lie there are parts of a file, which stays as long as one of them does."""
     parts: dict[str, Any] = {}
     for size, shapes in files:
-        file = torch.empty(size + -size % 8, dtype=torch.uint8, device="cpu")
+        file = torch.empty(size + -size % 8, dtype=torch.uint8, device="cpu")  # a whole number of the widest elements
         parts |= {name: Part(file, shape) for name, shape in shapes.items()}
     del file
     model = config.model.assembled(data.spec, parts)
