@@ -151,7 +151,7 @@ def int8_linear(
     else:
         sums = _PRODUCTS[kernel](rows / step, weight, weight_scale, packed)
         y = sums.mul_(step) if bias is None else torch.addcmul(bias.to(sums.dtype), sums, step)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+    return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
 def int8_linear_static(
@@ -180,7 +180,7 @@ def int8_linear_static(
     else:
         y = _PRODUCTS[kernel](steps_of, weight, weight_scale, packed).mul_(step)
         y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+    return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
 def fbgemm_sums(x: Tensor, kernel: str, packed: Any, share_flat: bool) -> tuple[Tensor | None, Tensor]:
@@ -298,7 +298,7 @@ def rescaled(x: Tensor, steps: Tensor | None, sums: Tensor, bias: Tensor | None)
             steps, sums = steps[0], sums[0] - sums[1]
         y = sums * steps if bias is None else torch.addcmul(bias, sums, steps)
     if x.ndim != 2:
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
@@ -310,7 +310,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _peaks(rows: Tensor, shared: bool) -> Tensor:
     """Largest magnitude of each token, or of all together: [tokens or 1, 1]."""
-    peaks = rows.abs().amax().view(1, 1) if shared else rows.abs().amax(-1, keepdim=True)
+    peaks = rows.abs().amax().view(1, 1) if shared and len(rows) else rows.abs().amax(-1, keepdim=True)
     return peaks.clamp_min_(SMALLEST)
 
 

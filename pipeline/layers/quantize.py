@@ -109,7 +109,7 @@ def dequantize_rows(integers: Tensor, scale: Tensor, zero_point: Tensor | None =
     values = integers.to(scale.dtype)
     if offset:
         values = values.sub_(offset)
-    groups = values.view(rows, scale.shape[1], -1)
+    groups = values.view(rows, scale.shape[1], values.shape[1] // scale.shape[1])
     if zero_point is not None:
         groups = groups - zero_point.to(scale.dtype).unsqueeze(-1)
     return (groups * scale.unsqueeze(-1)).view(rows, columns)

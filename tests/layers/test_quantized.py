@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.layers import quantized
+from pipeline.layers import kernels, quantized
 from pipeline.layers.schemes import KINDS
 from pipeline.memory.measure import measure_peak
 
@@ -61,3 +61,34 @@ def test_no_more_than_a_part_is_held_beside_the_outputs():
     outputs, part = 4 * 16 * 8192, 4 * quantized.DECODED
     assert outputs + part < peak.bytes < outputs + 3 * part
     assert 3 * part < 4 * layer.rows * layer.columns
+
+
+FLOAT = {
+    nn.Linear: (lambda: nn.Linear(32, 24), [(0, 32), (2, 0, 32)]),
+    nn.Conv2d: (lambda: nn.Conv2d(8, 16, 3), [(0, 8, 6, 6)]),
+    nn.Embedding: (lambda: nn.Embedding(20, 32), [(0, 3), (3, 0)]),
+    nn.EmbeddingBag: (lambda: nn.EmbeddingBag(20, 32), [(0, 3)]),
+}
+SETTINGS = {
+    "nf4": {"block_size": 16, "double_quant": True},
+    "nf4_adapted": {"block_size": 16, "double_quant": True, "rank": 4, "scaling": 2.0},
+    "weight_only": {"bits": 4, "symmetric": False},
+}
+
+
+@pytest.mark.parametrize(("scheme", "kind"), KINDS, ids=lambda part: getattr(part, "__name__", part))
+def test_no_input_gives_no_output_as_a_float_layer_does(scheme, kind):
+    """As what is sent to an expert may be."""
+    build, shapes = FLOAT[kind]
+    layer = build()
+    made = KINDS[scheme, kind].from_float(layer, **SETTINGS.get(scheme, {}))
+    for shape in shapes:
+        x = torch.zeros(shape, dtype=torch.int64 if "Embedding" in kind.__name__ else torch.float32)
+        for kernel in (None, *(kernels.KERNELS if scheme.startswith("int8") and kind is nn.Linear else ())):
+            if kernel in (None, "float") or kernels.works(kernel, torch.device("cpu")):
+                with kernels.forced(kernel):
+                    assert made(x).shape == layer(x).shape
+
+
+def test_flat_tokens_that_share_a_scale_may_be_none():
+    assert KINDS["int8", nn.Linear].from_float(nn.Linear(32, 24), share_flat=True)(torch.zeros(0, 32)).shape == (0, 24)
