@@ -42,12 +42,12 @@ class Int8Conv2d(Convolution, IntegerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         values = wide(x)
-        step = values.abs().amax((1, 2, 3), keepdim=True).clamp_min_(SMALLEST).div_(ACTIVATION_LEVELS)
+        step = values.abs().amax((-3, -2, -1), keepdim=True).clamp_min_(SMALLEST).div_(ACTIVATION_LEVELS)
         sums = self.convolve(integers_of(values / step), self.weight.to(values.dtype), None)
-        sums *= self.weight_scale.to(values.dtype).view(1, -1, 1, 1)
+        sums *= self.weight_scale.to(values.dtype).view(-1, 1, 1)
         if self.bias is None:
             return sums.mul_(step).to(x.dtype)
-        return torch.addcmul(self.bias.to(values.dtype).view(1, -1, 1, 1), sums, step).to(x.dtype)
+        return torch.addcmul(self.bias.to(values.dtype).view(-1, 1, 1), sums, step).to(x.dtype)
 
     @property
     def kernel(self) -> str:

@@ -67,8 +67,8 @@ class Int8StaticConv2d(Convolution, IntegerLayer):
         values = wide(x)
         step = self.input_scale.to(values.dtype)
         sums = self.convolve(integers_of(values / step), self.weight.to(values.dtype), None)
-        sums *= (self.weight_scale.to(values.dtype) * step).view(1, -1, 1, 1)
-        return (sums if self.bias is None else sums.add_(self.bias.view(1, -1, 1, 1))).to(x.dtype)
+        sums *= (self.weight_scale.to(values.dtype) * step).view(-1, 1, 1)
+        return (sums if self.bias is None else sums.add_(self.bias.view(-1, 1, 1))).to(x.dtype)
 
     @property
     def kernel(self) -> str:

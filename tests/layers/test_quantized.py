@@ -64,9 +64,9 @@ def test_no_more_than_a_part_is_held_beside_the_outputs():
 
 
 FLOAT = {
-    nn.Linear: (lambda: nn.Linear(32, 24), [(0, 32), (2, 0, 32)]),
-    nn.Conv2d: (lambda: nn.Conv2d(8, 16, 3), [(0, 8, 6, 6)]),
-    nn.Embedding: (lambda: nn.Embedding(20, 32), [(0, 3), (3, 0)]),
+    nn.Linear: (lambda: nn.Linear(32, 24), [(0, 32), (2, 0, 32), (32,)]),
+    nn.Conv2d: (lambda: nn.Conv2d(8, 16, 3), [(0, 8, 6, 6), (8, 6, 6)]),
+    nn.Embedding: (lambda: nn.Embedding(20, 32), [(0, 3), (3, 0), ()]),
     nn.EmbeddingBag: (lambda: nn.EmbeddingBag(20, 32), [(0, 3)]),
 }
 SETTINGS = {
@@ -77,8 +77,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("scheme", "kind"), KINDS, ids=lambda part: getattr(part, "__name__", part))
-def test_no_input_gives_no_output_as_a_float_layer_does(scheme, kind):
-    """As what is sent to an expert may be."""
+def test_outputs_have_the_shape_that_a_float_layer_gives_where_inputs_are_none_or_one(scheme, kind):
+    """None: as what is sent to an expert may be."""
     build, shapes = FLOAT[kind]
     layer = build()
     made = KINDS[scheme, kind].from_float(layer, **SETTINGS.get(scheme, {}))
