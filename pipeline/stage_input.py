@@ -42,13 +42,19 @@ GUESTS = ("teacher", "student")
 """Settings of a link that name a model outside of its chain."""
 
 
+def artifact_of(config: RunConfig) -> Path | None:
+    """The artifact that stage 0 goes on with; None: a fresh or pretrained model, which a checkpoint may fill."""
+    path = None if config.artifact is None else Path(config.artifact)
+    return None if path is None or checkpoints.exists(path) else path
+
+
 def base_model(config: RunConfig, data: DataBundle, offload_to: Path | None = None) -> nn.Module:
     """Stage 0's input: fresh or pretrained weights from the model choice, or those of `artifact=`.
 
     With `offload_to`, pretrained weights and an artifact's lie in files in that directory instead of in memory.
     """
-    if config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
-        return store.load(Path(config.artifact), trainable=True, offload_to=offload_to)
+    if (stored := artifact_of(config)) is not None:
+        return store.load(stored, trainable=True, offload_to=offload_to)
     torch.manual_seed(config.trainer.seed)
     if offload_to is None or config.artifact is not None:
         model = config.model.build(data.spec)
@@ -70,9 +76,9 @@ def filled(model: nn.Module, config: RunConfig, checkpoint: Path, said: str) -> 
 
 def shapes(config: RunConfig, data: DataBundle) -> nn.Module:
     """Stage 0's input on the meta device: an artifact's layers as they are stored, quantized ones too."""
-    if config.artifact is not None and not checkpoints.exists(Path(config.artifact)):
-        store.check(Path(config.artifact))
-        return store.blueprint(Path(config.artifact), quantized=True)
+    if (stored := artifact_of(config)) is not None:
+        store.check(stored)
+        return store.blueprint(stored, quantized=True)
     with torch.device("meta"):
         return config.model.build(data.spec)
 

@@ -42,8 +42,8 @@ class Model:
         return self.build(spec)
 
     def weight_files(self) -> list[Path]:
-        """Local safetensors of pretrained weights, which `build` maps and `build_offloaded` copies file by file; none
-        where there are none."""
+        """Local safetensors of pretrained weights, which `build` maps and `build_offloaded` copies; none where
+        there are none."""
         return []
 
     def assembled(self, spec: DataSpec, weights: dict[str, Tensor]) -> nn.Module:

@@ -128,8 +128,8 @@ class HuggingFace(Model):
     def build_offloaded(self, spec: DataSpec, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
         """The model of `build` with weights in `dtype`, each in a file of its own in `directory` (layers/offload.py).
 
-        The checkpoint is read shard by shard and tensor by tensor. One that is not local, or no safetensors, is opened
-        in memory. Raises as `build` does.
+        The checkpoint is mapped and copied tensor by tensor. One that is not local, or no safetensors, is opened in
+        memory. Raises as `build` does.
         """
         from transformers import GenerationConfig
 

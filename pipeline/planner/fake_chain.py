@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from pipeline import checkpoints, stage_input
+from pipeline import stage_input
 from pipeline.artifact import store
 from pipeline.chain import Stage
 from pipeline.compression.base import Answer, Context, Teacher
@@ -108,7 +108,7 @@ class Chain:
     def __init__(self, config: RunConfig, data: DataBundle, tokenizer: Any) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.dtype = config.precision.weight_dtype
-        self.stored = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
+        self.stored = stage_input.artifact_of(config) is not None
         self.trains = stage_input.trains(changing_stages(stages_of(config)))
         self.in_files = in_files(config)
         self.live = self.counting()

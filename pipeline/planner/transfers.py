@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from pipeline import checkpoints, stage_input
+from pipeline import stage_input
 from pipeline.artifact import sparse, store
 from pipeline.chain import Stage
 from pipeline.compression.pruning import kept_share
@@ -43,7 +43,7 @@ def trace_opening(config: RunConfig, data: DataBundle) -> Peak | None:
     if in_files(config) or config.device.kind() == "cuda":
         return None
     model = stage_input.shapes(config, data)
-    from_artifact = config.artifact is not None and not checkpoints.exists(Path(config.artifact))
+    from_artifact = stage_input.artifact_of(config) is not None
     files = (
         [] if from_artifact else [(file.stat().st_size, stored.shapes(file)) for file in config.model.weight_files()]
     )
@@ -70,7 +70,7 @@ def in_files(config: RunConfig) -> bool:
         return False
     if config.artifact is None:
         return bool(config.model.weight_files())
-    return not checkpoints.exists(Path(config.artifact))
+    return stage_input.artifact_of(config) is not None
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -196,8 +196,8 @@ def share_of(config: RunConfig, stage: Stage | None = None) -> float:
     """Of weights under a mask, how many are kept: by the links, or by the artifact that they go on with. Links that
     come after `stage` have pruned nothing yet."""
     share = kept_share(list(config.chain.values())[: None if stage is None else stage.index])
-    path = None if config.artifact is None else Path(config.artifact)
-    return share if path is None or checkpoints.exists(path) else min(share, store.kept_share(path))
+    artifact = stage_input.artifact_of(config)
+    return share if artifact is None else min(share, store.kept_share(artifact))
 
 
 @contextmanager
