@@ -9,6 +9,7 @@ as failed.
     python benchmarks/planner.py --configs 200 --out DIR      # goes on where DIR was left
     python benchmarks/planner.py --configs 200 --out DIR --report
     python benchmarks/planner.py --configs 60 --out DIR --devices 2   # ranks: ddp, fsdp, tp, deepspeed; 4: fsdp_tp too
+    python benchmarks/planner.py --configs 12 --out DIR --compile     # fits of compiled blocks
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ MARGINS = {"gpt": 0.01, "llama": 0.01, "efficientnet": 0.05}
 """What was set as the goal, whatever the precision."""
 
 
-def drawn(number: int, devices: int) -> list[str]:
+def drawn(number: int, devices: int, common: list[str]) -> list[str]:
     """The overrides of config `number`: the same everywhere, and such as the rules let run."""
     draw = random.Random(number)
     while True:
-        words = [*COMMON, *attempt(draw, devices)]
+        words = [*common, *attempt(draw, devices)]
         try:
             compose(words)
         except ConfigError:
@@ -149,7 +150,7 @@ def settings(draw: random.Random, link: str) -> list[str]:
     return words
 
 
-def one(number: int, out: Path, devices: int) -> None:
+def one(number: int, out: Path, devices: int, compile: bool) -> None:
     """Predict, write, run, measure, write."""
     import torch
 
@@ -165,7 +166,7 @@ def one(number: int, out: Path, devices: int) -> None:
     from pipeline.tasks.causal_lm import PROMPT_TOKENS
     from pipeline.walk import Run, begin, changing_stages, enter_peak, evaluate, preflight, stages_of, walk
 
-    words = drawn(number, devices)
+    words = drawn(number, devices, [*COMMON, *(["trainer.compile=true"] if compile else [])])
     config = compose(words)
     tokenizer = config.model.tokenizer()
     data, task = config.data.open(tokenizer), lookup.get(config.data.task)
@@ -308,12 +309,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--devices", type=int, default=1, choices=(1, 2, 4), help="processes that train together")
+    parser.add_argument("--compile", action="store_true", help="fits of compiled blocks")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one is not None:
-        one(arguments.one, arguments.out, arguments.devices)
+        one(arguments.one, arguments.out, arguments.devices, arguments.compile)
         return
     numbers = range(arguments.first, arguments.first + arguments.configs)
     waiting = [number for number in numbers if not (arguments.out / f"{number}.json").exists()]
@@ -322,7 +324,7 @@ def main() -> None:
         while waiting and len(running) < arguments.jobs:
             number = waiting.pop(0)
             command = [sys.executable, __file__, "--out", str(arguments.out), "--one", str(number)]
-            command += ["--devices", str(arguments.devices)]
+            command += ["--devices", str(arguments.devices), *(["--compile"] if arguments.compile else [])]
             child = {**environment.child(), "OMP_NUM_THREADS": "1"}
             running[number] = subprocess.Popen(command, env=child, stderr=subprocess.PIPE, text=True)
         for number, process in list(running.items()):

@@ -220,13 +220,18 @@ def _spread_rows(hidden: Tensor, number: int, per_token: int) -> tuple[Tensor, l
     return chosen.flatten(), _spread(chosen, number)
 
 
+_one_by_one = TensorMetadata._flatten_into
+_ONLY_NUMBERS = frozenset({int})
 _described = operator.attrgetter(*(field.name for field in dataclasses.fields(TensorMetadata)))
 
 
-def _put_into_key(metadata: TensorMetadata, result: list[object], *_: Any) -> None:
+def _put_into_key(metadata: TensorMetadata, result: list[object], *state: Any) -> None:
     """A tensor in the key by which torch remembers what an operator gave. Torch takes its sizes one by one, since they
-    may be symbols: a sixth of a trace."""
-    result.extend(_described(metadata))
+    may be symbols: a sixth of a trace. They are where a compiler makes one program for several shapes."""
+    if _ONLY_NUMBERS.issuperset(map(type, metadata.shape)):
+        result.extend(_described(metadata))
+    else:
+        _one_by_one(metadata, result, *state)
 
 
 @contextmanager

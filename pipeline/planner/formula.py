@@ -7,8 +7,7 @@ loop is not run: its order of events is written down here.
 
     forward, gradients of the step before still there -> gradients freed -> backward -> step
 
-The kernels' own scratch space, a GPU's context and its allocator's rounding are not in it; compiled blocks are taken
-for plain ones, which hold more.
+The kernels' own scratch space, a GPU's context and its allocator's rounding are not in it.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from pipeline.memory.offload import SMALLEST
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.parallelism.sharding import dtype_of
+from pipeline.planner import compiled
 from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.gathering import saving
@@ -47,6 +47,7 @@ from pipeline.precision.plugins import kernels
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
 from pipeline.tasks.measuring import inference
+from pipeline.trainer.compiling import Compiler, compiled_blocks, compiled_criterion
 from pipeline.walk import teacher_tensors
 
 RECORD = 315
@@ -76,7 +77,10 @@ def training(
     blocks = [block.name for block in architecture.blocks]
     whole = copy.deepcopy(model) if ranks.sharded else None
     with ExitStack() as stack:
-        rank, step, folding, workspaces = stack.enter_context(at_work(config, stage, model, architecture, accumulation))
+        compiler = compiled.Imitation()
+        rank, step, folding, workspaces = stack.enter_context(
+            at_work(config, stage, model, architecture, accumulation, compiler)
+        )
         account = rank.account
         model.train()
         context = own() if own else None
@@ -99,8 +103,12 @@ def training(
         account.moment, account.phase = "forward pass", "activations"
         rank.forward()
         away = nullcontext() if memory.activation_offload == "none" else put_away(account, on_cpu)
+        criterion = None
+        if config.trainer.compile:
+            stack.enter_context(compiled.without_kernels())
+            criterion = compiled_criterion(compiler)
         with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context(), away:
-            task_loss = partial(task.loss, model, chunks=memory.loss_chunks)
+            task_loss = partial(task.loss, model, chunks=memory.loss_chunks, criterion=criterion)
             loss = stage_loss(model, given, task_loss) if stage_loss else task_loss(given)
         rank.backward()
         account.moment = account.phase = "backward pass"
@@ -125,15 +133,21 @@ def training(
     elif (memory.release_gradients or memory.step_in_backward or rank.engine) and not rank.gradients_stay:
         kept.pop("gradients", None)
     saved = written(config, stage.fit.lr, whole, architecture, kept, step.at_work) if whole else None
-    return replace(course.peak(), kept=kept, saving=saved)
+    return replace(course.peak(), kept=kept, saving=saved, plain=compiler.plain)
 
 
 @contextmanager
 def at_work(
-    config: RunConfig, stage: Stage, model: nn.Module, architecture: Architecture, accumulation: int
+    config: RunConfig,
+    stage: Stage,
+    model: nn.Module,
+    architecture: Architecture,
+    accumulation: int,
+    compiler: Compiler | None = None,
 ) -> Iterator[tuple[Rank, Stepped, Folding, int]]:
     """`model`, of the meta device, filled with fake tensors as one device has it in the fit of `stage`, and not yet
-    counted: the rank, what its optimizer holds, the account of a folded pass, and the bytes of its workspaces."""
+    counted: the rank, what its optimizer holds, the account of a folded pass, and the bytes of its workspaces.
+    `compiler`: of blocks that are compiled."""
     assert stage.fit is not None
     ranks, dtype = config.parallelism, config.precision.weight_dtype
     inner, workspace = kernels_of(config)
@@ -149,6 +163,8 @@ def at_work(
         if gathered_in := dtype_of(ranks.holding.gathered_in):
             faked(model, gathered_in)
         stack.callback(config.precision.convert_layers(model, architecture))
+        if config.trainer.compile and compiler:
+            stack.enter_context(compiled_blocks(model, blocks, compiler))
         stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
         stack.enter_context(norms_over(model, ranks.ranks))
         rank = Rank(ranks.holding, account, model, blocks, dtype, accumulation > 1, on_cpu, stage.fit.steps)

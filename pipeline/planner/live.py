@@ -151,7 +151,8 @@ class Peak:
     """`bytes` live at once, of which kinds, and the operator that was running; `course`: how it came, where traced.
     `reserved`: what CUDA's pool takes from the device for it (`pool`), where that is known. `kept`: bytes by kind that
     a fit keeps when a step is done, where it is traced. `saving`: and at most while ranks write its checkpoint; None:
-    what is kept is written as it lies there."""
+    what is kept is written as it lies there. `plain`: why compiled blocks were taken for plain ones, which hold more;
+    empty where they were not."""
 
     bytes: int
     kinds: Mapping[str, int]
@@ -160,6 +161,7 @@ class Peak:
     reserved: int | None = None
     kept: Mapping[str, int] | None = None
     saving: Mapping[str, int] | None = None
+    plain: str = ""
 
 
 def device_of(tensor: Tensor) -> torch.device:

@@ -79,7 +79,11 @@ class Needs:
     def lower(self, config: RunConfig) -> Peak:
         """The peak of stage 0's fit by the formula, or at least: it is the largest of what several moments hold, each
         linear in the micro batch, so that it lies on the line through two micro batches, or above, beyond them. Not
-        through the largest: that one makes a step alone, and no gradients are added up meanwhile."""
+        through the largest: that one makes a step alone, and no gradients are added up meanwhile. Compiled blocks are
+        taken for plain ones: to compile them takes seconds."""
+        if config.trainer.compile:
+            plain = replace(config, trainer=replace(config.trainer, compile=False))
+            return replace(self.lower(plain), plain="of many candidates")
         sizes = sorted({micro_batch_size(config)[0], *search.micro_batches(config)})
         if len(sizes) <= 4 or micro_batch_size(config)[0] in (sizes[0], *sizes[-3:]):
             return self.fitted(config, False)

@@ -55,7 +55,7 @@ ON_GPU, COMPRESSED_ON_GPU = 0.05, 0.15
 """And on a GPU, whose kernels are supposed to hold what a CPU's hold, but for workspaces of matrix products; and of
 links and what they leave there: of ten recorded on an H200 -10% to +3%, with the plans mended on these same ten."""
 COMPILED = 0.5
-"""And how much less a fit of compiled blocks may take, which are taken for plain ones: 19, 33 and 43% of three runs."""
+"""And how much less a fit takes whose compiled blocks are taken for plain ones: 19, 33 and 43% of three runs."""
 TRACED = ("cpu", "cuda")
 """Devices whose operators are known well enough to be traced."""
 RESERVED = 0.15
@@ -362,8 +362,8 @@ def known(config: RunConfig, phase: str, peak: Peak, source: str, convolutions: 
     if config.device.kind() == "cuda":
         margin = max(margin, COMPRESSED_ON_GPU if config.chain and phase != "train" else ON_GPU)
     found = Phase(
-        peak.bytes, peak.kinds, peak.operator, peak.course, peak.reserved, peak.kept, peak.saving, source, margin,
-        below=COMPILED if config.trainer.compile and phase.partition(":")[0] == "train" else None,
+        peak.bytes, peak.kinds, peak.operator, peak.course, peak.reserved, peak.kept, peak.saving, peak.plain,
+        source, margin, below=COMPILED if peak.plain else None,
     )  # fmt: skip
     if not config.plan.calibrate:
         return found
@@ -405,8 +405,6 @@ def untraceable(config: RunConfig) -> str | None:
         return f"parallelism={config.parallelism.name}: ranks that work together are not traced"
     if config.device.kind() not in TRACED:
         return f"what runs on {config.device.kind()} is not traced"
-    if config.trainer.compile:
-        return "compiled blocks are not traced"
     if config.memory.activation_offload != "none" or config.memory.optimizer_offload != "none":
         return "offload is not traced"
     if config.precision.name not in ("full", "mixed"):

@@ -295,7 +295,7 @@ def closest(
     looked = Looked([], [])
     fitting: dict[Hashable, list[int]] = {}
     since: Counter[Hashable] = Counter()
-    off = 1 - MARGINS["computed"]
+    off: float | None = None
     for candidate, seconds in candidates:
         own = kind(candidate)
         kept = fitting.get(own, [])
@@ -307,7 +307,8 @@ def closest(
         computed = Rated(candidate, seconds, *compute(candidate))
         looked.computed.append(computed)
         held = computed.phase.bytes
-        if held * off > budget or any(other * (1 - SAVES) <= held for other in kept):
+        below = computed.phase.below or MARGINS["computed"]
+        if held * (off or 1 - below) > budget or any(other * (1 - SAVES) <= held for other in kept):
             continue
         one = Rated(candidate, seconds, *trace(candidate))
         looked.traced.append(one)

@@ -8,7 +8,7 @@ pool may still grow in the third, which is written down as the second was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from pipeline.compression.base import StageLoss
 from pipeline.fitting import TaskModule, levers, micro_batch_size, quiet_lightning, trainer_of
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
+from pipeline.planner import compiled
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
 from pipeline.planner.live import STEP_DONE, Event, Live, Peak, Timeline
 from pipeline.planner.pool import reserved
 from pipeline.planner.replaying import replaying
 from pipeline.schema import RunConfig
 from pipeline.tasks.base import Batch, Task
+from pipeline.trainer.compiling import compiled_blocks, compiled_criterion
 
 STEPS = 2
 
@@ -142,6 +144,9 @@ def traced_fit(
     blocks = [block.name for block in architecture.blocks]
     parts = [Phases(live), *callbacks, *levers(config, model, callbacks), StepIsDone(live)]
     with quiet_lightning(), ExitStack() as stack:
+        compiler = compiled.Imitation()
+        if config.trainer.compile:
+            stack.enter_context(compiled_blocks(model, blocks, compiler))
         stack.callback(apply_activation_checkpointing(model, blocks, config.memory.activation_checkpointing))
         plugin = config.precision.plugin("cpu")
         if getattr(plugin, "scaler", None) is not None:
@@ -151,12 +156,14 @@ def traced_fit(
         )
         module = TracedModule(model, task, config, stage.fit, loss, architecture, Path())
         module.live = live
+        if config.trainer.compile:
+            module.criterion = compiled_criterion(compiler)
         live.hold_model(model)
         model.train()
-        with live, replaying(live):
+        with live, replaying(live), compiled.without_kernels() if config.trainer.compile else nullcontext():
             trainer.fit(module, Batches(batch, steps * accumulation + another), weights_only=False)
         peak = live.timeline.peak(live.timeline.since(f"step {since}"))
-        return replace(peak, kept=live.timeline.held_at(STEP_DONE))
+        return replace(peak, kept=live.timeline.held_at(STEP_DONE), plain=compiler.plain)
 
 
 def with_another_step(timeline: Timeline, last: int) -> list[Event]:

@@ -27,8 +27,15 @@ PER_BLOCK = 4
 runs the rest uncompiled without a word."""
 
 
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def compiler(plain: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(plain, backend=BACKEND)
+
+
 @contextmanager
-def compiled_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+def compiled_blocks(model: nn.Module, blocks: Sequence[str], compiler: Compiler = compiler) -> Iterator[None]:
     """While entered, each of `blocks` (module names; the whole model where there are none) is compiled on first use.
 
     Random numbers are those of plain blocks, so that dropout drops the same.
@@ -47,7 +54,7 @@ def compiled_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
             # What torch's compiler does by itself: uses deprecated parts of torch, looks at gradients of any tensor.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            _replace_forwards(modules)
+            _replace_forwards(modules, compiler)
             yield
     finally:
         for module, own in zip(modules, before, strict=True):
@@ -57,20 +64,20 @@ def compiled_blocks(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def _replace_forwards(modules: Sequence[nn.Module]) -> None:
+def _replace_forwards(modules: Sequence[nn.Module], compiler: Compiler) -> None:
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
     for module in modules:
         own = module.__dict__.get("forward")
         if own is not None:
-            forward = _forward(_without_self(own))
+            forward = _forward(_without_self(own), compiler)
         else:
-            forward = compiled.setdefault(type(module), _forward(type(module).forward))
+            forward = compiled.setdefault(type(module), _forward(type(module).forward, compiler))
         # A bound method, so that a deep copy of the model gets blocks that run themselves and not the original's.
         module.__dict__["forward"] = MethodType(forward, module)
 
 
-def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
-    fast = torch.compile(plain, backend=BACKEND)
+def _forward(plain: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
+    fast = compiler(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (fast if torch.is_grad_enabled() else plain)(self, *args, **kwargs)
@@ -78,9 +85,9 @@ def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def compiled_criterion() -> Criterion:
+def compiled_criterion(compiler: Compiler = compiler) -> Criterion:
     """Cross-entropy of all rows in one kernel each way, which hold no more than slices by torch's operators do."""
-    fast = torch.compile(whole_cross_entropy, backend=BACKEND)
+    fast = compiler(whole_cross_entropy)
 
     def criterion(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         return (fast if torch.is_grad_enabled() else cross_entropy)(logits, targets, reduction)

@@ -18,7 +18,7 @@ from pipeline.memory.measure import measure_peak
 from pipeline.planner import plan as planner
 from pipeline.planner import workspaces
 from pipeline.planner.live import Live
-from pipeline.planner.plan import COMPILED, capacity, plan
+from pipeline.planner.plan import capacity, plan
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES, workspace
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
@@ -270,17 +270,6 @@ def test_the_verdict_names_what_is_not_planned():
 def test_where_nothing_trains_no_checkpoint_goes_to_disk():
     config = compose([*GPT, "trainer.max_steps=0", "compression=int8"])
     assert set(plan(config).disk) == {"artifact"}
-
-
-def test_a_compiled_fit_may_take_less_than_its_plan_which_says_by_how_much():
-    """Nothing is traced of it: blocks are taken for plain ones."""
-    config = compose([*GPT, "trainer.compile=true", "compression=[magnitude]", "plan.calibrate=false"])
-    found = plan(config)
-    assert found.untraced["train"] == "compiled blocks are not traced"
-    assert {name: phase.below for name, phase in found.phases.items() if phase.below} == {
-        "train": COMPILED, "train: magnitude": COMPILED,
-    }  # fmt: skip
-    assert found.phases["train"].most == int(1.1 * found.phases["train"].bytes)
 
 
 @pytest.mark.parametrize(
