@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,7 @@ from pipeline.errors import ArtifactError
 from pipeline.layers import stored
 from pipeline.layers.experts import split
 from pipeline.layers.offload import offload
+from pipeline.layers.public_names import joined, under_own_names
 from pipeline.models.unfilled import to_be_filled
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def fill_model(
     keep: Callable[[Tensor], Tensor] = torch.clone if offload_to is None else partial(offload, directory=offload_to)
     made: Callable[[Tensor], Tensor] = Tensor.detach if offload_to is None else keep  # here, and so of its own already
     tensors: dict[str, Tensor] = {}
-    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        tensors.update((name, keep(tensor)) for name, tensor in stored.tensors(directory / file).items())
+    for name, parts in _as_in_model(stored.tensors, directory, manifest):
+        tensors[name] = keep(parts[0]) if len(parts) == 1 else made(joined(name, parts))
     masks: dict[str, Tensor] = {}
     for name, encoding in manifest["encodings"].items():
         tensors[name], masks[name.rpartition(".")[0]] = map(made, _decoded(tensors, name, encoding))
@@ -119,6 +120,15 @@ def fill_model(
             weight = model.get_parameter(f"{name}.weight").detach()
             float_masks[name] = masks[name] if name in masks else made(weight != 0)
     return float_masks
+
+
+def _as_in_model(
+    read: Callable[[Path], dict[str, Tensor]], directory: Path, manifest: dict[str, Any]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """(name in the model, its parts) of what `read` gives of each file of weights."""
+    files = manifests.weight_files(entry["name"] for entry in manifest["files"])
+    stored_ones = itertools.chain.from_iterable(read(directory / file).items() for file in files)
+    return under_own_names(stored_ones, manifest.get("names", {}))
 
 
 def tie(model: nn.Module, tied: dict[str, str]) -> None:
@@ -140,8 +150,7 @@ def _decoded(tensors: dict[str, Tensor], name: str, encoding: dict[str, Any]) ->
 def take_dtypes(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> None:
     """Give the floating-point tensors of `model`, on the meta device, the dtypes that those of the files have."""
     tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    for file in manifests.weight_files(entry["name"] for entry in manifest["files"]):
-        for name, shape in stored.shapes(directory / file).items():
-            tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
-            if tensor is not None and shape.is_floating_point():
-                tensor.data = tensor.data.to(shape.dtype)
+    for name, (shape, *_) in _as_in_model(stored.shapes, directory, manifest):
+        tensor = tensors.get(name.removesuffix(".values"))  # of one that lies there as a bitmask
+        if tensor is not None and shape.is_floating_point():
+            tensor.data = tensor.data.to(shape.dtype)

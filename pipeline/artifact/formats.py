@@ -3,7 +3,8 @@
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
-experts as linear layers or of Llama 4, packed layers of Falcon, Mamba and StarCoder.
+packed layers of Falcon, Mamba and StarCoder, experts that are not quantized alike or of which transformers knows no
+checkpoints with layers for each (`_names_of_experts`).
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -11,18 +12,28 @@ names a model type that it does not know and a quantization without a method, ea
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from pipeline.layers.experts import linear_experts
+from pipeline.layers.experts import (
+    LinearExperts,
+    gates,
+    groups_multiply,
+    linear_experts,
+    routers,
+    stacked_experts,
+)
 from pipeline.layers.float8 import Float8Linear
 from pipeline.layers.linear import Int8Linear, WeightOnlyLinear
+from pipeline.layers.public_names import Names, public_names, stacks_of
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer, quantized_layers
 from pipeline.layers.static import Int8StaticLinear
 
@@ -31,21 +42,54 @@ MODEL_TYPE = "leanfit"
 READING = frozenset({"falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2"})
 """Model types of which transformers reads weights of linear layers, where packed ones have none: Falcon's in a forward
 pass of their own, the others' to initialise what a file may lack."""
+EXPERTS_SINCE = (5, 22)
+"""The transformers that opens all quantized experts that are written here. Measured: 5.13 opens those of 4 and 8 bits,
+and refuses 3 bits and fp8; 5.16 opens all, fp8 with an error of 1% of the logits; earlier ones warn, and fill in random
+weights, which nothing in a file of this format can keep them from."""
 
 
-def format_of(model: nn.Module, encodings: dict[str, Any]) -> str:
-    """Which format holds `model`, whose tensors in `encodings` are stored as bitmasks."""
+def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
+    """Which format holds `model`, whose tensors in `encodings` are stored as bitmasks, and what its layers and tensors
+    are called there, as far as it is not as in the model."""
     layers = list(quantized_layers(model).values())
     linear = linear_experts(model)
     if not layers and not encodings and not linear:
-        return "dense"
-    if linear or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
-        return "leanfit"
+        return "dense", {}
+    if not layers or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
+        return "leanfit", {}
     form = {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
     reading = getattr(getattr(model, "config", None), "model_type", None) in READING
     if (reading and form == "pack-quantized") or any(map(_exchanged, model.modules())):
-        return "leanfit"
-    return form
+        return "leanfit", {}
+    names = _names_of_experts(model) if linear else {}
+    return ("leanfit", {}) if names is None else (form, names)
+
+
+def _names_of_experts(model: nn.Module) -> Names | None:
+    """Public names of `model`, in which experts are linear layers; None where transformers would not open them.
+
+    It puts their weights together in float while it opens them, by one scheme for all. So activations must stay in
+    float, all of the experts be quantized, each without a bias, and all layers be alike; and there must be products of
+    stacked experts in the model's dtype.
+    """
+    layers = quantized_layers(model)
+    alike = {(layer.bits, layer.group_size) for layer in layers.values()}
+    if not opens_experts() or not groups_multiply(cast(PreTrainedModel, model).dtype):
+        return None
+    if len(alike) > 1 or any(map(_activations, layers.values())) or stacked_experts(model):
+        return None
+    of_experts = set(itertools.chain.from_iterable(stacks_of(model).values()))
+    if not of_experts <= set(layers) or any(layers[name].bias is not None for name in of_experts):
+        return None
+    mixtures = (cast(LinearExperts, model.get_submodule(name)) for name in linear_experts(model))
+    if any(experts.up_begins is None for experts in mixtures):  # rows of the gate and of the way up lie in turn
+        return None
+    return public_names(model, layers)
+
+
+def opens_experts() -> bool:
+    """Whether the installed transformers opens quantized experts, all that are stored in a public format, rightly."""
+    return tuple(map(int, version("transformers").split(".")[:2])) >= EXPERTS_SINCE
 
 
 def _is_public(layer: QuantizedLayer) -> bool:
@@ -90,8 +134,14 @@ def _activations(layer: QuantizedLayer) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def quantization_config(model: nn.Module, form: str) -> dict[str, Any] | None:
-    """`quantization_config` of config.json; None for a dense model."""
+def readers(form: str, experts: bool) -> list[str]:
+    """What opens an artifact of this format, `experts` in it quantized."""
+    since = f">={'.'.join(map(str, EXPERTS_SINCE))}" if experts else ""
+    return ["pipeline.load", *([f"transformers{since}"] if form in PUBLIC else [])]
+
+
+def quantization_config(model: nn.Module, form: str, names: Names) -> dict[str, Any] | None:
+    """`quantization_config` of config.json; None for a dense model. `names`: as `format_of` gives them."""
     if form == "dense":
         return None
     if form == "leanfit":
@@ -115,13 +165,24 @@ def quantization_config(model: nn.Module, form: str) -> dict[str, Any] | None:
         "format": form,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        "ignore": _ignored(model, names),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def write_config(model: PreTrainedModel, directory: Path, form: str) -> None:
+def _ignored(model: nn.Module, names: Names) -> list[str]:
+    """Layers that stay in float, by the names of the model, and those that choose among experts by public ones too:
+    to a program that knows the public ones a router may be a linear layer."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear_experts(model):
+        return linear
+    choosing = [*routers(model), *(gate for mixture in linear_experts(model) for gate in gates(model, mixture))]
+    public = [names.get(f"{name}.weight", [f"{name}.weight"])[0].removesuffix(".weight") for name in choosing]
+    return list(dict.fromkeys([*linear, *public]))
+
+
+def write_config(model: PreTrainedModel, directory: Path, form: str, names: Names) -> None:
     """config.json and, for a model that generates, generation_config.json."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -129,7 +190,7 @@ def write_config(model: PreTrainedModel, directory: Path, form: str) -> None:
     data = json.loads(config.to_json_string(use_diff=True))
     data.pop("quantization_config", None)
     data["model_type"] = MODEL_TYPE if form == "leanfit" else config.model_type
-    extra = quantization_config(model, form)
+    extra = quantization_config(model, form, names)
     if extra is not None:
         data["quantization_config"] = extra
     text = json.dumps(data, indent=2, sort_keys=True) + "\n"

@@ -13,9 +13,12 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline import environment
 from pipeline.device.system_memory import oom_kills, suspicion
@@ -23,7 +26,10 @@ from pipeline.errors import LeanfitError
 from pipeline.interrupts import ended_with_parent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+
+    from pipeline.layers.quantized import QuantizedLayer
 
 RELATIVE = 1e-3
 AUTO_CLASSES = {
@@ -156,16 +162,64 @@ def _against_transformers(
         return None
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     dtype = torch.promote_types(floats[0], torch.float32)
-    plain = getattr(transformers, auto).from_pretrained(
-        directory, dtype=dtype, attn_implementation=manifest["model"]["attention"], local_files_only=True
-    )
+    with _put_together_in_files(offload_to if manifest["model"].get("linear_experts") else None):
+        plain = getattr(transformers, auto).from_pretrained(
+            directory, dtype=dtype, attn_implementation=manifest["model"]["attention"], local_files_only=True
+        )
     if offload_to is not None:
         _unpack_into_files(plain, offload_to)
+    _widen_experts(plain, dtype, offload_to)
+    if manifest["format"] == "pack-quantized":
+        _round_experts(model)
     # The product that plain transformers computes: an integer kernel moves single activations over a rounding edge.
     with kernels.forced("float"):
         ours = store.output_of(model.to(dtype), batch).double()
     theirs = store.output_of(plain.to(next(iter(batch.values())).device), batch).double()
     return _largest(ours - theirs) / max(_largest(ours), 1e-30)
+
+
+@contextmanager
+def _put_together_in_files(directory: Path | None) -> Iterator[None]:
+    """What transformers opens meanwhile goes into files in `directory`, as soon as it is put together, the stacked
+    experts of a mixture of those of each expert; None: stays where it is."""
+    from pipeline.layers.offload import offload_parameter
+    from pipeline.models.unfilled import one_by_one, registering
+
+    if directory is None:
+        yield
+    else:
+        with one_by_one(), registering(lambda _, __, parameter: offload_parameter(parameter, directory)):
+            yield
+
+
+def _widen_experts(plain: Any, dtype: torch.dtype, offload_to: Path | None) -> None:
+    """The experts of `plain` in `dtype`: those that were quantized it leaves in the dtype of their scales."""
+    from pipeline.layers.experts import stacked_experts
+    from pipeline.layers.offload import offload
+
+    for module in stacked_experts(plain).values():
+        for parameter in module.parameters():
+            if parameter.dtype != dtype:
+                wide = parameter.data.to(dtype) if offload_to is None else offload(parameter, offload_to, dtype)
+                parameter.data = wide
+
+
+def _round_experts(model: nn.Module) -> None:
+    """Let packed experts multiply by the weights that transformers makes of them when it opens them: integers times
+    scales, rounded to the dtype that the scales have now, where it unpacks other layers in that of the model."""
+    from pipeline.layers.experts import linear_experts
+    from pipeline.layers.quantized import quantized_layers
+
+    mixtures = tuple(f"{name}." for name in linear_experts(model))
+    for name, layer in quantized_layers(model).items():
+        if name.startswith(mixtures):
+            cast(Any, layer).forward = partial(_rounded_product, layer, layer.get_buffer("weight_scale").dtype)
+
+
+def _rounded_product(layer: QuantizedLayer, dtype: torch.dtype, x: Tensor) -> Tensor:
+    from torch.nn import functional as F
+
+    return F.linear(x, layer.dequantized().to(dtype).to(x.dtype))
 
 
 def _unpack_into_files(plain: Any, directory: Path) -> None:

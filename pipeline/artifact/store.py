@@ -36,6 +36,7 @@ from pipeline.layers import stored
 from pipeline.layers.blockwise import in_dtype_of
 from pipeline.layers.experts import linear_experts
 from pipeline.layers.offload import OffloadError, beside
+from pipeline.layers.public_names import Names, under_public_names
 from pipeline.layers.quantized import QuantizedLayer, quantized_layers
 from pipeline.layers.sparsity import MASK, masked_layers
 from pipeline.models.unfilled import to_be_filled
@@ -89,7 +90,7 @@ def save(
     """
     from transformers import PreTrainedModel
 
-    from pipeline.artifact.formats import PUBLIC, format_of, write_config
+    from pipeline.artifact.formats import readers, write_config
 
     if not isinstance(model, PreTrainedModel):
         raise ArtifactError(
@@ -103,8 +104,7 @@ def save(
         parts = parts_of(model, probe)
         weights = _write_tensors(parts.tensors, place)
         save_file(parts.probe, place / manifests.PROBE)
-        form = format_of(model, parts.encodings)
-        write_config(model, place, form)
+        write_config(model, place, parts.form, parts.names)
         for name in (*weights, manifests.PROBE):
             # safetensors makes its files for the owner alone; an artifact's are as readable as any other file.
             shutil.copymode(place / "config.json", place / name)
@@ -114,8 +114,8 @@ def save(
             "schema": manifests.SCHEMA,
             "leanfit": pipeline.__version__,
             "versions": {name: version(name) for name in VERSIONED},
-            "format": form,
-            "opens_with": ["pipeline.load", *(["transformers"] if form in PUBLIC else [])],
+            "format": parts.form,
+            "opens_with": readers(parts.form, bool(linear_experts(model))),
             "model": {
                 "class": type(model).__name__,
                 "type": model.config.model_type,
@@ -127,6 +127,7 @@ def save(
             "layers": parts.layers,
             "encodings": parts.encodings,
             "tied": parts.tied,
+            "names": parts.names,
             "kernels": dict(Counter(layer.kernel for layer in quantized_layers(model).values())),
             "parameters": parts.counted.elements,
             "nonzero": parts.counted.nonzero,
@@ -147,12 +148,15 @@ def save(
 
 @dataclass(frozen=True)
 class Parts:
-    """What is written of a model: tensors by name, {alias of a tied one: the name that is stored}, {name: encoding} of
-    those stored as bitmasks, the probe's inputs and outputs, records of quantized and masked layers."""
+    """What is written of a model: tensors by name, {alias of a tied one: the name of the other}, {name: encoding} of
+    those stored as bitmasks, the format, {name in the model: names in the format} where they differ, the probe's inputs
+    and outputs, records of quantized and masked layers."""
 
     tensors: dict[str, Tensor]
     tied: dict[str, str]
     encodings: dict[str, Any]
+    form: str
+    names: Names
     probe: dict[str, Tensor]
     counted: Count
     layers: dict[str, Any]
@@ -160,8 +164,21 @@ class Parts:
 
 def parts_of(model: nn.Module, probe: Mapping[str, Tensor]) -> Parts:
     """All that `save` computes, and so all that it holds beside the model."""
+    from pipeline.artifact.formats import format_of
+
     tensors, tied, encodings = plain_tensors(model)
-    return Parts(tensors, tied, encodings, _probe_tensors(model, probe), count(model), _layer_records(model))
+    form, names = format_of(model, encodings)
+    tensors = under_public_names(tensors, names)
+    probed, counted, records = _probe_tensors(model, probe), count(model), _layer_records(model)
+    return Parts(tensors, tied, encodings, form, names, probed, counted, records)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `model` as they lie in its file."""
+    from pipeline.artifact.formats import format_of
+
+    tensors, _, encodings = plain_tensors(model)
+    return under_public_names(tensors, format_of(model, encodings)[1])
 
 
 def publish(source: Path, directory: Path) -> None:
@@ -173,7 +190,7 @@ def publish(source: Path, directory: Path) -> None:
 def annotate(directory: Path, fields: Mapping[str, Any]) -> None:
     """Enter what was measured later (`quality`, `speed`, `size`, ...) into the manifest."""
     manifest = manifests.read(Path(directory))
-    fixed = {"schema", "files", "model", "layers", "encodings", "tied", "format"} & set(fields)
+    fixed = {"schema", "files", "model", "layers", "encodings", "tied", "names", "format"} & set(fields)
     if fixed:
         raise ValueError(f"{', '.join(sorted(fixed))} of a manifest are fixed when it is saved")
     manifests.write(Path(directory), {**manifest, **fields})
@@ -300,7 +317,7 @@ def blueprint(directory: Path, quantized: bool = False) -> nn.Module:
 
 
 def plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """(tensors to store, aliases of tied ones -> the name that is stored, encodings of those stored as bitmasks)."""
+    """(tensors to store, aliases of tied ones -> the name of the other, encodings of those stored as bitmasks)."""
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}

@@ -7,6 +7,7 @@ zero are left out as well, so it may take less than is said here, never more.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.layers.packing import packed_columns
+from pipeline.layers.public_names import public_names, stacks_of, under_public_names
 from pipeline.layers.quantize import Grid
 from pipeline.layers.sparsity import MASK, bitmask_bytes, kept_of
 
@@ -96,7 +98,20 @@ def model_tensors(model: nn.Module, planned: Mapping[str, Grid], share: float = 
             masked = leaf == "weight" and hasattr(model.get_submodule(layer), MASK)
             kept = kept_weights(model.get_submodule(layer)) if masked else tensor.numel()
             found += smaller(dense, tensor.numel(), kept, 8 * tensor.itemsize, tensor.dtype)
-    return found
+    return _in_public(model, planned, found)
+
+
+def _in_public(model: nn.Module, planned: Mapping[str, Grid], found: list[Stored]) -> list[Stored]:
+    """`found` under the names, and in the parts, that a mixture's have where they can be stored in a public format."""
+    stacks = stacks_of(model)
+    alike = set(planned.values())
+    bitmasks = any(name.endswith(".bitmask") for name, _, _ in found)
+    experts = set(itertools.chain.from_iterable(stacks.values()))
+    if not stacks or len(alike) != 1 or not alike.pop().symmetric or bitmasks or not experts <= set(planned):
+        return found
+    names = public_names(model, planned) or {}
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in found}
+    return [(name, t.dtype, tuple(t.shape)) for name, t in under_public_names(tensors, names).items()]
 
 
 def data_bytes(tensors: Iterable[Stored]) -> int:

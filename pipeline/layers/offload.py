@@ -104,11 +104,16 @@ def place_of_model(model: nn.Module) -> Path | None:
     return next((place for parameter in model.parameters() if (place := place_of(parameter)) is not None), None)
 
 
+def offload_parameter(parameter: nn.Parameter, directory: Path) -> None:
+    """Put away the values of `parameter`, where they lie in memory."""
+    if parameter.device.type == "cpu" and place_of(parameter) is None:
+        parameter.data = offload(parameter, directory)
+
+
 def offload_module(module: nn.Module, directory: Path) -> None:
     """Put away the tensors of `module` itself, not those of modules inside, that still lie in memory."""
     for parameter in module.parameters(recurse=False):
-        if parameter.device.type == "cpu" and place_of(parameter) is None:
-            parameter.data = offload(parameter, directory)
+        offload_parameter(parameter, directory)
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set and buffer.device.type == "cpu" and place_of(buffer) is None:
             setattr(module, name, offload(buffer, directory))

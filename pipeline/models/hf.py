@@ -11,11 +11,9 @@ import os
 import re
 import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
-from unittest import mock
 
 from pipeline.errors import ConfigError
 from pipeline.models.base import Model, TaskName
@@ -23,7 +21,7 @@ from pipeline.registry import register
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.base import DataSpec
@@ -79,13 +77,14 @@ class HuggingFace(Model):
         from transformers import AutoModelForCausalLM
 
         from pipeline.models.gpt2 import rewritten
+        from pipeline.models.unfilled import one_by_one
 
         config = self._config(spec)
         auto: Any = AutoModelForCausalLM
         if torch.get_default_device().type == "meta":
             model = self._opened(lambda: (auto.from_config(config, dtype=torch.float32, trust_remote_code=False), {}))
         else:
-            with _one_by_one():
+            with one_by_one():
                 model = self._opened(
                     lambda: auto.from_pretrained(
                         self.source,
@@ -134,7 +133,7 @@ class HuggingFace(Model):
         from transformers import GenerationConfig
 
         from pipeline.layers import stored
-        from pipeline.layers.offload import offload, offload_module, place_of
+        from pipeline.layers.offload import offload, offload_module, offload_parameter
         from pipeline.models.gpt2 import rewritten
         from pipeline.models.unfilled import registering
 
@@ -143,16 +142,13 @@ class HuggingFace(Model):
             return self.build(spec)
         config = self._config(spec)
 
-        def put_away(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-            if parameter.device.type == "cpu" and place_of(parameter) is None:
-                parameter.data = offload(parameter, directory)
-
         def read() -> tuple[Any, dict[str, Any]]:
             weights = {name: tensor for file in files for name, tensor in stored.tensors(file).items()}
             for name, tensor in weights.items():
                 if tensor.is_floating_point() and tensor.dtype != dtype:  # else as it lies there, until it is a weight
                     weights[name] = offload(tensor, directory, dtype)
-            with registering(put_away):  # what transformers puts together from several tensors
+            # What transformers puts together from several tensors goes there too.
+            with registering(lambda _, __, parameter: offload_parameter(parameter, directory)):
                 model, loading = _assembled(config, weights, dtype)
             if (Path(self.source) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(self.source)
@@ -215,21 +211,17 @@ def _assembled(config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> t
     import torch
     from transformers import AutoModelForCausalLM
 
+    from pipeline.models.unfilled import one_by_one
+
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         cls: Any = type(auto.from_config(config, trust_remote_code=False))
-    with _one_by_one():
+    with one_by_one():
         model, loading = cls.from_pretrained(
             None, config=config, dtype=dtype, state_dict=weights, output_loading_info=True
         )
     weights.clear()
     return model, loading
-
-
-def _one_by_one() -> AbstractContextManager[Any]:
-    """transformers converts each tensor as it needs it, and in this thread, where the peak of loading is measured; with
-    threads of its own it holds many that wait to be put together."""
-    return mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
 
 
 def _config_problems(said: str, config: dict[str, Any]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import nn
@@ -47,6 +49,12 @@ def registering(put: Callable[[nn.Module, str, nn.Parameter], None]) -> Iterator
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def one_by_one() -> AbstractContextManager[Any]:
+    """transformers converts each tensor as it needs it, and in this thread, where the peak of loading is measured; with
+    threads of its own it holds many that wait to be put together."""
+    return mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

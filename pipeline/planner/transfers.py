@@ -188,7 +188,7 @@ def stored_bytes(config: RunConfig, model: nn.Module) -> int:
     """Bytes of the weights of `model`, of fake tensors, as an artifact. Of masked ones that are quantized it takes less
     where rounding makes more of them zero. To be called within `tracing`."""
     with masks_keeping(share_of(config)):
-        tensors, _, _ = store.plain_tensors(model)
+        tensors = store.stored_tensors(model)
     return file_bytes((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
 
 

@@ -15,11 +15,12 @@ from pipeline.errors import LeanfitError
 from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.layers.quantize import Grid
 from pipeline.layers.quantized import quantized_layers
-from pipeline.layers.select import select
+from pipeline.layers.select import select, split_experts
 from pipeline.layers.sensitivity import sensitivities
 from pipeline.layers.sparsity import set_mask, unstructured_mask
 from pipeline.models.architecture import describe
-from tests.tiny import opt
+from tests.layers.test_experts import nemotron
+from tests.tiny import mixtral, opt
 
 IDS = {"input_ids": torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))}
 
@@ -54,9 +55,12 @@ def test_the_file_keeps_the_budget_and_uses_it(tmp_path, share):
     assert len(ctx.facts["sensitivity"]) == len(layers) == 12
 
 
-def test_footprint_is_the_file_to_the_byte(tmp_path):
-    for grid in (Grid(3, 16), Grid(8), Grid(2, 16, symmetric=False), None):
-        model = opt()
+@pytest.mark.parametrize("build", [opt, lambda: split_experts(mixtral()), lambda: split_experts(nemotron())],
+                         ids=["opt", "mixtral", "nemotron"])  # fmt: skip
+def test_footprint_is_the_file_to_the_byte(build, tmp_path):
+    """Under public names where experts have them."""
+    for grid in (Grid(3, 8), Grid(8), Grid(2, 8, symmetric=False), None):
+        model = build()
         layers = select(model, describe(model)).layers
         planned = {} if grid is None else dict.fromkeys(layers, grid)
         said = file_bytes(model_tensors(model, planned))
@@ -68,7 +72,7 @@ def test_footprint_is_the_file_to_the_byte(tmp_path):
             )
         store.save(model, tmp_path / "a", chain=[], probe=IDS)
         assert store.tensor_bytes(tmp_path / "a") == said
-    model = opt()
+    model = build()
     for name in select(model, describe(model)).layers:
         layer = model.get_submodule(name)
         set_mask(layer, unstructured_mask(layer.weight.detach().abs(), 0.5))

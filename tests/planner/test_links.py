@@ -169,6 +169,7 @@ def test_what_moving_scales_in_a_mixture_holds_is_predicted_within_two_percent(b
     predicted = trace_links(config, data, tokenizer)
     compressing, _, _ = measured(config, tmp_path)
     assert predicted.compress[method].bytes == pytest.approx(compressing[method], rel=0.02)
+    assert predicted.stored == store.tensor_bytes(tmp_path / "artifact")
 
 
 @pytest.mark.parametrize(
