@@ -23,7 +23,9 @@ def finished_run(config: RunConfig, directory: Path) -> list[str]:
         return [beyond(directory, taken, asked)]
     if taken < asked:
         return []
-    return [f"resume={directory}: nothing to resume, the run is over; to train longer say trainer.max_steps=MORE"]
+    # Only a stage 0 that has trained grows with trainer.max_steps: without one there is nothing to train longer.
+    longer = "; to train longer say trainer.max_steps=MORE" if taken else ""
+    return [f"resume={directory}: nothing to resume, the run is over{longer}"]
 
 
 def beyond(directory: Path, taken: int, asked: int) -> str:

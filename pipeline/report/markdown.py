@@ -327,16 +327,21 @@ def _open_in_python(result: Mapping[str, Any], artifact: Path) -> list[str]:
     return lines
 
 
-def _again(run_dir: Path) -> list[str]:
-    """How to repeat, share and resume the run, as far as what they need is there."""
+def _again(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
+    """How to repeat, share and resume the run, as far as what they need is there.
+
+    Only a stage 0 that has trained grows with `trainer.max_steps`: a run without one is not resumed once it is over.
+    """
     lines = []
     lock = run_dir / "recipe.lock.yaml"
     if lock.exists():
         again = f"{composer()} {setting('recipe', relative(lock))}"
         lines.append(f"- repeat it, here or elsewhere (one file holds it all): {code(again)}")
-    if (run_dir / "checkpoints").exists() or (run_dir / "stages").exists():
+    trained, over = amount(result, "train", "steps"), word(result, "status") == "ok"
+    if (trained or not over) and ((run_dir / "checkpoints").exists() or (run_dir / "stages").exists()):
+        longer = ", or for longer with a larger `trainer.max_steps`" if trained else ""
         resume = f"{composer()} {setting('resume', relative(run_dir))}"
-        lines.append(f"- go on where it stopped, or for longer with a larger `trainer.max_steps`: {code(resume)}")
+        lines.append(f"- go on where it stopped{longer}: {code(resume)}")
     if (run_dir / ".hydra" / "config.yaml").exists():
         lines.append("- every setting of it: [.hydra/config.yaml](.hydra/config.yaml)")
     if (run_dir / "metrics.csv").exists():
@@ -405,7 +410,7 @@ def write_report(run_dir: str | Path, result: Mapping[str, Any], config_yaml: st
         body = [f"{code(relative(artifact))}, format {cell(word(result, 'artifact', 'format') or 'unknown')}."]
         body += ["", f"Receipt: {cell(proof)}."] if proof else []
         lines += _section("The artifact", [*body, "", *_open_in_python(result, artifact)])
-    lines += _section("Again", _again(run_dir))
+    lines += _section("Again", _again(run_dir, result))
     lines += _section("Made with", _machine(result))
     if config_yaml is not None:
         fence = "```" if "```" not in config_yaml else "`" * 10

@@ -75,6 +75,23 @@ def test_a_reader_finds_everything(run_dir: Path, language: dict[str, Any]) -> N
     assert "name: gpt" in found["Config"]
 
 
+@pytest.mark.parametrize(
+    ("status", "steps", "told"),
+    [
+        ("ok", 200, "go on where it stopped, or for longer with a larger `trainer.max_steps`"),
+        ("failed", None, "go on where it stopped:"),
+        ("ok", 0, None),
+        ("ok", None, None),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_is_not_told_to_be(
+    status: str, steps: int | None, told: str | None, run_dir: Path, language: dict[str, Any]
+) -> None:
+    language["status"], language["train"]["steps"] = status, steps
+    found = sections(write_report(run_dir, language).read_text(encoding="utf-8"))["Again"]
+    assert told in found if told else "resume=" not in found
+
+
 def test_every_plot_and_link_that_is_named_is_there(run_dir: Path, language: dict[str, Any]) -> None:
     text = write_report(run_dir, language).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)]+)\)", text)
