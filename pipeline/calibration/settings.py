@@ -29,6 +29,7 @@ class Calibration:
 
     def problems(self) -> list[str]:
         """A source that is not there. Imports no torch."""
-        if self.source == "train" or os.path.exists(os.path.expanduser(self.source)):
+        path = os.path.expanduser(self.source)
+        if self.source == "train" or os.path.isfile(path) or os.path.isdir(path):
             return []
         return [f"calibration.source={self.source} is neither 'train' nor a text file or a folder of them"]

@@ -44,6 +44,9 @@ class Text(Data):
             found.append("data.path is empty; give a text file or a folder of them ('.' is the current one)")
         elif not os.path.exists(path):
             found.append(f"data.path={self.path} does not exist; give a text file or a folder of them")
+        elif not path.is_file() and not path.is_dir():
+            # A text is read more than once, which a pipe cannot be; a device may have no end.
+            found.append(f"data.path={self.path} is a pipe or a device; give a text file or a folder of them")
         elif path.is_file() and self.split == "file":
             found.append(
                 f"data.split=file holds out whole files, but data.path={self.path} is a single one; "

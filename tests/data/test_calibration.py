@@ -72,10 +72,11 @@ def test_too_little_text_too_long_windows_and_images_with_a_length_are_refused(t
         calibration_batches(settings(length=8), images, None)
 
 
-def test_a_source_that_is_not_there_is_told_without_torch():
+@pytest.mark.parametrize("source", ["/no/such/place", "/dev/null"])
+def test_a_source_that_is_no_file_or_folder_is_told_without_torch(source):
     assert settings().problems() == []
-    (told,) = settings(source="/no/such/place").problems()
-    assert told == "calibration.source=/no/such/place is neither 'train' nor a text file or a folder of them"
+    (told,) = settings(source=source).problems()
+    assert told == f"calibration.source={source} is neither 'train' nor a text file or a folder of them"
 
 
 def test_a_folder_called_train_does_not_take_the_place_of_the_split(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Own text: folders, single files, and everything that must be refused in one line."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ def test_evaluation_is_limited_and_spread(folder: Path) -> None:
     ("make", "changes", "words"),
     [
         ("nothing", {}, "does not exist; give a text file or a folder of them"),
+        ("pipe", {}, "is a pipe or a device; give a text file or a folder of them"),
         ("empty folder", {}, r"holds no file that matches data.glob=\*\*/\*"),
         ("folder", {"glob": "*.py"}, r"holds no file that matches data.glob=\*.py"),
         ("folder", {"glob": "/abs/*"}, "data.glob=/abs/.* is no pattern for files below data.path"),
@@ -121,6 +123,8 @@ def test_what_cannot_serve_is_refused(tmp_path: Path, make: str, changes: dict[s
         (path / "a.txt").write_text("text")
     if make == "empty file":
         path.touch()
+    if make == "pipe":
+        os.mkfifo(path)
     if make == "short":
         path.write_text("short")
     with pytest.raises(ConfigError, match=words):
