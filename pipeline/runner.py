@@ -37,6 +37,7 @@ from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, write_result, write_text
 from pipeline.report.table import closing_lines, closing_table
 from pipeline.schema import RunConfig, values_of
+from pipeline.stage_input import data_problems
 from pipeline.tasks import lookup
 from pipeline.tasks.base import Task
 from pipeline.versions import versions
@@ -335,6 +336,8 @@ def opened(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> tuple[Ru
     config = with_data_of(config, artifact, run_dir)
     tokenizer = store.load_tokenizer(artifact)
     data = config.data.open(tokenizer)
+    if told := data_problems(config, store.blueprint(artifact), data):
+        raise ConfigError(told)
     task = lookup.get(config.data.task)
     progress = Progress({}, mode(console(), config.sweep), task.unit)
     return config, Run(config, run_dir, task, data, tokenizer, [], progress, result)

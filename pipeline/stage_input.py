@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.sparsity import MASK
 from pipeline.models.architecture import describe, positions
+from pipeline.models.base import TaskName
+from pipeline.models.hf import spec_problems
 from pipeline.schema import RunConfig
 from pipeline.teacher import FrozenTeacher, frozen, open_directory, vocabulary_problems
 
@@ -38,6 +40,8 @@ FIRST = Stage(0, "train", "train").directory
 """Where stage 0 leaves its output."""
 ADAPTED = f"stages/{FIRST}-adapters"
 """Where stage 0 leaves its output beside that, as the next link takes it, where adapters cannot be merged (QLoRA)."""
+TASKS: dict[str, TaskName] = {"input_ids": "causal_lm", "pixel_values": "image_classification"}
+"""What a model of transformers is called with -> its task."""
 GUESTS = ("teacher", "student")
 """Settings of a link that name a model outside of its chain."""
 
@@ -81,6 +85,18 @@ def shapes(config: RunConfig, data: DataBundle) -> nn.Module:
         return store.blueprint(stored, quantized=True)
     with torch.device("meta"):
         return config.model.build(data.spec)
+
+
+def data_problems(config: RunConfig, model: nn.Module, data: DataBundle) -> list[str]:
+    """What keeps the artifact of `config`, of these shapes, from taking data that it was not made with."""
+    said, task = f"artifact={config.artifact}", TASKS.get(str(getattr(model, "main_input_name", None)))
+    if task in (None, config.data.task):
+        return spec_problems(said, cast(Any, model).config, data.spec)
+    its, given = (name.replace("_", " ") for name in (str(task), config.data.task))
+    return [
+        f"data={config.choices['data']} is for {given}, {said} is a model for {its}; "
+        "leave out data=CHOICE, to have the data that it was made with"
+    ]
 
 
 def load_checkpoint(model: nn.Module, path: Path, said: str = "", device: str = "cpu") -> None:

@@ -43,10 +43,12 @@ from pipeline.schema import RunConfig
 from pipeline.stage_input import (
     ADAPTED,
     adapted,
+    artifact_of,
     base_model,
     beside_compressed,
     calibration_problems,
     context_of,
+    data_problems,
     guest_problems,
     load_checkpoint,
     shapes,
@@ -152,6 +154,8 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         model = base_model(run.config, run.data)  # whether its weights fit is seen only as they are loaded
     else:
         model = shapes(run.config, run.data)
+    if artifact_of(run.config) is not None and (unfit := data_problems(run.config, model, run.data)):
+        raise ConfigError(unfit)  # links would look at data that the model cannot take
     problems = run.config.precision.model_problems(model)
     if trains:
         architecture = describe(model)

@@ -166,6 +166,22 @@ def test_an_artifact_made_earlier_is_compressed_further(tmp_path: Path) -> None:
     assert leanfit(*TINY, "job=compress", f"artifact={checkpoint}", "compression=int8", into="from_checkpoint")[0] == 0
 
 
+@pytest.mark.parametrize("job", [["job=evaluate"], ["job=compress", "compression=magnitude"]])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("data.sequence_length=512", "data.sequence_length=512 is more than the 128 positions of artifact="),
+        ("data=digits", "data=digits is for image classification, artifact="),
+    ],
+)
+def test_data_that_an_artifact_cannot_take_is_refused(
+    job: list[str], data: str, said: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leanfit(*job, f"artifact={finished}/artifact", data, "device=cpu", into="refused")[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_a_checkpoint_is_compressed_with_the_settings_of_its_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,7 +168,7 @@ class HuggingFace(Model):
             config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{said} cannot be opened: {_first_line(error)}") from error
-        if found := _config_problems(said, config.to_dict()) + _spec_problems(said, config, spec):
+        if found := _config_problems(said, config.to_dict()) + spec_problems(said, config, spec):
             raise ConfigError(found)
         return config
 
@@ -296,7 +296,8 @@ def _safetensors_problem(path: Path) -> str | None:
     )
 
 
-def _spec_problems(said: str, config: Any, spec: DataSpec) -> list[str]:
+def spec_problems(said: str, config: Any, spec: DataSpec) -> list[str]:
+    """What a model with this config, which `said` names, lacks for this data."""
     found = []
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and spec.sequence_length is not None and spec.sequence_length > positions:
