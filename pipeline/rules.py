@@ -26,6 +26,8 @@ from pipeline.trainer.settings import missing_compiler
 
 LOOKING = ("evaluate", "verify", "generate")
 """Jobs that look at an artifact and change nothing of it."""
+ASIDE = ("parallelism", "optimizer", "adapter", "memory", "calibration", "gate")
+"""What such jobs have no use for: they run on one device, train nothing, and judge by nothing but what is recorded."""
 FLOAT8_FROM = (8, 9)
 """Compute capability of the first GPUs that multiply float8."""
 FLOAT16_SMALLEST = 6.1e-5
@@ -358,9 +360,14 @@ def artifact_as_it_is(config: RunConfig) -> list[str]:
 
 def left_aside(config: RunConfig) -> list[str]:
     """What was typed and has no part in the run, but contradicts nothing that is wanted of it: to be told."""
+    groups = ASIDE if config.job in LOOKING else ()
+    told = [f"{line} has no part in job={config.job}" for group in groups for line in _typed_about(config, group)]
     if config.artifact is None or checkpoints.exists(Path(config.artifact)):
-        return []
-    return [f"{line} has no part in this: the artifact brings its own model" for line in _typed_about(config, "model")]
+        return told
+    brought = [
+        f"{line} has no part in this: the artifact brings its own model" for line in _typed_about(config, "model")
+    ]
+    return [*brought, *told]
 
 
 def _typed_about(config: RunConfig, group: str) -> list[str]:

@@ -36,6 +36,7 @@ from pipeline.report.plan_table import plan_report, plan_table
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result, write_result, write_text
 from pipeline.report.table import closing_lines, closing_table
+from pipeline.rules import LOOKING
 from pipeline.schema import RunConfig, values_of
 from pipeline.stage_input import data_problems
 from pipeline.tasks import lookup
@@ -96,11 +97,9 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 def note_choices(config: RunConfig, result: dict[str, Any]) -> None:
     """What runs, in the result."""
-    result["parallelism"] = {
-        "strategy": config.parallelism.name,
-        "devices": config.parallelism.devices,
-        "nodes": config.parallelism.nodes,
-    }
+    ranks = config.parallelism
+    used = ("single", 1, 1) if config.job in LOOKING else (ranks.name, ranks.devices, ranks.nodes)
+    result["parallelism"] = dict(zip(("strategy", "devices", "nodes"), used, strict=True))
     result["precision"] = {"requested": str(config.choices["precision"]), "used": config.precision.label}
 
 

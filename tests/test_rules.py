@@ -53,6 +53,14 @@ def test_an_artifact_is_taken_as_it_is(job: str) -> None:
     assert rules.left_aside(as_it_is) == ["model=llama has no part in this: the artifact brings its own model"]
 
 
+@pytest.mark.parametrize("job", ["evaluate", "verify", "generate"])
+def test_what_a_look_at_an_artifact_has_no_use_for_is_told(job: str) -> None:
+    typed = ["parallelism=ddp", "optimizer.lr=0.1", "adapter=lora", "memory=lean", "gate.max_quality_drop=0.01"]
+    told = rules.left_aside(config(f"job={job}", "artifact=x", *typed))
+    assert told == [f"{line} has no part in job={job}" for line in typed]
+    assert rules.left_aside(config(*typed)) == []
+
+
 def test_of_what_is_compressed_again_an_artifact_brings_its_model_and_a_checkpoint_does_not(tmp_path: Path) -> None:
     typed = ["job=compress", "compression=int8", "model=llama", "model.layers=2"]
     told = rules.left_aside(config(*typed, f"artifact={tmp_path}"))
