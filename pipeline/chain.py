@@ -12,6 +12,9 @@ from typing import Literal
 
 from pipeline.compression.base import Method
 
+OWN = ("train", "evaluate", "save")
+"""Names of the stages that every run has: metrics, checkpoints and ranks find a stage by its name."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -52,17 +55,22 @@ def link_fit(method: Method, max_steps: int, lr: float) -> Fit | None:
 def stages(chain: Mapping[str, Method], max_steps: int, lr: float) -> list[Stage]:
     """Every stage of a run, in order. Stage 0 trains the base model (it has no fit where `max_steps` is 0)."""
     base = Fit(steps=max_steps, lr=lr) if max_steps > 0 else None
-    walk = [Stage(0, "train", "train", fit=base)]
+    train, evaluate, save = OWN
+    walk = [Stage(0, train, "train", fit=base)]
     for name, method in chain.items():
         walk.append(Stage(len(walk), name, "link", method, link_fit(method, max_steps, lr)))
-    walk.append(Stage(len(walk), "evaluate", "evaluate"))
-    walk.append(Stage(len(walk), "save", "save"))
+    walk.append(Stage(len(walk), evaluate, "evaluate"))
+    walk.append(Stage(len(walk), save, "save"))
     return walk
 
 
 def order_problems(chain: Mapping[str, Method]) -> list[str]:
-    """What is wrong with the order of links, one message each."""
-    problems = []
+    """What is wrong with the order of links, or with their names, one message each."""
+    problems = [
+        f"compression.{name}: '{name}' is a stage of every run, so no link can be called that; give it another name"
+        for name in chain
+        if name in OWN
+    ]
     before: list[tuple[str, Method]] = []
     for name, method in chain.items():
         words = {word for earlier in before for word in (earlier[1].kind, earlier[1].name)}

@@ -210,6 +210,13 @@ def test_the_order_of_the_chain_is_checked() -> None:
     assert line == "compression: 'int4' cannot follow 'int8'; choose one of them"
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "save"])
+def test_a_link_cannot_have_the_name_of_a_stage_of_every_run(name: str) -> None:
+    int8 = config("compression=int8").chain["int8"]
+    (line,) = rules.chain_order(replace(config("device=cpu"), chain={name: int8}))
+    assert line.startswith(f"compression.{name}: '{name}' is a stage of every run")
+
+
 def chained(first: list[str], second: list[str], *rest: str) -> list[str]:
     """What the rule says of two links of pruning, [method, key=value, ...] each, with `rest` between."""
 
