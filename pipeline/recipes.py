@@ -239,7 +239,9 @@ class RecipeSource(ConfigSource):
             if value is not None and not package:
                 return None, f"defaults: write 'override /compression: {value}', or '/compression/CHOICE'"
             return self._group(key if value is not None else "", group, choice, key)
-        if group in PACKAGES or group == GROUP:
+        if group == GROUP:
+            return None, f"defaults: write '{choice or 'NAME'}' instead of '{key}'; a recipe is built on by its name"
+        if group in PACKAGES:
             return None, f"defaults: write 'override /{group}: {choice or 'CHOICE'}' instead of '{key}'"
         groups = list(PACKAGES)
         return None, f"defaults: '{key}' is no group; groups: {', '.join(groups)}{did_you_mean(group, groups)}"

@@ -252,6 +252,8 @@ def test_no_compression(chosen: str) -> None:
         ("defaults: [override /compression: null]", "compression=None: no such choice"),
         ("defaults: [override compression: int8]", "write 'override /compression'"),
         ("defaults: [/model: llama]", "write 'override /model: llama'"),
+        ("defaults: [/recipe/int8]", "write 'int8' instead of '/recipe/int8'"),
+        ("defaults: [/recipe: int8]", "write 'int8' instead of '/recipe'"),
         ("defaults: [nosuch]", "no recipe 'nosuch'"),
         ("defaults: [int]", "did you mean 'int8'?"),
         ("defaults: int8", "defaults must be a list"),
