@@ -103,6 +103,11 @@ def train_loader(
         )
 
 
+def training_batch(dataset: Dataset[Batch], batch_size: int) -> Batch:
+    """A micro batch as training takes them, of `batch_size` samples even where the dataset has fewer."""
+    return next(iter(train_loader(dataset, batch_size=batch_size, seed=0)))
+
+
 class Turns(Sampler[list[int]]):
     """Batches of samples in order, which devices take in turns: of `world` devices `rank` takes batch number `rank`,
     `rank + world`, ...

@@ -25,7 +25,7 @@ from pipeline.chain import Stage
 from pipeline.compression.base import Answer, Context, Teacher
 from pipeline.data.base import DataBundle
 from pipeline.data.calibration import calibration_batches
-from pipeline.data.loader import evaluation_loader
+from pipeline.data.loader import training_batch
 from pipeline.errors import first_line
 from pipeline.fitting import micro_batch_size
 from pipeline.layers.distillation import head_size
@@ -176,7 +176,7 @@ class Chain:
         assert stage.method is not None
         micro, _ = micro_batch_size(self.config)
         with unset_fake_temporarily():
-            batch = next(iter(evaluation_loader(self.data.train, micro)))
+            batch = training_batch(self.data.train, micro)
         steps = min(MEASURED, stage.fit.steps)
         live = self.counting()
         live.hold(teacher_tensors(context.teacher), "teacher")
@@ -192,7 +192,7 @@ class Chain:
         """
         config, architecture = self.config, describe(model)
         phase, task = f"train: {stage.name}", lookup.get(config.data.task)
-        batch = next(iter(evaluation_loader(self.data.train, micro_batch_size(config)[0])))
+        batch = training_batch(self.data.train, micro_batch_size(config)[0])
 
         def given() -> Context:
             assert stage.method is not None

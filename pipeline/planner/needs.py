@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.data.base import DataBundle
-from pipeline.data.loader import evaluation_loader
+from pipeline.data.loader import training_batch
 from pipeline.device.cpu import CPU
 from pipeline.fitting import micro_batch_size
 from pipeline.layers.footprint import file_bytes, model_tensors
@@ -71,7 +71,7 @@ class Needs:
         key = (traced, micro_batch_size(config), repr(without_micro(config)))
         if key not in self._computed:
             model = adapted(config, stage, shapes(config, data))
-            batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+            batch = training_batch(data.train, micro_batch_size(config)[0])
             predict = trace_training if traced else formula.training
             self._computed[key] = predict(config, stage, model, self.task, describe(model), batch)
         return self._computed[key]

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from pipeline import stage_input
 from pipeline.chain import Stage
 from pipeline.data.base import DataBundle
-from pipeline.data.loader import evaluation_loader
+from pipeline.data.loader import evaluation_loader, training_batch
 from pipeline.errors import ConfigError, first_line
 from pipeline.fitting import micro_batch_size
 from pipeline.models.architecture import describe
@@ -257,7 +257,7 @@ def puts_together(config: RunConfig) -> bool:
 
 def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle, found: Plan, why: str | None) -> None:
     """Stage 0's fit, traced unless `why` says why not."""
-    batch = next(iter(evaluation_loader(data.train, micro_batch_size(config)[0])))
+    batch = training_batch(data.train, micro_batch_size(config)[0])
 
     def by(way: Callable[..., Peak], source: str) -> Phase:
         model = adapted(config, stage, stage_input.shapes(config, data))

@@ -100,6 +100,15 @@ def test_training_of_transformers_is_predicted_within_one_percent(name, tmp_path
         assert predicted.kinds["optimizer state"] == sum(2 * size + 4 for size in trained)  # Adam's moments, its count
 
 
+@pytest.mark.parametrize("micro", ["null", "40"])
+def test_a_batch_of_more_samples_than_there_are_is_planned_as_it_is_trained(micro, tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 4)  # 25 windows to train on, which a batch repeats
+    data = ["data=text", f"data.path={tmp_path}/text", "data.split=position", "data.sequence_length=32"]
+    size = ["trainer.batch_size=80", f"trainer.micro_batch_size={micro}", "data.evaluation_fraction=0.2"]
+    _, predicted, measured, _ = predicted_and_measured([*GPT, *data, *size], tmp_path)
+    assert predicted.bytes == pytest.approx(measured, rel=0.01)
+
+
 def test_evaluation_is_predicted_within_one_percent():
     config = compose(GPT)
     _, data = opened(config)
