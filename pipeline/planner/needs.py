@@ -31,6 +31,7 @@ from pipeline.planner.plan import (
     plan_opening,
     plan_saving,
     untraceable,
+    validates,
     validation,
 )
 from pipeline.planner.search import Worst
@@ -160,7 +161,7 @@ class Needs:
 
     def validation(self, config: RunConfig, source: str) -> Phase | None:
         """An evaluation in the middle of the fit, as `plan.validation` has it."""
-        if not config.trainer.evaluate_every:
+        if not validates(config):
             return None
         batch = config.trainer.evaluation_batch_size
         ranks = (config.parallelism, config.optimizer, config.memory) if config.parallelism.distributed else ()

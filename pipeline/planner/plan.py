@@ -164,7 +164,7 @@ def plan(config: RunConfig, data: DataBundle | None = None, tokenizer: Any = Non
     attempt(found, "load", lambda: plan_opening(config, data, found))
     if first.fit is not None:
         plan_training(config, first, task, data, found, why)
-        if config.trainer.evaluate_every:
+        if validates(config):
             attempt(found, "validate", lambda: plan_validation(config, task, data, found))
     if config.chain:
         attempt(found, "compress", lambda: plan_links(config, data, tokenizer, found, level))
@@ -319,6 +319,12 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
     found.untraced |= links.untraced
     if links.stored is not None:
         found.disk["artifact"] = links.stored
+
+
+def validates(config: RunConfig) -> bool:
+    """Whether stage 0 is evaluated in the middle: one that ends before is not."""
+    fit = stages_of(config)[0].fit
+    return fit is not None and 0 < config.trainer.evaluate_every <= fit.steps
 
 
 def plan_validation(config: RunConfig, task: Task, data: DataBundle, found: Plan) -> None:

@@ -18,6 +18,7 @@ from pipeline.memory.measure import measure_peak
 from pipeline.planner import plan as planner
 from pipeline.planner import workspaces
 from pipeline.planner.live import Live
+from pipeline.planner.needs import Needs
 from pipeline.planner.plan import capacity, plan
 from pipeline.planner.workspaces import WITH_BIAS, WORKSPACES, workspace
 from pipeline.stage_input import prepared
@@ -301,6 +302,13 @@ def test_validation_in_the_middle_of_a_fit_is_as_planned(tmp_path, words):
     assert predicted.bytes == pytest.approx(fitted.validating["bytes"], rel=0.01)
     assert predicted.kinds.get("gradients", 0) == 0
     assert fitted.peak_bytes is not None
+
+
+@pytest.mark.parametrize(("every", "planned"), [(0, False), (4, True), (5, False)])
+def test_validation_is_planned_where_the_fit_gets_that_far(every, planned):
+    config = compose([*GPT, f"trainer.evaluate_every={every}"])
+    assert ("validate" in plan(config, level="formula").phases) == planned
+    assert (Needs(config).validation(config, "computed") is not None) == planned
 
 
 @pytest.mark.parametrize("every", [0, 2])
