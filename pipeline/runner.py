@@ -313,9 +313,18 @@ def chosen_by_recipe(group: str, run_dir: Path) -> bool:
 
 
 def warn_of_differences(config: RunConfig, now: dict[str, Any]) -> None:
-    """One line for each thing that differs from the run that a lock file repeats."""
+    """One line for each thing that differs from the run that a lock file repeats.
+
+    Raises:
+        ConfigError: the data of a run that is resumed, whose order and windows its checkpoints count on.
+    """
     if config.lock is None:
         return
+    if config.resume and config.lock.get("data") not in (None, now["data"]):
+        raise ConfigError(
+            f"data={config.choices['data']}: what it reads has changed since the run that is resumed began; bring back "
+            "what it was, or begin anew with recipe=DIR/recipe.lock.yaml"
+        )
     then = config.lock.get("versions") or {}
     differing = [
         f"{name} {then.get(name)} then, {new} now" for name, new in now["versions"].items() if then.get(name) != new

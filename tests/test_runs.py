@@ -534,6 +534,21 @@ def test_of_two_runs_in_one_directory_the_later_is_refused(
     assert leanfit("job=plan", *TINY)[0] == 0  # now it has ended
 
 
+@pytest.mark.parametrize("changed", ["of one length, say? " * 200, "of another length " * 300])
+def test_resume_refuses_data_that_have_changed(
+    changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("of one length, say: " * 200)
+    data = ["data=text", f"data.path={text}", "data.split=position", "data.sequence_length=32"]
+    assert leanfit(*TINY, *data, "data.evaluation_tokens=64", "trainer.max_steps=2")[0] == 0
+    text.write_text(changed)
+    capsys.readouterr()
+    assert main(["resume=run", "trainer.max_steps=4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: data=text: what it reads has changed since the run that is resumed began")
+
+
 def test_resume_refuses_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"resume={tmp_path}/nowhere"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
