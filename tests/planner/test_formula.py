@@ -173,7 +173,6 @@ RANKED = {
     "fsdp, copies": ["parallelism=fsdp", "parallelism.replicas=2", "trainer.micro_batch_size=1"],
     "fsdp, narrow copies": ["parallelism=fsdp", "parallelism.replicas=2", "parallelism.parameter_dtype=bfloat16"],
     "fsdp, adapters": ["parallelism=fsdp", "adapter=lora", "parallelism.parameter_dtype=bfloat16"],
-    "fsdp, compiled": ["parallelism=fsdp", "trainer.compile=true"],
     "fsdp, batch norms": ["parallelism=fsdp", *CONVOLUTIONS],
     "ddp, batch norms": ["parallelism=ddp", "precision=16-mixed", *CONVOLUTIONS],
     "fsdp, narrow": ["parallelism=fsdp", "parallelism.parameter_dtype=bfloat16", "parallelism.reduce_dtype=float32"],

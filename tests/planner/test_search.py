@@ -123,13 +123,15 @@ def test_several_devices_are_sharded_in_every_way_that_is_named():
     assert {"ddp", "fsdp", "tp", "fsdp_tp"} <= {one.config.parallelism.name for one in named}
 
 
-def search_of(sizes, budget, off=1.0, most=TRACED, **how):
-    """`closest` over candidates of these bytes by the formula, of which the trace finds `off` times as many."""
+def search_of(sizes, budget, off=1.0, most=TRACED, below=None, **how):
+    """`closest` over candidates of these bytes by the formula, of which the trace finds `off` times as many; `below`:
+    of the formula's margin."""
     candidates = [Candidate(None, (f"{number}",)) for number in range(len(sizes))]
     size = {one.changes: bytes for one, bytes in zip(candidates, sizes, strict=True)}
 
     def computed(one):
-        return "train", Phase(size[one.changes], {"weights": size[one.changes]}, "", source="computed", margin=0.1)
+        held = size[one.changes]
+        return "train", Phase(held, {"weights": held}, "", source="computed", margin=0.1, below=below)
 
     def trace(one):
         found = int(size[one.changes] * off)
@@ -165,6 +167,12 @@ def test_how_far_the_formula_was_off_holds_for_the_next():
     # By 10% less than the formula 109 may fit. Once it was traced, what the trace was off decides.
     assert names(search_of(sizes, budget=100, off=1.0).traced) == [0, 6]
     assert names(search_of(sizes, budget=100, off=0.9).fitting(100)) == [0, 6]
+
+
+def test_what_may_take_much_less_than_the_formula_says_is_traced_until_one_trace_tells_how_much():
+    sizes = [190, 145, 140, 120, 70]
+    assert names(search_of(sizes, budget=100, off=0.7, below=0.5).traced) == [0, 2, 3, 4]
+    assert names(search_of(sizes, budget=100, off=0.7).traced) == [4]
 
 
 def test_where_nothing_fits_the_nearest_is_traced_and_its_largest_term_known():
