@@ -8,7 +8,7 @@ pool may still grow in the third, which is written down as the second was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,8 @@ def traced_fit(
             module.criterion = compiled_criterion(compiler)
         live.hold_model(model)
         model.train()
-        with live, replaying(live), compiled.without_kernels() if config.trainer.compile else nullcontext():
+        # A program decodes by itself, and is one for all blocks alike.
+        with live, compiled.without_kernels() if config.trainer.compile else replaying(live):
             trainer.fit(module, Batches(batch, steps * accumulation + another), weights_only=False)
         peak = live.timeline.peak(live.timeline.since(f"step {since}"))
         return replace(peak, kept=live.timeline.held_at(STEP_DONE), plain=compiler.plain)

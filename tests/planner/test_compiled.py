@@ -47,6 +47,13 @@ def test_it_is_computed_as_it_is_traced_and_less_than_plain_blocks_hold():
     assert (computed.plain, traced.plain) == ("", "")
 
 
+def test_adapters_beside_a_compressed_base_are_part_of_the_program():
+    words = [*LLAMA, "adapter=lora", "compression=nf4", "precision=bf16-mixed"]
+    found, plain = (trained([*words, *more], trace_training) for more in ([COMPILE], []))
+    assert found.plain == ""
+    assert found.bytes < 0.8 * plain.bytes
+
+
 @pytest.mark.parametrize("how", [formula.training, trace_training], ids=["computed", "traced"])
 def test_blocks_that_do_not_become_one_program_are_taken_for_plain_ones_which_the_margin_tells(how, monkeypatch):
     plain = LlamaDecoderLayer.forward

@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from pipeline.composing import compose
+from pipeline.layers.lora import LowRank, adapt
+from pipeline.layers.schemes import quantize_layers
 from pipeline.layers.sliced_loss import IGNORED
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.trainer import compiling
@@ -66,6 +68,34 @@ def test_names_stay_and_nothing_is_left_afterwards(traced):
         raise ZeroDivisionError
     assert [set(vars(module)) for module in model.modules()] == before
     assert torch._dynamo.config.recompile_limit == 8
+
+
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_adapters_beside_a_compressed_base_are_compiled_with_their_block(traced, magnitude):
+    def adapted():
+        model = llama()
+        layers = [name for name, module in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+        quantize_layers(model, layers, "nf4", block_size=16, double_quant=True)
+        adapt(model, layers, LowRank(4, 2.0, magnitude), seed=3)
+        for name, weight in model.named_parameters():
+            if "lora" in name:
+                torch.manual_seed(5)
+                nn.init.normal_(weight, std=0.1)
+        return model
+
+    model, plain = adapted(), adapted()
+    trained = [weight.requires_grad for weight in model.parameters()]
+    with compiled_blocks(model, blocks(model)):
+        found = step(model)
+    assert dict(counters["frames"]) == {"total": 2, "ok": 2}  # what the first block is given has no gradient
+    assert not counters["graph_break"]
+    expected = step(plain)
+    torch.testing.assert_close(found[0], expected[0])
+    for gradient, other, learns in zip(found[1:], expected[1:], trained, strict=True):
+        if learns:
+            torch.testing.assert_close(gradient, other)
+        else:
+            assert gradient is None
 
 
 def test_evaluation_runs_blocks_as_they_are(traced):
