@@ -38,7 +38,8 @@ def compiler(plain: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_blocks(model: nn.Module, blocks: Sequence[str], compiler: Compiler = compiler) -> Iterator[None]:
     """While entered, each of `blocks` (module names; the whole model where there are none) is compiled on first use.
 
-    Random numbers are those of plain blocks, so that dropout drops the same.
+    Random numbers are those of plain blocks, so that dropout drops the same. `compiler`: a plan's, which builds no
+    kernels; torch's otherwise.
     """
     modules = [model.get_submodule(name) for name in blocks] or [model]
     before = [module.__dict__.get("forward") for module in modules]
