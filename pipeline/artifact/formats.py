@@ -4,7 +4,7 @@ Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quanti
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
 packed layers of Falcon, Mamba and StarCoder, experts that are not quantized alike or of which transformers knows no
-checkpoints with layers for each (`_names_of_experts`).
+checkpoints with layers for each (`public_names`).
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -12,28 +12,19 @@ names a model type that it does not know and a quantization without a method, ea
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from pipeline.layers.experts import (
-    LinearExperts,
-    gates,
-    groups_multiply,
-    linear_experts,
-    routers,
-    stacked_experts,
-)
+from pipeline.layers.experts import gates, linear_experts, routers
 from pipeline.layers.float8 import Float8Linear
 from pipeline.layers.linear import Int8Linear, WeightOnlyLinear
-from pipeline.layers.public_names import Names, public_names, stacks_of
+from pipeline.layers.public_names import EXPERTS_SINCE, Names, public_names
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer, quantized_layers
 from pipeline.layers.static import Int8StaticLinear
 
@@ -42,17 +33,13 @@ MODEL_TYPE = "leanfit"
 READING = frozenset({"falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2"})
 """Model types of which transformers reads weights of linear layers, where packed ones have none: Falcon's in a forward
 pass of their own, the others' to initialise what a file may lack."""
-EXPERTS_SINCE = (5, 22)
-"""The transformers that opens all quantized experts that are written here. Measured: 5.13 opens those of 4 and 8 bits,
-and refuses 3 bits and fp8; 5.16 opens all, fp8 with an error of 1% of the logits; earlier ones warn, and fill in random
-weights, which nothing in a file of this format can keep them from."""
 
 
 def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
     """Which format holds `model`, whose tensors in `encodings` are stored as bitmasks, and what its layers and tensors
     are called there, as far as it is not as in the model."""
-    layers = list(quantized_layers(model).values())
-    linear = linear_experts(model)
+    quantized = quantized_layers(model)
+    layers, linear = list(quantized.values()), linear_experts(model)
     if not layers and not encodings and not linear:
         return "dense", {}
     if not layers or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
@@ -61,35 +48,19 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
     reading = getattr(getattr(model, "config", None), "model_type", None) in READING
     if (reading and form == "pack-quantized") or any(map(_exchanged, model.modules())):
         return "leanfit", {}
-    names = _names_of_experts(model) if linear else {}
+    names = _names_of_experts(model, quantized) if linear else {}
     return ("leanfit", {}) if names is None else (form, names)
 
 
-def _names_of_experts(model: nn.Module) -> Names | None:
+def _names_of_experts(model: nn.Module, layers: dict[str, QuantizedLayer]) -> Names | None:
     """Public names of `model`, in which experts are linear layers; None where transformers would not open them.
 
-    It puts their weights together in float while it opens them, by one scheme for all. So activations must stay in
-    float, all of the experts be quantized, each without a bias, and all layers be alike; and there must be products of
-    stacked experts in the model's dtype.
+    It puts their weights together by one scheme for all, and activations stay in float.
     """
-    layers = quantized_layers(model)
     alike = {(layer.bits, layer.group_size) for layer in layers.values()}
-    if not opens_experts() or not groups_multiply(cast(PreTrainedModel, model).dtype):
-        return None
-    if len(alike) > 1 or any(map(_activations, layers.values())) or stacked_experts(model):
-        return None
-    of_experts = set(itertools.chain.from_iterable(stacks_of(model).values()))
-    if not of_experts <= set(layers) or any(layers[name].bias is not None for name in of_experts):
-        return None
-    mixtures = (cast(LinearExperts, model.get_submodule(name)) for name in linear_experts(model))
-    if any(experts.up_begins is None for experts in mixtures):  # rows of the gate and of the way up lie in turn
+    if len(alike) > 1 or any(map(_activations, layers.values())):
         return None
     return public_names(model, layers)
-
-
-def opens_experts() -> bool:
-    """Whether the installed transformers opens quantized experts, all that are stored in a public format, rightly."""
-    return tuple(map(int, version("transformers").split(".")[:2])) >= EXPERTS_SINCE
 
 
 def _is_public(layer: QuantizedLayer) -> bool:

@@ -7,7 +7,6 @@ zero are left out as well, so it may take less than is said here, never more.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -16,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.layers.experts import linear_experts
 from pipeline.layers.packing import packed_columns
-from pipeline.layers.public_names import public_names, stacks_of, under_public_names
+from pipeline.layers.public_names import public_names, under_public_names
 from pipeline.layers.quantize import Grid
 from pipeline.layers.sparsity import MASK, bitmask_bytes, kept_of
 
@@ -103,11 +103,9 @@ def model_tensors(model: nn.Module, planned: Mapping[str, Grid], share: float = 
 
 def _in_public(model: nn.Module, planned: Mapping[str, Grid], found: list[Stored]) -> list[Stored]:
     """`found` under the names, and in the parts, that a mixture's have where they can be stored in a public format."""
-    stacks = stacks_of(model)
     alike = set(planned.values())
     bitmasks = any(name.endswith(".bitmask") for name, _, _ in found)
-    experts = set(itertools.chain.from_iterable(stacks.values()))
-    if not stacks or len(alike) != 1 or not alike.pop().symmetric or bitmasks or not experts <= set(planned):
+    if not linear_experts(model) or len(alike) != 1 or not alike.pop().symmetric or bitmasks:
         return found
     names = public_names(model, planned) or {}
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in found}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.artifact import formats, receipt, store
 from pipeline.compression.magnitude import prune_magnitude
+from pipeline.layers import public_names
 from pipeline.layers.experts import linear_experts
 from pipeline.layers.packing import unpack_int32
 from pipeline.layers.quantized import quantized_layers
@@ -226,7 +227,7 @@ def test_pruned_experts_are_of_no_public_format(tmp_path):
 
 @pytest.mark.parametrize(("installed", "form"), [("5.21.0", "leanfit"), ("5.22.0", "pack-quantized")])
 def test_a_transformers_that_does_not_open_all_of_them_writes_none(tmp_path, monkeypatch, installed, form):
-    monkeypatch.setattr(formats, "version", {"transformers": installed}.__getitem__)
+    monkeypatch.setattr(public_names, "version", {"transformers": installed}.__getitem__)
     assert store.save(quantized(mixtral(), "w4"), tmp_path / "a", chain=[], probe=IDS)["format"] == form
 
 
