@@ -61,7 +61,7 @@ def prune_structured(
     """
     from pipeline.errors import ConfigError, LeanfitError
     from pipeline.layers.depth import keep_blocks
-    from pipeline.layers.structure import changed_config, parameter_count, rebuild
+    from pipeline.layers.structure import changed_config, filled, parameter_count, rebuild
     from pipeline.layers.structure_importance import (
         activation_importance,
         norm_gains,
@@ -104,7 +104,9 @@ def prune_structured(
     gains: dict[str, float] = {}
     if kept.hidden is not None and batches is not None:
         gains = norm_gains(model, architecture, batches, device, kept.hidden)
-    if made.changes:
+    if made.empty is not None and made.blocks is None:
+        model = filled(made.empty, model, architecture, made.cuts, kept)
+    elif made.changes:  # fewer blocks than were planned for
         model = rebuild(model, architecture, changed_config(model.config, made.changes), kept)
     for name, gain in gains.items():
         model.get_submodule(name).get_parameter("weight").data.mul_(gain)

@@ -220,7 +220,8 @@ def split(model: nn.Module, name: str) -> None:
 
 def split_as_in(model: nn.Module, made: nn.Module) -> nn.Module:
     """`made`, a model of the same class, with its experts as those of `model` are."""
-    return split_named(made, linear_experts(model))
+    names = linear_experts(model)
+    return split_named(made, names) if names else made
 
 
 def split_named(made: nn.Module, names: Iterable[str]) -> nn.Module:

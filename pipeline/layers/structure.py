@@ -102,7 +102,16 @@ def described_shapes(model: nn.Module, config: Any) -> dict[str, torch.Size]:
     Raises:
         ValueError: the class cannot be built with it.
     """
-    return shapes_of(_built(on_meta, model, config))
+    return shapes_of(empty_twin(model, config))
+
+
+def empty_twin(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the class of `model` with `config`, on the meta device.
+
+    Raises:
+        ValueError: the class cannot be built with it.
+    """
+    return _built(on_meta, model, config)
 
 
 def _built(build: Callable[[Any, Any], nn.Module], model: nn.Module, config: Any) -> nn.Module:
@@ -190,7 +199,6 @@ def axis_indices(axis: Axis, length: int, architecture: Architecture, kept: Kept
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
-@torch.no_grad()
 def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kept) -> nn.Module:
     """A new model of the class of `model`, described by `config`, filled with what is `kept` of its tensors.
 
@@ -201,29 +209,35 @@ def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kep
         ValueError: `config` cannot be had by cutting `model`.
         LeanfitError: `kept` does not fit `config`.
     """
-    made: Any = _built(to_be_filled, model, config)
-    wanted = shapes_of(made)
-    cuts = find_cuts(model, architecture, wanted)
-    tensors = {}
+    empty = empty_twin(model, config)
+    return filled(empty, model, architecture, find_cuts(model, architecture, shapes_of(empty)), kept)
+
+
+@torch.no_grad()
+def filled(empty: nn.Module, model: nn.Module, architecture: Architecture, cuts: Cuts, kept: Kept) -> nn.Module:
+    """`empty`, as `empty_twin` makes it, with what `cuts` of the tensors of `model` leave: see `rebuild`."""
+    made: Any = empty
+    if any(module._non_persistent_buffers_set for module in empty.modules()):  # which are nobody's to fill in
+        made = _built(to_be_filled, model, made.config)
+    wanted, modules = shapes_of(made), dict(made.named_modules())
+    learned = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
         axes = cuts.get(f"{layer}.weight" if leaf == MASK else name, {})
         for dim, axis in axes.items():
             indices = axis_indices(axis, tensor.shape[dim], architecture, kept)
             tensor = tensor.index_select(dim, indices.to(tensor.device))
-        if leaf == MASK:
-            made.get_submodule(layer).register_buffer(MASK, tensor)
-        tensors[name] = tensor.clone() if not axes else tensor
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise LeanfitError(f"{name}: {list(tensors[name].shape)} was kept, the config says {list(shape)}")
-    made.load_state_dict(tensors, assign=True)
+        if tensor.shape != wanted.get(name, tensor.shape):
+            raise LeanfitError(f"{name}: {list(tensor.shape)} was kept, the config says {list(wanted[name])}")
+        tensor = tensor if axes else tensor.clone()
+        if name in learned:
+            setattr(modules[layer], leaf, nn.Parameter(tensor, learned[name]))
+        else:
+            modules[layer].register_buffer(leaf, tensor)
     for group in architecture.tied:
         for alias in group[1:]:
-            parent, _, leaf = alias.rpartition(".")
-            setattr(made.get_submodule(parent), leaf, made.get_parameter(group[0]))
-    for name, parameter in model.named_parameters():
-        made.get_parameter(name).requires_grad_(parameter.requires_grad)
+            layer, _, leaf = alias.rpartition(".")
+            setattr(modules[layer], leaf, made.get_parameter(group[0]))
     _place_transient_buffers(model, made)
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)

@@ -23,8 +23,10 @@ from pipeline.layers.structure import (
     changed_config,
     config_key,
     described_shapes,
+    empty_twin,
     find_cuts,
     head_units,
+    shapes_of,
     stated_key,
 )
 from pipeline.models.base import Architecture
@@ -37,7 +39,8 @@ class Plan:
     """What is left of each kind (None: not cut). `heads` counts units (see `head_units`); `channels` by block.
 
     `protected`: places of blocks that stay. `changes`: the keys of the config that change, the number of blocks aside.
-    `sizes`: (before, after) by kind, in heads for heads, as reported.
+    `sizes`: (before, after) by kind, in heads for heads, as reported. `empty`: the model as changed, all its blocks
+    there, without weights; None where the config stays.
     """
 
     heads: int | None = None
@@ -48,6 +51,7 @@ class Plan:
     channels: dict[int, int] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     cuts: Cuts = field(default_factory=dict)
+    empty: nn.Module | None = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -145,8 +149,8 @@ def _transformer(
     if problems or not made["changes"]:
         return Plan(**made), problems
     try:
-        shapes = described_shapes(model, changed_config(model.config, made["changes"]))
-        made["cuts"] = find_cuts(model, architecture, shapes)
+        made["empty"] = empty_twin(model, changed_config(model.config, made["changes"]))
+        made["cuts"] = find_cuts(model, architecture, shapes_of(made["empty"]))
     except ValueError as error:
         said = ", ".join(f"{name}={share:g}" for name, share in asked.items() if name != "depth")
         return Plan(), [f"{key}: {said}: the config of {kind} cannot say this: {error}; try other kinds"]
@@ -367,7 +371,8 @@ def _convolutional(
         ]
     changes = {RATIOS: left}
     try:
-        cuts = find_cuts(model, architecture, described_shapes(model, changed_config(model.config, changes)))
+        empty = empty_twin(model, changed_config(model.config, changes))
+        cuts = find_cuts(model, architecture, shapes_of(empty))
     except ValueError as error:
         return Plan(), [f"{key}.channels={share:g}: the config of {kind} cannot say this: {error}"]
     channels: dict[int, int] = {}
@@ -384,7 +389,7 @@ def _convolutional(
         for index, block in enumerate(architecture.blocks)
         if index in channels and block.inverted_bottleneck
     )
-    return Plan(channels=channels, changes=changes, cuts=cuts, sizes={"channels": (before, after)}), []
+    return Plan(channels=channels, changes=changes, cuts=cuts, sizes={"channels": (before, after)}, empty=empty), []
 
 
 def _stages(config: Any, blocks: int) -> list[Sequence[int]] | None:
