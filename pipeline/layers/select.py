@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -92,9 +96,10 @@ def select(
 
 
 def read_by_parents(model: nn.Module) -> dict[str, str]:
-    """{layer: class of the module around it} of layers that nobody calls, since that reads their weight by itself.
+    """{layer: class of the module around it} of layers whose weight that reads by itself.
 
-    transformers says so of its classes: accelerate's hooks must know as well.
+    What it computes with it without a call transformers says of its classes, since accelerate's hooks must know as
+    well. Else it asks for the data type, to which it casts what the layer is given: integers, of a quantized layer.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -106,6 +111,36 @@ def read_by_parents(model: nn.Module) -> dict[str, str]:
                 children = held["child_module_names"].cell_contents
                 found |= {f"{name}.{child}" if name else child: type(module).__name__ for child in children}
             function = getattr(function, "__wrapped__", None)
+        for child in read_in(type(module).forward) & module._modules.keys():
+            found[f"{name}.{child}" if name else child] = type(module).__name__
+    return found
+
+
+@functools.cache
+def read_in(forward: Callable[..., Any]) -> frozenset[str]:
+    """Children X whose `self.X.weight` the method reads each time: Bloom's does within an `if` alone, which asks for
+    what tensor parallelism was in training."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
+        (function,) = ast.parse(source).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # there is no source to be had
+        return frozenset()
+    return frozenset(_read_in([function]))
+
+
+def _read_in(nodes: Iterable[ast.AST]) -> set[str]:
+    found: set[str] = set()
+    for node in nodes:
+        match node:
+            case ast.If(test, one, other):
+                found |= _read_in([test]) | (_read_in(one) & _read_in(other))
+                continue
+            case ast.IfExp(test, one, other):
+                found |= _read_in([test]) | (_read_in([one]) & _read_in([other]))
+                continue
+            case ast.Attribute(attr="weight", value=ast.Attribute(value=ast.Name(id="self"), attr=child)):
+                found.add(child)
+        found |= _read_in(ast.iter_child_nodes(node))
     return found
 
 

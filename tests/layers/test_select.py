@@ -2,7 +2,11 @@
 
 from dataclasses import replace
 
+import torch
+from torch import nn
 from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -12,9 +16,11 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.models.bloom.modeling_bloom import BloomAttention
 
 from pipeline.composing import compose
-from pipeline.layers.select import select, selection_problems
+from pipeline.layers.schemes import quantize_layers
+from pipeline.layers.select import read_in, select, selection_problems
 from pipeline.models.architecture import describe
 from pipeline.models.unfilled import on_meta
 
@@ -53,6 +59,43 @@ def test_falcon_s_linear_layers_are_worked_on_though_their_product_is_written_ou
         for part, names in zip(parts, (("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")), strict=True)
         for name in names
     )
+
+
+def test_a_layer_of_whose_weight_the_data_type_is_asked_stays_in_float():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "v_head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 4, "index_head_dim": 32}
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}
+    model = DeepseekV32ForCausalLM(DeepseekV32Config(**sizes, **heads, **ranks, index_topk=16, pad_token_id=0)).eval()
+    tokens = torch.arange(16)[None]
+    float_logits = model(tokens).logits
+    found = select(model, describe(model))
+    layer = "model.layers.0.self_attn.indexer.weights_proj"
+    assert found.left_in_float[layer] == "DeepseekV32Indexer reads its weight by itself"
+    quantize_layers(model, found.layers, "weight_only", bits=8)
+    torch.testing.assert_close(model(tokens).logits, float_logits, rtol=0, atol=0.02)
+
+
+class Either(nn.Module):
+    """Reads one child's weight whatever comes, and another's only where it is asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.seldom, self.called = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, fast=False):
+        if fast:
+            x = x @ self.always.weight
+            x = x + self.seldom.weight
+        else:
+            x = x @ self.always.weight.T
+        return self.called(x) if fast else x + self.seldom.weight
+
+
+def test_a_weight_that_is_read_only_in_some_cases_is_not_left_out():
+    assert read_in(Either.forward) == {"always"}
+    assert read_in(nn.MultiheadAttention.forward) == {"out_proj"}
+    assert read_in(BloomAttention.forward) == read_in(eval("lambda self: self.made.weight")) == frozenset()
 
 
 def test_a_layer_whose_weight_the_module_around_it_reads_stays_in_float():
