@@ -17,7 +17,7 @@ from pipeline.planner.exhaustion import explained, lighter
 from pipeline.planner.plan import plan
 
 LARGE = [
-    "model=gpt", "model.layers=2", "trainer=smoke", "trainer.max_steps=2", "trainer.batch_size=256", "device=cpu",
+    "model=gpt", "model.layers=2", "trainer=smoke", "trainer.max_steps=2", "trainer.batch_size=128", "device=cpu",
     "data.evaluation_tokens=2048", "trainer.evaluation_batch_size=4", "trainer.evaluate_every=0",
     "plan.calibrate=false",  # by what other tests ran
 ]  # fmt: skip
@@ -82,12 +82,12 @@ def test_what_needs_less_computes_the_same_and_leaves_what_was_typed(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_a_run_that_runs_out_of_memory_says_what_needs_less_or_goes_on_with_it(tmp_path, monkeypatch):
     place = "hydra.run.dir=run"
-    stopped = limited(1_000_000_000, *LARGE, place, place=tmp_path)
+    stopped = limited(520_000_000, *LARGE, place, place=tmp_path)
     assert stopped.returncode == 1
     last = stopped.stderr.strip().splitlines()[-1]
     assert last.startswith("error: out of memory in train")
     assert "fit.on_oom=adapt" in last
-    adapted = limited(1_000_000_000, *LARGE, "fit.on_oom=adapt", place, place=tmp_path)
+    adapted = limited(520_000_000, *LARGE, "fit.on_oom=adapt", place, place=tmp_path)
     assert adapted.returncode == 0, adapted.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["memory"]["adapted"]
