@@ -52,9 +52,9 @@ def link_fit(method: Method, max_steps: int, lr: float) -> Fit | None:
     return Fit(steps=steps, lr=lr / 4 if rate is None else rate) if steps > 0 else None
 
 
-def stages(chain: Mapping[str, Method], max_steps: int, lr: float) -> list[Stage]:
-    """Every stage of a run, in order. Stage 0 trains the base model (it has no fit where `max_steps` is 0)."""
-    base = Fit(steps=max_steps, lr=lr) if max_steps > 0 else None
+def stages(chain: Mapping[str, Method], max_steps: int, lr: float, base_trains: bool = True) -> list[Stage]:
+    """Every stage of a run, in order. Stage 0 trains the base model: not at 0 steps, nor without `base_trains`."""
+    base = Fit(steps=max_steps, lr=lr) if base_trains and max_steps > 0 else None
     train, evaluate, save = OWN
     walk = [Stage(0, train, "train", fit=base)]
     for name, method in chain.items():

@@ -91,7 +91,7 @@ class Run:
 
 def stages_of(config: RunConfig) -> list[Stage]:
     """The stages of a run; of all jobs only `run` trains the base model."""
-    return stages(config.chain, config.trainer.max_steps if config.job in ("run", "plan") else 0, config.optimizer.lr)
+    return stages(config.chain, config.trainer.max_steps, config.optimizer.lr, config.job in ("run", "plan"))
 
 
 def begin(run: Run, line: Sequence[Stage]) -> int:
