@@ -14,6 +14,8 @@ FORMS = "a number of bytes, or a size such as 2.5MB or 6GiB"
 
 
 def _text_or_bytes(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 2.5e6, as YAML and Hydra read it
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise PydanticCustomError("size", "no size", {"forms": FORMS})
     return value
