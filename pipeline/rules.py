@@ -322,8 +322,12 @@ def artifact(config: RunConfig) -> list[str]:
     if not os.path.isdir(path):
         return [f"artifact={given}: {'is a file, not a directory' if os.path.exists(path) else 'no such directory'}"]
     if not (path / "manifest.json").is_file():
-        inner = path / "artifact"
+        inner, last = path / "artifact", path / "last.ckpt"
         meant = f"; did you mean artifact={inner}?" if (inner / "manifest.json").is_file() else ""
+        if job == "compress" and last.is_file():
+            meant = f"; did you mean artifact={last}?"
+        elif (path / "config.json").is_file():
+            meant = f"; a Hugging Face directory goes into model=hf model.pretrained={given} trainer.max_steps=0"
         return [f"artifact={given}: no manifest.json there, so it is no artifact{meant}"]
     return []
 

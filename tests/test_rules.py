@@ -304,7 +304,15 @@ def test_a_job_on_an_artifact_needs_one(job: str, tmp_path: Path) -> None:
     (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}/nowhere"))
     assert line == f"artifact={tmp_path}/nowhere: no such directory"
     (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}"))
-    assert "no manifest.json there" in line
+    assert line.endswith("no manifest.json there, so it is no artifact")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}/checkpoints"))
+    assert line.endswith(f"did you mean artifact={tmp_path}/checkpoints/last.ckpt?") == (job == "compress")
+    (tmp_path / "config.json").touch()
+    (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}"))
+    assert line.endswith(f"model=hf model.pretrained={tmp_path} trainer.max_steps=0")
+    (tmp_path / "config.json").unlink()
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "manifest.json").write_text("{}")
     (line,) = rules.artifact(config(f"job={job}", f"artifact={tmp_path}"))

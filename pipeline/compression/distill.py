@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt
 
 from pipeline.checkpoints import exists
 from pipeline.compression.base import Context, Kind, Method, StageLoss, TaskLoss
+from pipeline.errors import did_you_mean
 from pipeline.registry import register, shown
 
 if TYPE_CHECKING:
@@ -331,9 +332,11 @@ class Distill(Method):
 
 def _place_problems(key: str, value: str, *, checkpoint: bool) -> list[str]:
     """Why there is no model at `value`."""
-    kinds = "an artifact" + (", a checkpoint (.ckpt)" if checkpoint else "") + " or a Hugging Face directory"
+    kinds = "self, an artifact, a checkpoint (.ckpt)" if checkpoint else "an artifact"
+    kinds += " or a Hugging Face directory"
     if not os.path.exists(value):
-        return [f"{shown(key, value)}: no such file or directory; give {kinds}"]
+        near = did_you_mean(value, ["self"]) if checkpoint else ""
+        return [f"{shown(key, value)}: no such file or directory; give {kinds}{near}"]
     if exists(Path(value)):
         return [] if checkpoint and value.endswith(".ckpt") else [f"{shown(key, value)}: is a file; give {kinds}"]
     if any(os.path.isfile(os.path.join(value, name)) for name in ("manifest.json", "config.json")):

@@ -319,7 +319,7 @@ def test_places_without_a_model_are_told_at_once(tmp_path):
     (tmp_path / "weights.bin").write_text("")
     (tmp_path / "last.ckpt").write_text("")
     told = {
-        "nowhere": "no such file or directory; give an artifact, a checkpoint (.ckpt) or a Hugging Face directory",
+        "nowhere": "no such file or directory; give self, an artifact, a checkpoint (.ckpt) or a Hugging Face dir",
         "run": "did you mean compression.distill.teacher=",
         "weights.bin": "is a file",
     }
@@ -328,6 +328,7 @@ def test_places_without_a_model_are_told_at_once(tmp_path):
         assert words in problem
     assert distill(teacher=str(tmp_path / "last.ckpt")).problems() == []
     assert "is a file" in distill(student=str(tmp_path / "last.ckpt")).problems()[0]
+    assert distill(teacher="selff").problems()[0].endswith("did you mean 'self'?")
     assert "two lines" in distill(teacher="two lines\n").problems()[0]
     assert len(distill(teacher="two lines\n").problems()[0].splitlines()) == 1
 
