@@ -1,15 +1,13 @@
-"""The run that wrote a checkpoint or an artifact. Its lock lies beside its checkpoints, and says which model, data and
-adapters those are of: a checkpoint itself holds weights without a word about their shapes. A manifest has its links.
+"""The run that wrote a checkpoint. Its lock lies beside its checkpoints, and says which model, data and adapters those
+are of: a checkpoint itself holds weights without a word about their shapes.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.compression.base import Method
 from pipeline.errors import ConfigError
 from pipeline.registry import decode_choice
 from pipeline.schema import RunConfig
@@ -47,18 +45,3 @@ def as_locked(config: RunConfig, lock: Path) -> RunConfig:
     for group in OF_WEIGHTS:
         config = with_group(config, group, said.get(group), lock)
     return config
-
-
-def links_of_artifact(config: RunConfig) -> list[tuple[str, Method]]:
-    """(name, method) of the links that `job=compress artifact=DIR` starts from; none where its manifest cannot be read,
-    which other checks tell."""
-    if config.job != "compress" or not config.artifact:
-        return []
-    try:
-        chain = json.loads((Path(config.artifact) / "manifest.json").read_text(encoding="utf-8"))["chain"]
-        links = {
-            str(link["name"]): decode_choice("compression", link["config"], "", lambda key: "")[0] for link in chain
-        }
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
-    return list(links.items()) if None not in links.values() else []

@@ -5,6 +5,7 @@ Each rule is a small function of the whole config. Imports no torch: these are t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from pathlib import Path
 from pipeline import checkpoints, registry
 from pipeline.asked import choice, trains
 from pipeline.chain import link_fit, order_problems
+from pipeline.compression.base import Method
 from pipeline.compression.pruning import Pruner
 from pipeline.device.cuda import capability
-from pipeline.earlier_run import links_of_artifact
 from pipeline.rank_rules import OF_RANKS
 from pipeline.schema import GROUPS, RunConfig
 from pipeline.sizes import parse_size
@@ -132,8 +133,7 @@ def pruning_grows(config: RunConfig) -> list[str]:
     """What is pruned stays so: a pruner that asks for no more than one before it would do nothing."""
     found: list[str] = []
     before: dict[str, Pruner] = {}
-    earlier = ((f"{name} of the artifact", method) for name, method in links_of_artifact(config))
-    for stage, method in (*earlier, *config.chain.items()):
+    for stage, method in (*_links_of_artifact(config), *config.chain.items()):
         if not isinstance(method, Pruner):
             if method.kind == "pruning" or getattr(method, "student", None):
                 before.clear()  # other layers, whose share of zeros is not known yet
@@ -151,6 +151,23 @@ def pruning_grows(config: RunConfig) -> list[str]:
             )
         before[stage] = method
     return found
+
+
+def _links_of_artifact(config: RunConfig) -> list[tuple[str, Method]]:
+    """The links that `job=compress artifact=DIR` starts from, where its manifest can be read: other checks tell."""
+    if config.job != "compress" or not config.artifact:
+        return []
+    try:
+        chain = json.loads((Path(config.artifact) / "manifest.json").read_text(encoding="utf-8"))["chain"]
+        links = {
+            f"{link['name']} of the artifact": registry.decode_choice(
+                "compression", link["config"], "", lambda key: ""
+            )[0]
+            for link in chain
+        }
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return list(links.items()) if None not in links.values() else []
 
 
 def samples_of_calibration(config: RunConfig) -> list[str]:

@@ -26,7 +26,7 @@ from pipeline.compression.base import Context, Method
 from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle, DataSpec
 from pipeline.data.calibration import calibration_batches
-from pipeline.earlier_run import as_locked, links_of_artifact, lock_of
+from pipeline.earlier_run import as_locked, lock_of
 from pipeline.errors import ConfigError, first_line
 from pipeline.layers.lora import held_tensors
 from pipeline.layers.sparsity import MASK
@@ -232,7 +232,6 @@ def context_of(
     opened: Callable[[str], nn.Module] = functools.partial(open_guest, config, stage, base, directory is None)
     if directory is None:  # shapes are looked at more than once, and to open a model is to check its files
         opened = functools.cache(opened)
-    before = itertools.takewhile(lambda method: method is not stage.method, config.chain.values())
     return Context(
         stage=stage.name,
         architecture=describe(model),
@@ -243,8 +242,21 @@ def context_of(
         teacher=teacher_of(config, stage, base, data, directory, opened),
         open_model=opened,
         first=stage.index == 1,
-        kept=kept_share([*(method for _, method in links_of_artifact(config)), *before]),
+        kept=kept_before(config, stage),
     )
+
+
+def kept_before(config: RunConfig, stage: Stage) -> Callable[[str], float]:
+    """Of a layer's weights, the share that the links before `stage`, or the artifact they go on with, have kept."""
+    links = list(itertools.takewhile(lambda method: method is not stage.method, config.chain.values()))
+    artifact = artifact_of(config)
+    counts = functools.cache(lambda: {} if artifact is None else store.kept_weights(artifact))
+
+    def share(name: str) -> float:
+        kept, elements = counts().get(f"{name}.weight", (1, 1))
+        return min(kept_share(links, name), kept / elements)
+
+    return share
 
 
 def teacher_of(

@@ -1,9 +1,8 @@
-"""Whose weights a checkpoint holds, and what an artifact has been through."""
+"""Whose weights a checkpoint holds."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from pipeline.compression.distill import Distill
 from pipeline.earlier_run import as_locked, lock_of
 from pipeline.errors import ConfigError
 from pipeline.schema import RunConfig, values_of
-from pipeline.stage_input import context_of, open_guest
-from pipeline.walk import stages_of
+from pipeline.stage_input import open_guest
 from tests.tiny import opt
 
 SIZES = ["model.width=32", "model.heads=2"]
@@ -83,16 +81,6 @@ def test_a_teacher_of_another_size_is_built_as_its_run_says_and_no_random_number
     wanted = {name.removeprefix("model."): tensor for name, tensor in torch.load(checkpoint)["state_dict"].items()}
     assert {name: tensor.shape for name, tensor in got.items()} == {name: w.shape for name, w in wanted.items()}
     assert meta or all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
-
-
-def test_what_an_artifact_was_pruned_to_counts_before_its_masks_are_read(tmp_path: Path) -> None:
-    wanda = compose(["compression=wanda", "compression.wanda.sparsity=0.8"]).chain["wanda"]
-    manifest = {"chain": [{"name": "w", "method": "wanda", "config": asdict(wanda)}]}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    config = compose(["job=compress", f"artifact={tmp_path}", "compression=mixed_bits"])
-    for job, kept in (("compress", 0.2), ("run", 1.0)):
-        context = context_of(replace(config, job=job), stages_of(config)[1], opt())
-        assert context.kept == pytest.approx(kept)
 
 
 def test_a_teacher_that_does_not_fit_is_one_short_line(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.artifact import store
 from pipeline.composing import compose
+from pipeline.compression.magnitude import prune_magnitude
 from pipeline.errors import ConfigError
 from pipeline.models.byte_tokenizer import byte_tokenizer
 from pipeline.report.progress import Progress
 from pipeline.report.result import new_result
-from pipeline.stage_input import remedy
+from pipeline.stage_input import context_of, remedy
 from pipeline.tasks import lookup
 from pipeline.walk import Run, changing_stages, preflight, stages_of
 from tests import tiny
@@ -51,3 +53,17 @@ def test_a_teacher_of_stacked_experts_may_follow_a_link_that_has_taken_them_apar
     torch.save({"state_dict": weights, "global_step": 1}, tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match="1 tensor too many"):
         look("other.ckpt")
+
+
+def test_what_earlier_links_and_the_artifact_keep_of_a_layer_is_known_before_there_are_masks(tmp_path: Path) -> None:
+    model = tiny.opt()
+    fc1, fc2 = (f"model.decoder.layers.0.{name}" for name in ("fc1", "fc2"))
+    store.save(
+        prune_magnitude(model, [fc1], 0.75), tmp_path / "a", chain=[], probe={"input_ids": torch.ones(1, 4).long()}
+    )
+    config = compose(["compression=[wanda,mixed_bits]", "compression.wanda.ignore=[fc2]"])
+    further = compose(["job=compress", f"artifact={tmp_path}/a", "compression=[wanda,mixed_bits]"])
+    for given, kept in ((config, (0.5, 1)), (further, (0.25, 0.5))):
+        wanda, mixed_bits = (context_of(given, stage, tiny.opt()) for stage in stages_of(given)[1:3])
+        assert (mixed_bits.kept(fc1), mixed_bits.kept(fc2)) == kept
+        assert wanda.kept(fc2) == 1

@@ -222,15 +222,21 @@ def tensor_bytes(directory: Path) -> int:
 
 def kept_share(directory: Path) -> float:
     """Of float weights that are stored as bitmasks, how many are kept; 1 where there are none."""
-    directory, elements, kept = Path(directory), 0, 0
+    counts = kept_weights(directory).values()
+    return sum(kept for kept, _ in counts) / sum(elements for _, elements in counts) if counts else 1.0
+
+
+def kept_weights(directory: Path) -> dict[str, tuple[int, int]]:
+    """{float weight that is stored as a bitmask: (how many elements are kept, of how many)}."""
+    directory, found = Path(directory), {}
     encodings = manifests.read(directory)["encodings"]
     for file in manifests.weight_files(os.listdir(directory)):
         for name, shape in stored.shapes(directory / file).items():
-            encoding = encodings.get(name.removesuffix(".values"))
+            weight = name.removesuffix(".values")
+            encoding = encodings.get(weight)
             if encoding is not None and not encoding["packed"]:
-                elements += math.prod(encoding["shape"])
-                kept += shape.numel()
-    return kept / elements if elements else 1.0
+                found[weight] = (shape.numel(), math.prod(encoding["shape"]))
+    return found
 
 
 def load(

@@ -75,8 +75,8 @@ class Context:
     """The model that the method's field of this name names, trainable; on the meta device in the preflight."""
     first: bool = True
     """Whether no other link comes before this one."""
-    kept: float = 1.0
-    """Of weights that earlier links mask, the share that is kept, by what they declare: the preflight has no masks."""
+    kept: Callable[[str], float] = lambda name: 1.0
+    """Of a layer's weights, the share that earlier links have kept, as they declare it: the preflight has no masks."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What a method found on the way and wants told, as JSON: the runner adds it to the link's detail."""
 

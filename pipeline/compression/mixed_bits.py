@@ -8,7 +8,7 @@ are then found by GPTQ (layers/gptq.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -87,9 +87,10 @@ class MixedBits(Quantizer):
         if parse_size(self.budget) < least:
             few, many = min(self.bits), max(self.bits)
             fewer = "allow fewer bits, " if few > 2 else ""
+            more = "more " if any(context.kept(name) < 1 for name in layers) else ""
             return [
                 f"{key}.budget={self.budget} cannot be met: with {few} bits in every layer the file takes {least:,} "
-                f"bytes (with {many}: {most:,}); give more, {fewer}or prune {'more ' if context.kept < 1 else ''}before"
+                f"bytes (with {many}: {most:,}); give more, {fewer}or prune {more}before"
             ]
         return []
 
@@ -157,15 +158,17 @@ class MixedBits(Quantizer):
             put(model, name, quantize_rows(weight.flatten(1), grid.of(weight)), "weight_only", **asdict(grid))
         return model
 
-    def _sizes(self, model: nn.Module, layers: Sequence[str], share: float = 1.0) -> tuple[dict[str, list[int]], int]:
+    def _sizes(
+        self, model: nn.Module, layers: Sequence[str], share: Callable[[str], float] = lambda name: 1.0
+    ) -> tuple[dict[str, list[int]], int]:
         """({layer: bytes at each number of bits, fewest first}, bytes of all else in the file, its header at most).
 
-        `share`: of weights, how many masks will keep that are not there yet.
+        `share`: of a layer's weights, how many a mask will keep that is not there yet.
         """
         from pipeline.layers.footprint import file_bytes, layer_bytes, model_tensors
 
         grids = self.grids()
-        sizes = {name: [layer_bytes(model, name, grid, share) for grid in grids] for name in layers}
+        sizes = {name: [layer_bytes(model, name, grid, share(name)) for grid in grids] for name in layers}
         whole = file_bytes(model_tensors(model, dict.fromkeys(layers, grids[-1]), share))
         return sizes, whole - sum(size[-1] for size in sizes.values())
 

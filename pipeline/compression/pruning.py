@@ -243,6 +243,16 @@ def _root(module: nn.Module, known: str) -> nn.Module:
     raise KeyError(known)
 
 
-def kept_share(methods: Iterable[Method]) -> float:
-    """Of weights under a mask, how many are not pruned, by what the links of `methods` declare: 1 where none prunes."""
-    return min((1 - method.target() for method in methods if isinstance(method, Pruner)), default=1.0)
+def kept_share(methods: Iterable[Method], name: str | None = None) -> float:
+    """Of weights under a mask, how many are not pruned, by what the links of `methods` declare: 1 where none prunes.
+
+    `name`: of this layer alone, which they may spare.
+    """
+    from pipeline.layers.select import matches
+
+    shares = [
+        1 - method.target()
+        for method in methods
+        if isinstance(method, Pruner) and not (name and any(matches(name, pattern) for pattern in method.ignore))
+    ]
+    return min(shares, default=1.0)

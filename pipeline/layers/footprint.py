@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -79,10 +79,12 @@ def layer_bytes(model: nn.Module, name: str, grid: Grid, share: float = 1.0) -> 
     return data_bytes(layer_tensors(model, name, grid, share))
 
 
-def model_tensors(model: nn.Module, planned: Mapping[str, Grid], share: float = 1.0) -> list[Stored]:
+def model_tensors(
+    model: nn.Module, planned: Mapping[str, Grid], share: Callable[[str], float] = lambda name: 1.0
+) -> list[Stored]:
     """Everything that is stored of `model` with the layers of `planned` packed; tied tensors once, no masks.
 
-    `share`: of weights in the layers of `planned`, as in `layer_tensors`.
+    `share`: of the weights of a layer of `planned`, as in `layer_tensors`.
     """
     seen: set[int] = set()
     found: list[Stored] = []
@@ -92,7 +94,7 @@ def model_tensors(model: nn.Module, planned: Mapping[str, Grid], share: float = 
             continue
         seen.add(id(tensor))
         if leaf == "weight" and layer in planned:
-            found += layer_tensors(model, layer, planned[layer], share)
+            found += layer_tensors(model, layer, planned[layer], share(layer))
         else:
             dense: Stored = (name, tensor.dtype, tuple(tensor.shape))
             masked = leaf == "weight" and hasattr(model.get_submodule(layer), MASK)

@@ -91,12 +91,12 @@ def test_masked_layers_are_counted_as_they_are_stored(tmp_path, sparsity):
         set_mask(layer, unstructured_mask(layer.weight.detach().abs(), sparsity))
     plain = opt()
     sizes, fixed = mixed()._sizes(model, layers)
-    assert mixed()._sizes(plain, layers, 1 - sparsity) == (sizes, fixed)  # said beforehand, without masks
+    assert mixed()._sizes(plain, layers, lambda name: 1 - sparsity) == (sizes, fixed)  # said beforehand, without masks
     least, most = (fixed + sum(size[k] for size in sizes.values()) for k in (0, -1))
     dense, more = mixed()._sizes(plain, layers)
     assert most < more + sum(size[-1] for size in dense.values())
     budget = (least + most) // 2
-    ctx = dataclasses.replace(context(model), kept=1 - sparsity)
+    ctx = dataclasses.replace(context(model), kept=lambda name: 1 - sparsity)
     assert mixed(budget=budget).preflight(plain, ctx) == []
     (told,) = mixed(budget=least - 1).preflight(plain, ctx)
     assert told.endswith("give more, or prune more before")
