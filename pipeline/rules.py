@@ -135,8 +135,9 @@ def pruning_grows(config: RunConfig) -> list[str]:
     before: dict[str, Pruner] = {}
     for stage, method in (*_links_of_artifact(config), *config.chain.items()):
         if not isinstance(method, Pruner):
-            if method.kind == "pruning" or getattr(method, "student", None):
-                before.clear()  # other layers, whose share of zeros is not known yet
+            # Other layers, whose share of zeros is not known yet; or quantized ones, whose pruning others refuse.
+            if method.kind in ("pruning", "quantization") or getattr(method, "student", None):
+                before.clear()
             continue
         if method.problems():
             continue

@@ -248,8 +248,13 @@ def context_of(
 
 def kept_before(config: RunConfig, stage: Stage) -> Callable[[str], float]:
     """Of a layer's weights, the share that the links before `stage`, or the artifact they go on with, have kept."""
-    links = list(itertools.takewhile(lambda method: method is not stage.method, config.chain.values()))
+    links: list[Method] = []
     artifact = artifact_of(config)
+    for method in itertools.takewhile(lambda method: method is not stage.method, config.chain.values()):
+        links.append(method)
+        if getattr(method, "student", None):  # another model
+            links.clear()
+            artifact = None
     counts = functools.cache(lambda: {} if artifact is None else store.kept_weights(artifact))
 
     def share(name: str) -> float:

@@ -257,6 +257,7 @@ def test_a_later_pruning_asks_for_more(first: list[str], second: list[str], told
 def test_pruning_starts_anew_after_what_makes_other_layers() -> None:
     assert chained(["magnitude"], ["magnitude"], "distill") != []
     assert chained(["magnitude"], ["magnitude"], "structured") == []
+    assert chained(["magnitude"], ["magnitude"], "int8") == []  # the order is refused, which is told by itself
 
 
 def test_pruning_goes_on_from_what_the_artifact_was_pruned_to(tmp_path: Path) -> None:

@@ -67,3 +67,6 @@ def test_what_earlier_links_and_the_artifact_keep_of_a_layer_is_known_before_the
         wanda, mixed_bits = (context_of(given, stage, tiny.opt()) for stage in stages_of(given)[1:3])
         assert (mixed_bits.kept(fc1), mixed_bits.kept(fc2)) == kept
         assert wanda.kept(fc2) == 1
+    chain = "compression=[wanda,distill,mixed_bits]"
+    student = compose(["job=compress", f"artifact={tmp_path}/a", chain, f"compression.distill.student={tmp_path}/a"])
+    assert context_of(student, stages_of(student)[3], tiny.opt()).kept(fc1) == 1  # whose masks are others
