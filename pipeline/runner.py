@@ -148,9 +148,11 @@ def fit_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         train_and_compress(best, run_dir, result)
 
 
-def predicted(config: RunConfig, data: DataBundle, tokenizer: Any, run_dir: Path, result: dict[str, Any]) -> Plan:
+def predicted(
+    config: RunConfig, data: DataBundle, tokenizer: Any, run_dir: Path, result: dict[str, Any], done: int = 0
+) -> Plan:
     """The plan, in plan.json and in the result."""
-    found = plan(config, data, tokenizer)
+    found = plan(config, data, tokenizer, done=done)
     found.write(run_dir / "plan.json")
     for name in result["memory"]["predicted"]:
         phase = found.phases.get(name)
@@ -193,7 +195,7 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     while True:
         done = begin(run, line)
         with progress:
-            found = fitting_plan(run)
+            found = fitting_plan(run, done)
             # What else is in this directory is of another run, which the new lock would pass for this one.
             discard(run, changing_stages(line), done)
             write_text(locked, lock_text(values_of(run.config), config.choices, lock))
@@ -209,15 +211,15 @@ def do_stages(config: RunConfig, run_dir: Path, result: dict[str, Any], nodes: L
     write_text(locked, lock_text(values_of(config), config.choices, lock))
 
 
-def fitting_plan(run: Run) -> Plan:
-    """What the run will take, noted.
+def fitting_plan(run: Run, done: int) -> Plan:
+    """What the run will take, noted; `done`: stages that it is through with.
 
     Raises:
         ConfigError: it will not fit.
     """
     config = run.config
     with run.progress.phase("planning"):
-        found = predicted(config, run.data, run.tokenizer, run.directory, run.result)
+        found = predicted(config, run.data, run.tokenizer, run.directory, run.result, done)
     run.planned = {name: phase.bytes for name, phase in found.phases.items()}
     if found.fits is False and config.plan.enforce:
         raise ConfigError(f"{found.verdict()}; job=fit searches what fits, plan.enforce=false runs it all the same")

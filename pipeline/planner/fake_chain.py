@@ -38,7 +38,7 @@ from pipeline.planner.live import Peak
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.trained import adapted
 from pipeline.planner.training import traced_fit
-from pipeline.planner.transfers import in_files, traced_saving
+from pipeline.planner.transfers import in_files, opens_in_memory, reading, traced_saving
 from pipeline.planner.workspaces import BIASED
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
@@ -60,6 +60,8 @@ class Links:
     compress: dict[str, Peak] = field(default_factory=dict)
     load: Peak | None = None
     """What is left, as it is read back; None where it lies in files."""
+    reads: dict[int, Peak] = field(default_factory=dict)
+    """The same of what each stage leaves, by its index: a run that is resumed goes on from there."""
     save: Peak | None = None
     """Of all that stages leave the one that takes most to be written."""
     evaluate: Peak | None = None
@@ -169,6 +171,8 @@ class Chain:
             found.open["save"] = f"cannot be traced: {first_line(error)}"
         else:
             found.save = max(peak, found.save or peak, key=lambda peak: peak.bytes)
+            if opens_in_memory(self.config, changing_stages(stages_of(self.config))):
+                found.reads[stage.index] = reading(self.config, model, stage)
 
     def trained(self, stage: Stage, model: nn.Module, context: Context) -> Peak:
         """The fit of a link."""

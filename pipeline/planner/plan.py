@@ -145,13 +145,20 @@ class Plan:
         path.write_text(flat + "\n", encoding="utf-8")
 
 
-def plan(config: RunConfig, data: DataBundle | None = None, tokenizer: Any = None, level: Level | None = None) -> Plan:
+def plan(
+    config: RunConfig,
+    data: DataBundle | None = None,
+    tokenizer: Any = None,
+    level: Level | None = None,
+    done: int = 0,
+) -> Plan:
     """The plan of `job=run` or `compress` with this config; allocates no tensor of the model's size.
 
     Args:
         data: what `config.data` opens; None: it is opened.
         tokenizer: the run's, for links with a calibration text of their own; None: the model's.
         level: None: `config.plan.level`.
+        done: stages that an earlier run is through with, of which the last one's model is opened.
     """
     level = level or config.plan.level
     tokenizer = tokenizer or config.model.tokenizer()
@@ -167,7 +174,7 @@ def plan(config: RunConfig, data: DataBundle | None = None, tokenizer: Any = Non
         if validates(config):
             attempt(found, "validate", lambda: plan_validation(config, task, data, found))
     if config.chain:
-        attempt(found, "compress", lambda: plan_links(config, data, tokenizer, found, level))
+        attempt(found, "compress", lambda: plan_links(config, data, tokenizer, found, level, done))
     else:
         attempt(found, "save", lambda: plan_saving(config, task, data, found, level))
         attempt(found, "evaluate", lambda: plan_evaluation(config, task, data, found, level))
@@ -300,7 +307,7 @@ def source_of(config: RunConfig, level: Level) -> str:
     return "traced" if level == "trace" and config.device.kind() in TRACED else "computed"
 
 
-def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level) -> None:
+def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level, done: int = 0) -> None:
     """Links that compress, their own fits, and the evaluation of what they leave."""
     if config.device.kind() not in TRACED:
         why = f"links are not planned for device={config.device.kind()}"
@@ -310,7 +317,7 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
     if links is None or links.open:  # what no formula is known for
         level, links = "trace", trace_links(config, data, tokenizer, untraceable(config))
     convolutions = convolutional(stage_input.shapes(config, data))
-    enter(config, found, "load", "computed", [links.load], convolutions)
+    enter(config, found, "load", "computed", [links.load, links.reads.get(done - 1)], convolutions)
     for phase, peak in links.phases().items():
         computed = phase in links.untraced or (phase == "compress" and links.computed)
         source = "computed" if level == "formula" or computed else "traced"

@@ -145,10 +145,13 @@ def opens_in_memory(config: RunConfig, line: Sequence[Stage]) -> bool:
     return config.device.kind() == "cuda" or stage_input.trains(line)
 
 
-def reading(config: RunConfig, model: nn.Module) -> Peak:
+def reading(config: RunConfig, model: nn.Module, stage: Stage | None = None) -> Peak:
     """An artifact is opened, of which `model`, of fake tensors, has been stored: masked weights come as a mask and
-    values, and masks stay until all are read. On a GPU they are put together on its host."""
-    share = share_of(config)
+    values, and masks stay until all are read. On a GPU they are put together on its host.
+
+    `stage`: it left the model; None: the last one.
+    """
+    share = share_of(config, stage)
     weights = [layer.get_parameter("weight") for _, layer in masked_layers(model)]
     small = [w for w in weights if bitmask_bytes(w.numel(), kept_of(w.numel(), share), 8 * w.itemsize) < w.nbytes]
     whole = held(model)

@@ -158,3 +158,12 @@ def test_what_was_pruned_is_opened_as_is_traced_by_the_formula_too(link, pattern
     computed, traced = (plan(config, data, level=level).phases["load"] for level in ("formula", "trace"))
     assert "masks" in computed.kinds
     assert computed.bytes == pytest.approx(traced.bytes, rel=0.01)
+
+
+def test_a_run_that_goes_on_after_a_link_opens_what_that_has_left():
+    config, data = opened([*GPT, "compression=[magnitude,int8_qat]", "compression.int8_qat.steps=1"])
+    pruned = plan(*opened([*GPT, "compression=magnitude"]), level="formula").phases["load"]
+    for level in ("formula", "trace"):
+        fresh, resumed = (plan(config, data, level=level, done=done).phases["load"] for done in (0, 2))
+        assert resumed.bytes == pytest.approx(pruned.bytes, rel=0.01)
+        assert fresh.bytes < 0.9 * resumed.bytes
