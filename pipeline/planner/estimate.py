@@ -7,14 +7,20 @@ until all of the optimizer's state is there. The model that is given is not touc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from pipeline.planner.fakes import faked, inside, tracing
+from pipeline.errors import first_line
+from pipeline.planner.fakes import faked, inside, like, tracing
 from pipeline.planner.live import Live, Peak
 
 STEPS = 3
@@ -39,9 +45,10 @@ def estimate(
         autocast: the dtype of mixed precision (torch.bfloat16 say); None: none.
 
     Raises:
-        ValueError: nothing to train, no loss in what the model gives, or a sparse gradient, as of
-            `nn.Embedding(sparse=True)`: fake tensors forget how many values it has.
-        torch._subclasses.fake_tensor.DataDependentOutputException and its like: the model's shapes hang on values.
+        ValueError: what cannot be told, in one line: nothing to train, a model without shapes, no loss that has a
+            gradient, an optimizer that calls the model itself (LBFGS), a sparse gradient, as of
+            `nn.Embedding(sparse=True)` (fake tensors forget how many values it has), or whatever the model, the loss
+            or the optimizer raises, such as on a batch that does not fit, or where shapes hang on values.
     """
     shadow = shapes_of(model)
     if not any(parameter.requires_grad for parameter in shadow.parameters()):
@@ -53,17 +60,20 @@ def estimate(
         shadow.train()
         trained = [parameter for parameter in shadow.parameters() if parameter.requires_grad]
         steps = optimizer(trained)
+        refuse_closure(steps)
         with live:
             for step in range(STEPS):
                 live.mark(f"step {step}")
                 given = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), batch)
                 live.phase = "activations"
                 live.mark("forward")
-                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                with told("the model or its loss"), torch.autocast("cpu", autocast, enabled=autocast is not None):
                     result = (loss or default_loss)(shadow, given)
+                refuse_loss(result)
                 live.phase = "backward"
                 live.mark("backward")
-                result.backward()  # type: ignore[no-untyped-call]
+                with told("the backward pass"):
+                    result.backward()  # type: ignore[no-untyped-call]
                 del result, given
                 refuse_sparse(shadow)
                 live.hold((p.grad for p in trained if p.grad is not None), "gradients")
@@ -71,12 +81,46 @@ def estimate(
                 live.mark("optimizer step")
                 # Which divides by how far a product of its momentums is from 1; ASGD asks whether something is 1 still.
                 live.number = 0.5 if isinstance(steps, torch.optim.NAdam) else 1.0
-                steps.step()
+                with told("the optimizer's step"):
+                    steps.step()
                 live.number = 1.0
                 state = (value for held in steps.state.values() for value in held.values())
                 live.hold((value for value in state if isinstance(value, Tensor)), "optimizer state")
                 steps.zero_grad()
         return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """What `what` raises on tensors without values, in one line; torch would print a traceback of its own before."""
+    try:
+        with mock.patch.object(fake_tensor.log, "disabled", True):
+            yield
+    except ValueError:
+        raise
+    except (fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException) as error:
+        raise ValueError(
+            f"{what} has shapes that hang on values ({error.func}), so what it takes cannot be told from shapes"
+        ) from error
+    except Exception as error:  # whatever torch, or somebody's model, makes of tensors without values
+        raise ValueError(f"{what} fails on tensors of these shapes: {first_line(error)}") from error
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} calls the model as often as it likes within a step, so its peak cannot be "
+            "told; give an optimizer whose step takes no closure"
+        )
+
+
+def refuse_loss(found: Any) -> None:
+    if not isinstance(found, Tensor):
+        raise ValueError(f"the loss is a {type(found).__name__}; give a loss that returns a scalar tensor")
+    if found.numel() != 1:
+        raise ValueError(f"the loss has the shape {list(found.shape)}; give its mean or its sum, a scalar")
+    if not found.requires_grad:
+        raise ValueError("the loss has no gradient (it is detached, or of integers), so nothing would be trained")
 
 
 def refuse_sparse(model: nn.Module) -> None:
@@ -89,12 +133,20 @@ def refuse_sparse(model: nn.Module) -> None:
 
 def shapes_of(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device, without a copy of its weights; tied ones stay tied."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a model of TorchScript cannot be copied without its weights; give what it was made of")
     shapes: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        shapes[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-    for buffer in model.buffers():
-        shapes[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for module in model.modules():  # what a hook computes of parameters before each call (torch.nn.utils.prune)
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                shapes[id(value)] = torch.empty_like(value, device="meta")
+    storages: dict[int, Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet; call the model on a batch once, as lazy modules need it")
+        empty = like(tensor, "meta", storages)
+        weight = isinstance(tensor, nn.Parameter)
+        shapes[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if weight else empty
     return copy.deepcopy(model, shapes)
 
 
@@ -104,7 +156,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         output = model(**batch)
     else:
         output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    found = getattr(output, "loss", None)
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if found is None and isinstance(output, Tensor):
         found = output.sum()
     if found is None:

@@ -36,11 +36,15 @@ def faked(model: nn.Module, dtype: torch.dtype | None = None, device: str = "cpu
         device: "meta": the other way round, outside of such a mode.
     """
     made: dict[int, Tensor] = {}
+    storages: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor, convert: bool) -> Tensor:
         if id(tensor) not in made:
             kind = dtype if convert and dtype is not None and tensor.is_floating_point() else tensor.dtype
-            empty = torch.empty(tensor.shape, dtype=kind, device=device)
+            if kind == tensor.dtype:
+                empty = like(tensor, device, storages)
+            else:
+                empty = torch.empty(tensor.shape, dtype=kind, device=device)
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         return made[id(tensor)]
 
@@ -52,6 +56,20 @@ def faked(model: nn.Module, dtype: torch.dtype | None = None, device: str = "cpu
             if buffer is not None:
                 module._buffers[name] = fake(buffer, name not in module._non_persistent_buffers_set)
     return model
+
+
+def like(tensor: Tensor, device: str, storages: dict[int, Tensor]) -> Tensor:
+    """A tensor that lies in memory as `tensor` does. What shares a storage with it shares one here, too.
+
+    Args:
+        storages: what was made already, by the storage that it stands for.
+    """
+    storage = tensor.untyped_storage()
+    if storage._cdata not in storages:
+        elements = storage.nbytes() // tensor.itemsize
+        storages[storage._cdata] = torch.empty(elements, dtype=tensor.dtype, device=device)
+    whole = storages[storage._cdata].view(tensor.dtype)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def put_into_files(model: nn.Module) -> None:
@@ -92,6 +110,10 @@ def blocked(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if name != "aten::convolution" or args[6] or args[0].dtype != torch.float32 or args[0].ndim != 4:
         return NotImplemented
     x, weight, groups = args[0], args[1], args[8]
+    if any(
+        tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous() for tensor in (x, weight)
+    ):
+        return NotImplemented  # taken as they are: there is little to hold, and `tried` sees it
     # Elsewhere torch has a convolution of its own (aten/src/ATen/native/Convolution.cpp).
     spread = any(step != 1 for step in (*args[3], *args[5])) or max(weight.shape[2:]) > 3
     if not (spread or len(x) >= 16 or torch.get_num_threads() > 1):
@@ -160,6 +182,30 @@ def safe_softmax(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return out
 
 
+def exponential(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The powers and sums of which torch makes the exponential of a matrix. Of one whose values are all near 0 they are
+    fewer, which a trace does not see; a gradient's are not."""
+    if name != "aten::linalg_matrix_exp":
+        return NotImplemented
+    out = func(*args, **kwargs)
+    torch.empty((10 if math.prod(out.shape[:-2]) > 1 else 12) * out.nbytes, dtype=torch.uint8)
+    return out
+
+
+def aligned(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `ctc_loss` keeps of alignments forwards, and holds of those backwards. Their number goes by the longest
+    target: where lengths are a tensor, as long as there is room."""
+    if name == "aten::_ctc_loss" and args[1].ndim == 2:
+        steps, samples = args[0].shape[:2]
+        longest = args[1].shape[1] if isinstance(args[3], Tensor) else max(args[3])
+        return args[0].new_empty(samples), args[0].new_empty(samples, steps, 2 * longest + 1)
+    if name == "aten::_ctc_loss_backward":
+        _, scores, _, _, _, _, forwards = args[:7]
+        held = torch.empty_like(scores), torch.empty_like(forwards)
+        return held[0]
+    return NotImplemented
+
+
 def tried(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What only a kernel itself tells: it was run for real."""
     taken = scratch.scratch(name, func, args, kwargs)
@@ -185,7 +231,7 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     out = sixteen_bit(name, func, args, kwargs)
     _within = True
     try:
-        for does in (converted, promoted, blocked, safe_softmax, tried):
+        for does in (converted, promoted, blocked, safe_softmax, exponential, aligned, tried):
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:
         _within = False

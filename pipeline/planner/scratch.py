@@ -26,6 +26,10 @@ PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_backward"})
 RECURRENT = "aten::mkldnn_rnn_layer"
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+INTERPOLATIONS = frozenset(
+    f"aten::upsample_{kind}" for kind in ("nearest2d", "bilinear2d", "bicubic2d", "trilinear3d", "linear1d")
+)
+"""Of few channels they are computed on copies with channels last."""
 ALWAYS = frozenset({ATTENTION, f"{ATTENTION}_backward", RECURRENT, f"{RECURRENT}_backward"})
 """Tried in every dtype."""
 TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
@@ -48,9 +52,11 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
+    tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+    if name in INTERPOLATIONS or (name not in TRIED and "_backward" in name and any(map(_repeated, tensors))):
+        return _looked_at(func, args, kwargs)[0]
     if name not in TRIED:
         return 0
-    tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
     dtype = tensors[-1].dtype
     if name not in ALWAYS and not cpu_kernels.native(dtype):
         return 0

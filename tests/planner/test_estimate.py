@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 from transformers import BertConfig, BertForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 import pipeline.memory
@@ -47,6 +48,36 @@ class Branching(nn.Module):
         return torch.cat([x[row : row + 1] for row in range(3)])
 
 
+class Windows(nn.Module):
+    """Buffers that are parts of others, and one row for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+        table = torch.randn(2000, 64)
+        self.register_buffer("table", table)
+        self.register_buffer("first", table[:1000])
+        self.register_buffer("row", torch.ones(1, 64).expand(2000, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.first[: len(x)] + self.row[: len(x)]
+
+
+class Answering(nn.Module):
+    """A dict with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 512)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.inner(x).square().mean()}
+
+
+def pruned() -> nn.Module:
+    return prune.random_unstructured(nn.Linear(128, 256), "weight", 0.5)
+
+
 def bert() -> nn.Module:
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     return BertForSequenceClassification(BertConfig(vocab_size=500, **size))
@@ -63,6 +94,10 @@ def classify(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torc
 
 def last_of_a_sequence(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return functional.cross_entropy(model(batch[0])[0][-1], batch[1])
+
+
+def align(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return functional.ctc_loss(model(batch[0]).log_softmax(-1), *batch[1:])
 
 
 def total(model: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
@@ -113,6 +148,29 @@ CASES = {
     "branches, whose gradients are added in place": (
         Branching, partial(torch.optim.SGD, lr=0.1), (torch.randn(2048, 64),), total, 0.01,
     ),
+    "a weight that is the exponential of a matrix": (
+        lambda: parametrizations.orthogonal(nn.Linear(128, 128)), torch.optim.AdamW, (torch.randn(64, 128),), total,
+        0.01,
+    ),
+    "a weight that a hook computes": (pruned, torch.optim.AdamW, (torch.randn(64, 128),), total, 0.01),
+    "buffers that are views": (Windows, torch.optim.AdamW, (torch.randn(64, 64),), total, 0.01),
+    "alignments": (
+        partial(nn.Linear, 32, 20), torch.optim.AdamW,
+        (torch.randn(50, 16, 32), torch.ones(16, 10, dtype=torch.long), torch.full((16,), 50), torch.full((16,), 10)),
+        align, 0.01,
+    ),
+    "images made larger, of few channels": (
+        partial(nn.Sequential, nn.Linear(64, 64), nn.Upsample(scale_factor=2, mode="bilinear")), torch.optim.AdamW,
+        (torch.randn(4, 3, 64, 64),), total, 0.01,
+    ),
+    "the gradient of a sum, which a kernel copies": (
+        partial(nn.Sequential, nn.Linear(64, 256), nn.Softmax(-1)), torch.optim.AdamW, (torch.randn(512, 64),), total,
+        0.01,
+    ),
+    "channels last": (
+        lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), torch.optim.AdamW,
+        (torch.randn(16, 3, 64, 64),), total, 0.01,
+    ),
     "recommender": (
         Recommender, torch.optim.AdamW, (torch.zeros(64, 20, dtype=torch.long), torch.zeros(64, dtype=torch.long)),
         classify, 0.01,
@@ -156,13 +214,47 @@ def test_a_sparse_gradient_is_refused_by_name(embedding):
         pipeline.memory.estimate(model, torch.optim.Adagrad, torch.zeros(4, 6, dtype=torch.int64))
 
 
+def test_a_dict_may_have_the_loss():
+    found = pipeline.memory.estimate(Answering(), torch.optim.SGD, torch.zeros(16, 64))
+    assert found.kinds["gradients"] == 4 * 65 * 512
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         (nn.Linear(4, 4).requires_grad_(False), "nothing to train"),
         (nn.LSTM(4, 4), "a tuple without a loss"),
+        (nn.LazyLinear(4), "weight has no shape yet"),
+        (nn.Linear(5, 4), "the model or its loss fails on tensors of these shapes: RuntimeError: .*reduction dim"),
     ],
 )
-def test_what_cannot_be_trained_is_said(model, said):
+def test_what_cannot_be_trained_is_said(model, said, capfd):
     with pytest.raises(ValueError, match=said):
         pipeline.memory.estimate(model, torch.optim.SGD, torch.zeros(2, 3, 4))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_model_of_torchscript_is_refused():
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        model = torch.jit.script(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="TorchScript"):
+        pipeline.memory.estimate(model, torch.optim.SGD, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda model, batch: None, "the loss is a NoneType; give a loss that returns a scalar tensor"),
+        (lambda model, batch: model(batch).sum(0), r"the loss has the shape \[4\]; give its mean or its sum"),
+        (lambda model, batch: model(batch).sum().detach(), "the loss has no gradient"),
+        (lambda model, batch: (y := model(batch))[y > 0].sum(), "shapes that hang on values"),
+    ],
+)
+def test_a_loss_that_cannot_be_followed_is_said(loss, said):
+    with pytest.raises(ValueError, match=said):
+        pipeline.memory.estimate(nn.Linear(4, 4), torch.optim.SGD, torch.zeros(2, 4), loss)
+
+
+def test_an_optimizer_that_calls_the_model_itself_is_refused():
+    with pytest.raises(ValueError, match="LBFGS calls the model as often as it likes"):
+        pipeline.memory.estimate(nn.Linear(4, 4), torch.optim.LBFGS, torch.zeros(2, 4))
