@@ -25,6 +25,8 @@ KEPT = 20
 """Runs of one kind that are remembered, the latest."""
 NEEDED = 3
 """Runs of one kind before they count."""
+ON_RANKS = ("train", "validate", "save")
+"""Phases in which ranks hold what the choice of parallelism has them hold, which one device says nothing about."""
 NEGLIGIBLE = 0.01
 """A correction smaller than this is none."""
 
@@ -36,9 +38,10 @@ def place() -> Path:
 def kind(config: RunConfig, phase: str) -> str:
     """What runs must have in common to say something about each other."""
     links = f" {','.join(method.name for method in config.chain.values())}" if phase != "train" and config.chain else ""
+    spread = f" under {config.parallelism.name}" if config.parallelism.distributed and phase in ON_RANKS else ""
     device = config.device.description() if not config.device.problems(1) else config.device.kind()
     here = f"{device}, torch {versions()['torch']}"
-    return f"{phase} of {config.model.name} in {config.precision.label}{links} on {here}"
+    return f"{phase} of {config.model.name} in {config.precision.label}{links}{spread} on {here}"
 
 
 def ratios(file: Path, kind: str) -> list[float]:

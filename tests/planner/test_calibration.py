@@ -55,6 +55,13 @@ def test_kinds_tell_models_precisions_and_links_apart():
     assert len({calibration.kind(compose(w), "train") for w in (words[0], words[3])}) == 1
 
 
+def test_what_ranks_hold_says_nothing_about_one_device():
+    words = [["device=cpu"], ["device=cpu", "parallelism=ddp"], ["device=cpu", "parallelism=fsdp"]]
+    for phase in ("train", "validate", "save"):
+        assert len({calibration.kind(compose(w), phase) for w in words}) == 3
+    assert len({calibration.kind(compose(w), "evaluate") for w in words}) == 1  # on one device, whoever trained
+
+
 def test_a_plan_is_corrected_by_what_runs_of_its_kind_measured_and_says_so(file: Path, tmp_path, monkeypatch):
     config = compose(DIGITS)
     data = config.data.open(config.model.tokenizer())
