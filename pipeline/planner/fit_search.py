@@ -151,7 +151,7 @@ class Search:
 
         def fits(one: Candidate, traced: bool) -> bool:
             try:
-                return search.valid(one) and self.lean(one, traced) <= self.budget
+                return search.valid(one) and self.lean(one, traced) <= self.budget and self.stored(one)
             except ConfigError:  # more tokens than the model has positions, or the data has
                 return False
 
@@ -163,6 +163,19 @@ class Search:
             if wanted == "sequence" and length(found) < length(base) and fits(base, traced=True):
                 return base  # which is no multiple of what sequences grow by
         return found
+
+    def stored(self, one: Candidate) -> bool:
+        """Whether `one` keeps the bound of `fit.artifact`, with some choice of the groups that are named free."""
+        if self.artifact is None:
+            return True
+        for other in search.variants(replace(one.config, fit=self.typed.fit), self.artifact):
+            try:
+                size = self.needs.artifact_bytes(other.config)
+            except ConfigError:  # a method that these shapes do not go with
+                continue
+            if size is None or size <= self.artifact:
+                return True
+        return False
 
     def unit(self, grown: Callable[[int], Candidate]) -> int:
         """The least number of groups of attention heads that passes the preflight: ranks may split them, or groups of

@@ -157,6 +157,15 @@ def test_what_is_longest_is_no_shorter_than_what_was_typed_and_fits(budget, leng
     assert search.maximized(Candidate(plain(config))).config.data.sequence_length == length
 
 
+@pytest.mark.parametrize("free", ["", "fit.free=[compression]"])
+def test_the_largest_model_keeps_the_bound_of_its_file(free, tmp_path, monkeypatch):
+    monkeypatch.setattr(Search, "lean", lambda search, one, traced: 0)
+    monkeypatch.setattr(Needs, "artifact_bytes", lambda needs, config: config.model.heads * (1 if config.chain else 2))
+    config = compose([*FIT, "budget=1GB", "fit.maximize=parameters", "fit.artifact=40B", *free.split()])
+    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    assert search.maximized(Candidate(plain(config))).config.model.heads == (40 if free else 20)
+
+
 FEW_LEVERS = ["memory.activation_checkpointing=none", "memory.loss_chunks=1", "trainer.batch_size=2"]
 
 
