@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from hydra.experimental.callback import Callback
@@ -46,11 +46,16 @@ FACTS = (
     "speed_before",
     "speed_after",
     "speed_ratio",
+    "peak_predicted",
+    "peak_measured",
+    "peak_phase",
+    "chosen",
     "seconds",
     "error",
     "directory",
 )
-"""The columns of every row beside `job`, `label` and the overrides."""
+"""The columns of every row beside `job`, `label` and the overrides. `peak_phase`: where most is measured, or if nothing
+is, predicted; `chosen`: what `job=fit` changed."""
 STATUSES = frozenset({"ok", "failed", "gate"})
 
 
@@ -107,6 +112,7 @@ def _facts(directory: Path) -> dict[str, Any]:
         return facts
     status = word(result, "status")
     speed_before, speed_after = amount(result, "speed", "before"), amount(result, "speed", "after")
+    predicted, measured = _peak(result, "predicted"), _peak(result, "measured")
     facts |= {
         "status": status if status in STATUSES else "failed",
         "metric": word(result, "quality", "metric") or None,
@@ -120,12 +126,30 @@ def _facts(directory: Path) -> dict[str, Any]:
         "speed_before": speed_before,
         "speed_after": speed_after,
         "speed_ratio": amount(result, "speed", "ratio") or quotient(speed_after, speed_before),
+        "peak_predicted": predicted and predicted[0],
+        "peak_measured": measured and measured[0],
+        "peak_phase": (measured or predicted or (0, None))[1],
+        "chosen": _chosen(result),
         "seconds": amount(result, "seconds"),
         "error": word(result, "error", "message") or None,
     }
     if status not in STATUSES:
         facts["error"] = f"result.json says status {pick(result, 'status')!r}, not one of {', '.join(sorted(STATUSES))}"
     return facts
+
+
+def _peak(result: Any, source: str) -> tuple[float, str] | None:
+    """Bytes of the phase that takes most, as predicted or measured, and its name; None where none is known."""
+    phases = pick(result, "memory", source)
+    names = phases if isinstance(phases, dict) else {}
+    return max(((held, name) for name in names if (held := amount(phases, name)) is not None), default=None)
+
+
+def _chosen(result: Any) -> str | None:
+    """What `job=fit` changed for the best that it found."""
+    ranking = pick(result, "fit", "ranking")
+    changes = pick(ranking[0], "changes") if isinstance(ranking, list) and ranking else None
+    return " ".join(map(str, changes)) or "as it is" if isinstance(changes, list) else None
 
 
 def _label(differing: Mapping[str, str]) -> str:
@@ -172,7 +196,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """All jobs in one table of at most 100 columns."""
+    """All jobs in one table of at most 100 columns: what came out, or of plans what they will take."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     keys = override_columns(rows)
@@ -181,29 +205,46 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ["overrides"] if together else keys:
         table.add_column(Text(name if together else name.rsplit(".", 1)[-1]), overflow="fold")
     table.add_column("", no_wrap=True)
+    results = ("quality_after", "bytes_after", "speed_ratio")
+    planned = any(row.get("peak_predicted") for row in rows) and not any(
+        row.get(key) for row in rows for key in results
+    )
+    cells = _planned if planned else _came_out
     metrics = {str(row["metric"]) for row in rows if row.get("metric")}
-    table.add_column(metrics.pop() if len(metrics) == 1 else "quality", justify="right", overflow="fold")
-    table.add_column("change", overflow="fold")
-    for name in ("size", "ratio", "speed", "time"):
-        table.add_column(name, justify="right", overflow="fold")
+    quality = metrics.pop() if len(metrics) == 1 else "quality"
+    found = ["chosen"] if any(row.get("chosen") for row in rows) else []
+    columns = ["peak", "in", *found] if planned else [quality, "change", "size", "ratio", "speed"]
+    for name in [*columns, "time"]:
+        justify: Literal["left", "right"] = "left" if name in ("change", "in", "chosen") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
-        metric, after = row.get("metric") or "", row.get("quality_after")
         typed = [f"{key.rsplit('.', 1)[-1]}={row[key]}" for key in keys if row.get(key) is not None]
-        change = quality_change(metric, row.get("direction") or "", row.get("quality_before"), after)
-        status = str(row.get("status"))
-        speed, ratio, seconds = row.get("speed_ratio"), row.get("ratio"), row.get("seconds")
+        status, seconds = str(row.get("status")), row.get("seconds")
         table.add_row(
             str(row.get("job")),
             *([Text(" ".join(typed))] if together else [Text(row.get(key) or "") for key in keys]),
             Text(status, style="green" if status == "ok" else "bold red"),
-            format_quality(metric, after),
-            Text(change),
-            format_bytes(row.get("bytes_after")),
-            "-" if ratio is None else f"{significant(ratio)}x",
-            "-" if speed is None else f"{significant(speed)}x",
+            *cells(row)[: len(columns)],
             "-" if seconds is None else format_seconds(seconds),
         )
     return table
+
+
+def _came_out(row: Mapping[str, Any]) -> tuple[str | Text, ...]:
+    metric, after = row.get("metric") or "", row.get("quality_after")
+    change = quality_change(metric, row.get("direction") or "", row.get("quality_before"), after)
+    speed, ratio = row.get("speed_ratio"), row.get("ratio")
+    return (
+        format_quality(metric, after),
+        Text(change),
+        format_bytes(row.get("bytes_after")),
+        "-" if ratio is None else f"{significant(ratio)}x",
+        "-" if speed is None else f"{significant(speed)}x",
+    )
+
+
+def _planned(row: Mapping[str, Any]) -> tuple[str | Text, ...]:
+    return format_bytes(row.get("peak_predicted")), row.get("peak_phase") or "", Text(row.get("chosen") or "")
 
 
 def sweep_lines(rows: Sequence[Mapping[str, Any]], sweep_dir: Path, width: int = 100) -> Iterator[str]:

@@ -107,6 +107,25 @@ def test_the_table_fits_and_says_the_essentials(six: Path, width: int) -> None:
         assert "perplexity" in lines[1]
 
 
+@pytest.mark.parametrize("kind", ["plan", "fit"])
+def test_a_sweep_of_plans_shows_what_they_will_take(tmp_path: Path, kind: str) -> None:
+    for number, (precision, train) in enumerate({"32": 9_000_000, "bf16-true": 5_000_000}.items()):
+        result = new_result(kind, [], {})
+        result["status"] = "ok"
+        result["memory"]["predicted"].update(train=train, evaluate=7_000_000)
+        if kind == "fit":
+            result["fit"] = {"ranking": [{"changes": ["memory=lean"] if number else []}, {"changes": ["x=1"]}]}
+        job(tmp_path, number, [f"precision={precision}"], result)
+    job(tmp_path, 2, ["precision=foo"], None)
+    rows = collect(tmp_path)
+    assert [row["peak_predicted"] for row in rows] == [9_000_000, 7_000_000, None]
+    lines = [" ".join(line.split()) for line in render(rows, 100)]
+    chosen = [" as it is", " memory=lean", " chosen"] if kind == "fit" else ["", "", ""]
+    assert lines[1] == f"# precision peak in{chosen[2]} time"
+    assert lines[3] == f"0 32 ok 9.00 MB train{chosen[0]} -"
+    assert lines[4] == f"1 bf16-true ok 7.00 MB evaluate{chosen[1]} -"
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
