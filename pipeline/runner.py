@@ -84,7 +84,10 @@ def run(config: RunConfig, run_dir: Path) -> dict[str, Any]:
         raise
     except BaseException as error:
         result["status"] = "gate" if isinstance(error, ReceiptError) else "failed"
-        result["error"] = {"type": type(error).__name__, "message": str(error) or type(error).__name__}
+        # After Ctrl-C in a fit, traced ones too, Lightning exits with a code of its own.
+        ended = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        kind = "KeyboardInterrupt" if ended else type(error).__name__
+        result["error"] = {"type": kind, "message": kind if ended else str(error) or kind}
         raise
     finally:
         if result["status"] is not None:

@@ -508,9 +508,17 @@ def test_a_run_in_the_directory_of_another_does_not_go_on_from_it(
     assert leanfit(*TINY, "trainer.seed=7", "device.memory=1MB")[0] == 2
     assert (directory / "recipe.lock.yaml").read_text() == lock  # what was refused changed nothing
     assert (directory / "checkpoints" / "last.ckpt").is_file()
+
+    def fit(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
     with monkeypatch.context() as patched:  # cut off before its own first checkpoint
-        patched.setattr("pipeline.walk.run_fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("pipeline.walk.run_fit", fit)
         assert leanfit(*TINY, "trainer.seed=7")[0] == 130
+    assert read_result(directory / "result.json")["error"]["type"] == "KeyboardInterrupt"
     capsys.readouterr()
     assert main([f"resume={directory}"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
