@@ -68,6 +68,8 @@ class Links:
     generate: Peak | None = None
     stored: int | None = None
     """Bytes of the artifact's weights; those that are masked and quantized may take less."""
+    left: nn.Module | None = None
+    """What is left, as its artifact gives it back, on the meta device."""
     open: dict[str, str] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
     untraced: dict[str, str] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Links:
                 setattr(self, phase, getattr(computed, phase))
                 self.untraced[phase] = self.open.pop(phase)
         self.load, self.stored = self.load or computed.load, self.stored or computed.stored
+        self.left = self.left or computed.left
 
     def phases(self) -> dict[str, Peak]:
         """As a plan names them: `compress` is the link that holds most."""

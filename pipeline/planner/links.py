@@ -67,6 +67,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
             found.load = reading(config, model) if opens_in_memory(config, line) else None
             found.stored = stored_bytes(config, model)
             loaded = as_loaded(model)
+            found.left = faked(copy.deepcopy(loaded), device="meta")
             if not chain.trains:  # what lay in files is read, but by an evaluation on a CPU
                 faked(loaded)
             if "generate" in left:
@@ -171,14 +172,19 @@ def after(config: RunConfig) -> list[str]:
 def declare_left(config: RunConfig, data: DataBundle, chain: Chain, found: Links, model: nn.Module) -> None:
     """Enter what opens, evaluates and generates with `model`, which a chain leaves, by formula."""
     task = lookup.get(config.data.task)
-    in_memory = opens_in_memory(config, changing_stages(stages_of(config)))
-    if in_memory:
+    if opens_in_memory(config, changing_stages(stages_of(config))):
         found.load = reading(config, model)
     with unreal(config):
         found.stored = stored_bytes(config, faked(twin(model)))
-    loaded = as_loaded(model)
-    continued = twin(loaded)
+    found.left = as_loaded(model)
+    if generates(config, task):
+        with unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
+            found.generate = trace_generation(config, twin(found.left), task)
+    found.evaluate = evaluate_left(config, data, found.left)
+
+
+def evaluate_left(config: RunConfig, data: DataBundle, left: nn.Module) -> Peak:
+    """The evaluation of what a chain leaves, of the meta device, in the batches of `config`."""
+    in_files = not opens_in_memory(config, changing_stages(stages_of(config)))
     with unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
-        if generates(config, task):
-            found.generate = trace_generation(config, continued, task)
-        found.evaluate = trace_evaluation(config, loaded, task, data, in_files=not in_memory)
+        return trace_evaluation(config, twin(left), lookup.get(config.data.task), data, in_files=in_files)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from pipeline.data.base import DataBundle
 from pipeline.data.loader import training_batch
 from pipeline.device.cpu import CPU
@@ -17,9 +19,10 @@ from pipeline.layers.footprint import file_bytes, model_tensors
 from pipeline.models.architecture import describe
 from pipeline.planner import formula, search
 from pipeline.planner.generation import generates
-from pipeline.planner.links import trace_links
+from pipeline.planner.links import evaluate_left, trace_links
 from pipeline.planner.live import Peak
 from pipeline.planner.plan import (
+    Level,
     Phase,
     Plan,
     beside_fit,
@@ -53,6 +56,7 @@ class Needs:
         self._opened: dict[Any, DataBundle] = {}
         self._others: dict[Any, dict[str, Phase]] = {}
         self._unevaluated: dict[Any, Plan] = {}
+        self._linked: dict[Any, tuple[Plan, nn.Module | None]] = {}
         self._computed: dict[Any, Peak] = {}
         self._convolutional: dict[Any, bool] = {}
         self._open: dict[Any, dict[str, str]] = {}
@@ -131,20 +135,35 @@ class Needs:
         levers = (traced, micro_batch_size(config), repr(without_micro(config))) if fits else None
         key = (*chained(config), config.trainer.evaluation_batch_size, levers)
         if key not in self._others:
-            found, data = Plan(), self.data(config)
             if config.chain:
-                plan_opening(config, data, found)
-                plan_links(config, data, self.tokenizer, found, "trace" if traced or not fits else "formula")
-                if "artifact" in found.disk:
-                    self._stored[chained(config)] = found.disk["artifact"]
+                found = self.linked(config, (*chained(config), levers), "trace" if traced or not fits else "formula")
             else:
                 found = self.unevaluated(config)
-                plan_evaluation(config, self.task, data, found, "trace")
+                plan_evaluation(config, self.task, self.data(config), found, "trace")
             self._others[key] = {
                 name: phase for name, phase in found.phases.items() if fits or not name.startswith("train")
             }
             self._open[chained(config)] = found.open
         return self._others[key]
+
+    def linked(self, config: RunConfig, key: Any, level: Level) -> Plan:
+        """What a chain needs, found once, and the evaluation of what it leaves, in each batch that is asked for."""
+        data = self.data(config)
+        if key not in self._linked:
+            found = Plan()
+            plan_opening(config, data, found)
+            left = plan_links(config, data, self.tokenizer, found, level)
+            if "artifact" in found.disk:
+                self._stored[chained(config)] = found.disk["artifact"]
+            self._linked[key] = found, left
+            return found
+        once, left = self._linked[key]
+        found = Plan(phases=dict(once.phases), open=dict(once.open))
+        if "evaluate" in found.phases:
+            assert left is not None
+            peak, there = evaluate_left(config, data, left), found.phases["evaluate"]
+            found.phases["evaluate"] = known(config, "evaluate", peak, there.source, self.convolutional(config))
+        return found
 
     def unevaluated(self, config: RunConfig) -> Plan:
         """What a model that no link changes needs beside its fit, in whatever batches it is evaluated."""

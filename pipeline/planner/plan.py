@@ -187,7 +187,7 @@ def plan(
     return found
 
 
-def attempt(found: Plan, what: str, part: Callable[[], None]) -> None:
+def attempt(found: Plan, what: str, part: Callable[[], object]) -> None:
     """Plan a part; one that fails is not planned and says so, since a run does without."""
     try:
         part()
@@ -307,12 +307,15 @@ def source_of(config: RunConfig, level: Level) -> str:
     return "traced" if level == "trace" and config.device.kind() in TRACED else "computed"
 
 
-def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level, done: int = 0) -> None:
-    """Links that compress, their own fits, and the evaluation of what they leave."""
+def plan_links(
+    config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan, level: Level, done: int = 0
+) -> nn.Module | None:
+    """Enter links that compress, their own fits, and the evaluation of what they leave, which is returned on the meta
+    device; None where it is not known."""
     if config.device.kind() not in TRACED:
         why = f"links are not planned for device={config.device.kind()}"
         found.open |= dict.fromkeys(("compress", "evaluate"), why)
-        return
+        return None
     links = declare_links(config, data, tokenizer) if level == "formula" else None
     if links is None or links.open:  # what no formula is known for
         level, links = "trace", trace_links(config, data, tokenizer, untraceable(config))
@@ -326,6 +329,7 @@ def plan_links(config: RunConfig, data: DataBundle, tokenizer: Any, found: Plan,
     found.untraced |= links.untraced
     if links.stored is not None:
         found.disk["artifact"] = links.stored
+    return links.left
 
 
 def validates(config: RunConfig) -> bool:

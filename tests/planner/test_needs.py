@@ -60,3 +60,15 @@ def test_where_only_a_link_trains_its_fit_is_computed():
     needs = Needs(composed(*words))
     large, small = (needs.training(with_micro(composed(*words), size), traced=False) for size in (2, 1))
     assert small["train: distill"].bytes < large["train: distill"].bytes
+
+
+def test_a_chain_is_traced_once_whatever_batches_what_it_leaves_is_evaluated_in(monkeypatch):
+    calls = []
+    linked = module.plan_links
+    monkeypatch.setattr(module, "plan_links", lambda *given: calls.append(given) or linked(*given))
+    first, second = (composed("compression=int4", f"trainer.evaluation_batch_size={size}") for size in (16, 2))
+    needs = Needs(first)
+    large, small = (needs.others(one, traced=False)["evaluate"] for one in (first, second))
+    assert len(calls) == 1
+    assert small.bytes < large.bytes
+    assert small == Needs(second).others(second, traced=False)["evaluate"]
