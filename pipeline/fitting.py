@@ -243,6 +243,11 @@ class TaskModule(lightning.LightningModule):
         rank = self.global_rank // self.config.parallelism.tensor_ranks
         seed_generators(self.config.trainer.seed + 1_000_003 * (batch_idx + 1) + 15_485_863 * rank, self.device)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # What is rounded by chance is so alike on all ranks: their copies of the weights stay one.
+        if self.config.precision.rounds_stochastically:
+            seed_generators(self.config.trainer.seed + 1_000_003 * (self.global_step + 1) + 32_452_843, self.device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         with nullcontext() if self.offload is None else self.offload.saving(batch):
             if self.stage_loss is None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline import checkpoints
 from pipeline.composing import compose
-from pipeline.fitting import fit, seed_generators
+from pipeline.fitting import TaskModule, fit, seed_generators
 from pipeline.last_step import SaveWhereMemoryEnds
 from pipeline.report.metrics_file import read_metrics
 from pipeline.report.progress import Progress
@@ -177,3 +177,14 @@ def test_generators_are_seeded_as_torch_seeds_them(device: str) -> None:
     seed_generators(1_000_003, torch.device(device))
     assert torch.equal(torch.rand(3), expected[0])
     assert torch.equal(torch.rand(3, device=device), expected[1])
+
+
+def test_ranks_round_by_chance_alike(tmp_path, monkeypatch):
+    ended = []
+    for rank in (0, 1):
+        monkeypatch.setattr(TaskModule, "global_rank", rank)
+        words = ["precision=bf16-true", "precision.stochastic_rounding=true", "trainer.max_steps=1"]
+        model, train = ready(tmp_path / str(rank), *words, "trainer.evaluate_every=0", "model.layers=1")
+        train()
+        ended.append(model.state_dict())
+    assert all(torch.equal(ended[1][name], weight) for name, weight in ended[0].items())

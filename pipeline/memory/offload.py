@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.layers.offload import IN_FILES, OffloadError
 from pipeline.memory.measure import storages
-from pipeline.optimizers.stepping import step_each
+from pipeline.optimizers.stepping import in_place_of, step_each
 
 SMALLEST = 1 << 14
 """Bytes of a tensor below which it stays: such ones are many and hold little."""
@@ -280,7 +280,7 @@ def offload_optimizer(optimizer: torch.optim.Optimizer, where: Store) -> None:
     @contextmanager
     def stepped(weight: nn.Parameter) -> Iterator[None]:
         put_away(weight)
-        with nullcontext() if weight.device.type == "cpu" else _on_host(weight):
+        with nullcontext() if weight.device.type == "cpu" else _on_host(optimizer, weight):
             yield
         put_away(weight)
 
@@ -322,15 +322,12 @@ def _kept(value: Any, where: Store) -> Any:
 
 
 @contextmanager
-def _on_host(weight: nn.Parameter) -> Iterator[None]:
-    """While entered, `weight` and its gradient are in the host's memory; the device gets what the weight is then."""
-    there, gradient = weight.data, weight.grad
-    assert gradient is not None
-    weight.grad = None
-    weight.data = there.cpu()
-    weight.grad = gradient.cpu()
-    yield
-    there.copy_(weight.data)
-    weight.grad = None
-    weight.data = there
-    weight.grad = gradient
+def _on_host(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[None]:
+    """While entered, `optimizer` steps a copy of `weight` in the host's memory; the device gets what it is then."""
+    assert weight.grad is not None
+    near = nn.Parameter(weight.detach().cpu())
+    near.grad_dtype = weight.grad_dtype
+    near.grad = weight.grad.cpu()
+    with in_place_of(optimizer, weight, near):
+        yield
+    weight.data.copy_(near.data)

@@ -92,23 +92,35 @@ def step_each(optimizer: torch.optim.Optimizer, around: Callable[[nn.Parameter],
 
 
 @contextmanager
+def in_place_of(optimizer: torch.optim.Optimizer, weight: nn.Parameter, other: nn.Parameter) -> Iterator[None]:
+    """While entered, `optimizer`, which has just `weight`, has `other` instead, with the state.
+
+    For what is stepped in another dtype or on another device: torch forgets the hooks of a weight that is given data of
+    such, the one that averages its gradient over devices among them.
+    """
+    (group,) = optimizer.param_groups
+    group["params"] = [other]
+    optimizer.state[other] = optimizer.state.pop(weight, {})
+    try:
+        yield
+    finally:
+        optimizer.state[weight] = optimizer.state.pop(other)
+        group["params"] = [weight]
+
+
+@contextmanager
 def _updated_in(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dtype: torch.dtype) -> Iterator[None]:
-    """While entered, `weight`, its gradient and its state are in `dtype`."""
-    gradient, narrow, held = weight.grad, weight.data, weight.grad_dtype
-    assert gradient is not None
-    weight.grad = None
-    weight.data = narrow.to(dtype)
-    weight.grad_dtype = dtype
-    weight.grad = gradient.to(dtype)
-    _convert_state(optimizer, weight, narrow.dtype, dtype)
-    yield
-    weight.grad = None
-    if dtype != narrow.dtype:
-        narrow.copy_(stochastic_bfloat16(weight.data))
-        _convert_state(optimizer, weight, dtype, narrow.dtype)
-    weight.data = narrow
-    weight.grad_dtype = held
-    weight.grad = gradient
+    """While entered, `optimizer` steps `weight` with its gradient and its state in `dtype`."""
+    assert weight.grad is not None
+    wide = nn.Parameter(weight.detach().to(dtype))
+    wide.grad = weight.grad.to(dtype)
+    with in_place_of(optimizer, weight, wide):
+        _convert_state(optimizer, wide, weight.dtype, dtype)
+        yield
+        wide.grad = None
+        _convert_state(optimizer, wide, dtype, weight.dtype)
+    if dtype != weight.dtype:
+        weight.data.copy_(stochastic_bfloat16(wide.data))
 
 
 def _convert_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, old: torch.dtype, new: torch.dtype) -> None:

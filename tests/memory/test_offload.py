@@ -15,6 +15,7 @@ from pipeline.memory.measure import measure_peak
 from pipeline.memory.offload import ActivationOffload, Files, Host, offload_optimizer, unpack
 from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.optimizers.stepping import step_in_backward, step_one_by_one
+from tests.optimizers.test_stepping import seen_by_the_hook_that_averages
 from tests.parallelism.test_parity import COMMON, FITTED, outcome, train
 from tests.tiny import llama, opt
 
@@ -304,3 +305,12 @@ def test_a_gpus_activations_and_state_come_back_from_its_host(all_sizes):
     assert {value.device.type for state in offloaded.state.values() for value in state.values()} == {"cpu"}
     for mine, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_weight_that_is_stepped_on_the_host_keeps_the_hook_that_averages_its_gradient():
+    weight = nn.Parameter(torch.ones(4, 4, device="cuda"))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    offload_optimizer(optimizer, Host())
+    assert seen_by_the_hook_that_averages(weight, optimizer) == 2

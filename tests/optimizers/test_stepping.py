@@ -135,3 +135,21 @@ def test_gradients_may_be_held_in_another_dtype(weights, gradients, stochastic):
     trained(model, optimizer, steps=12, after=check)
     assert {weight.dtype for weight in model.parameters()} == {weights}
     assert losses[-1] < losses[0] - 0.05
+
+
+def seen_by_the_hook_that_averages(weight, optimizer):
+    """How often a hook that is put on as DistributedDataParallel does is run in two steps."""
+    seen = []
+    accumulator = weight.view_as(weight).grad_fn.next_functions[0][0]
+    accumulator.register_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        weight.square().sum().backward()
+        optimizer.step()
+    return len(seen)
+
+
+def test_a_weight_that_is_rounded_by_chance_keeps_the_hook_that_averages_its_gradient():
+    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    step_one_by_one(optimizer, stochastic=True)
+    assert seen_by_the_hook_that_averages(weight, optimizer) == 2
