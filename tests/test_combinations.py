@@ -200,7 +200,7 @@ def test_a_choice_that_is_not_tried_here_is_new():
     for group in ("precision", "optimizer", "adapter", "parallelism"):
         for name in registry.available(group):
             assert f"{group}={name}" in tried or f"{group}={name}" in {
-                "precision=32", "adapter=none", "parallelism=single", "parallelism=xla"
+                "precision=32", "adapter=none", "parallelism=single", "parallelism=xla", "parallelism=mpi"
             }, f"{group}={name}"  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import yaml
 
+from pipeline.composing import compose
 from pipeline.errors import LeanfitError
 from pipeline.launch import killed
 from pipeline.parallelism.base import Meeting
@@ -74,6 +75,11 @@ def test_a_rank_of_a_group_of_another_size_is_refused():
         ddp(launcher="mpirun").place(short)
     with pytest.raises(LeanfitError, match="without OMPI_COMM_WORLD_RANK or PMI_RANK"):
         ddp(launcher="mpirun").place({})
+
+
+def test_mpi_is_ddp_that_mpirun_starts(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert compose(["parallelism=mpi"]).parallelism == ddp(launcher="mpirun")
 
 
 @pytest.mark.parametrize(
