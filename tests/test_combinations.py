@@ -112,6 +112,7 @@ def check(directory):
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[1] != losses[0]
+    assert len({weights.read_text() for weights in directory.glob("weights-*.txt")}) <= 1  # of ranks with one model
 
 
 @pytest.mark.parametrize("pair", [p for p in PAIRS if devices(p) == 1 and not refusal(p)], ids=label)

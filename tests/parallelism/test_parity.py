@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,12 @@ def train(directory, config, **settings):
     model, context = prepared(config, directory, data, tokenizer, line, line[0])
     task = lookup.get(config.data.task)
     fitted = fit(config, line[0], model, task, data, context.architecture, directory, **settings)
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         fitted.write(directory / FITTED)
+    if config.parallelism.name == "ddp":  # whose ranks have one model
+        weights = torch.cat([weight.detach().double().flatten() for weight in model.parameters()])
+        (directory / f"weights-{rank}.txt").write_text(sha256(weights.numpy().tobytes()).hexdigest())
 
 
 def outcome(directory):
