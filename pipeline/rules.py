@@ -60,8 +60,6 @@ def _fitting(config: RunConfig) -> list[str]:
         given |= {f"fit.{key}": value for key in ("free", "maximize", "run") if (value := getattr(asked, key))}
         told = [f"{registry.shown(key, value)} goes with job=fit, not job={config.job}" for key, value in given.items()]
         return [*found, *told]
-    if "compression" in asked.free and asked.artifact is None and asked.inference is None:
-        found.append("fit.free=[compression] chooses by bytes that come out: give fit.artifact or fit.inference too")
     memory = config.device.memory
     if memory is not None and not config.device.memory_problems() and bytes_of.get("budget", 0) > parse_size(memory):
         found.append(f"budget={config.budget} is more than device.memory={memory}, which a run keeps within; give less")

@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pipeline.device.base import Device, Kind
@@ -80,6 +81,7 @@ def _driver(library: str | None) -> Any:
     return driver if driver.cuInit(0) == 0 else None
 
 
+@cache
 def torch_without_cuda() -> str | None:
     """The version of a torch that was built for something else than CUDA ('2.13.0+cpu'); None where it may have it."""
     version = importlib.metadata.version("torch")

@@ -29,8 +29,8 @@ from pipeline.parallelism.base import Parallelism
 from pipeline.planner import search, speed, timing
 from pipeline.planner.chosen import Chosen, label
 from pipeline.planner.live import by_kind
-from pipeline.planner.needs import Needs
-from pipeline.planner.plan import MARGINS, capacity
+from pipeline.planner.needs import Needs, with_micro
+from pipeline.planner.plan import MARGINS, Phase, capacity
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
 from pipeline.planner.trained import adapted
 from pipeline.planner.transfers import in_files
@@ -38,7 +38,7 @@ from pipeline.report.progress import Progress
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.sizes import parse_size
-from pipeline.stage_input import shapes
+from pipeline.stage_input import link_under_adapters, shapes
 from pipeline.walk import Run, changing_stages, preflight, stages_of
 
 TIMED_SECONDS = 60.0
@@ -75,6 +75,7 @@ class Search:
         self.inference = None if config.fit.inference is None else parse_size(config.fit.inference)
         self._books: dict[Any, speed.Workbook] = {}
         self._useless: dict[Any, set[tuple[str, Any]]] = {}
+        self._moved: dict[Any, int] = {}
         self._halved = 0
         """How often the evaluation batch of the last candidate was halved: others of the same model are much alike."""
 
@@ -244,11 +245,17 @@ class Search:
         def tried(place: int) -> Candidate:
             return one.with_values("trainer", evaluation_batch_size=sizes[place])
 
+        def within(phases: dict[str, Phase]) -> bool:
+            return all(phases[name].most <= self.budget for name in ("evaluate", "validate") if name in phases)
+
         @cache
         def keeps(place: int) -> bool:
-            lean = self.needs.phases(self.leanest(tried(place)).config, traced=False)
-            within = all(lean[name].most <= self.budget for name in ("evaluate", "validate") if name in lean)
-            return within and self.beyond_inference(tried(place)) is None
+            found = tried(place)
+            if self.beyond_inference(found) is not None or not within(self.needs.others(found.config, traced=False)):
+                return False
+            if within(self.needs.phases(found.config, traced=False)):  # what holds least takes several to find
+                return True
+            return within(self.needs.phases(self.leanest(found).config, traced=False))
 
         place = min(self._halved, len(sizes) - 1)
         while place + 1 < len(sizes) and not keeps(place):
@@ -289,10 +296,11 @@ class Search:
                 listed.append((variant, None))
                 continue
             every = self.levers(variant)
-            lean = self.rated(self.leanest(variant, every), traced=False)
-            if len(variants) > 1 and lean.phase.bytes * (1 - MARGINS["computed"]) > self.budget:
-                hopeless.append(lean)
-                continue
+            if len(variants) > 1 and not self.may_fit(self.rated(variant, traced=False)):
+                lean = self.rated(self.leanest(variant, every), traced=False)
+                if not self.may_fit(lean):
+                    hopeless.append(lean)
+                    continue
             every = self.worthwhile(variant, every)
             work = self.book(variant.config).work(variant.config, stage)
             listed += [(one, work) for one in every]
@@ -311,6 +319,10 @@ class Search:
             )
         )  # fmt: skip
         return found, rates
+
+    def may_fit(self, computed: Rated) -> bool:
+        """Whether it fits by the formula at its lowest."""
+        return computed.phase.bytes * (1 - MARGINS["computed"]) <= self.budget
 
     def worthwhile(self, variant: Candidate, every: list[Candidate]) -> list[Candidate]:
         """Without levers that save next to nothing, be it beside blocks that are kept or blocks computed twice."""
@@ -341,18 +353,21 @@ class Search:
         return (self.needs.artifact_bytes(config) or 0) if "compression" in self.typed.fit.free else 0
 
     def seconds(self, one: Candidate, work: speed.Work, rates: speed.Rates) -> float:
-        moved = 0
-        if one.config.memory.activation_offload != "none":
-            # Which the other levers leave as they are.
-            kept = one.with_values(
-                "memory",
-                activation_offload="none",
-                optimizer_offload="none",
-                release_gradients=False,
-                step_in_backward=False,
-            ).config
-            moved = self.needs.fitted(kept, False).kinds.get("activations", 0)
+        moved = 0 if one.config.memory.activation_offload == "none" else self.moved(one)
         return speed.step_seconds(one.config, work, rates, moved)
+
+    def moved(self, one: Candidate) -> int:
+        """Bytes of a micro batch that offloading its activations moves: its share of those of the largest one. The
+        optimizer, and the other levers but checkpointing, leave them as they are."""
+        config, sizes = one.config, search.micro_batches(one.config)
+        mode, under = config.memory.activation_checkpointing, repr(link_under_adapters(config))
+        key = (config.model, config.data, config.precision, config.adapter, under, config.parallelism, mode, sizes[0])
+        if key not in self._moved:
+            memory = replace(self.typed.memory, activation_offload="none", optimizer_offload="none", loss_chunks=1)
+            memory = replace(memory, activation_checkpointing=mode, release_gradients=False, step_in_backward=False)
+            largest = with_micro(replace(config, memory=memory, optimizer=self.typed.optimizer), sizes[0])
+            self._moved[key] = self.needs.fitted(largest, False).kinds.get("activations", 0)
+        return self._moved[key] * micro_batch_size(config)[0] // sizes[0]
 
     def book(self, config: RunConfig) -> speed.Workbook:
         """Of the candidates with this model and data."""

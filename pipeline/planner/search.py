@@ -26,6 +26,7 @@ from pipeline.device.cuda import gpus
 from pipeline.planner.live import Peak
 from pipeline.planner.plan import MARGINS, Phase
 from pipeline.schema import RunConfig
+from pipeline.stage_input import link_under_adapters
 from pipeline.usage import settings
 
 CHUNKS = (4, 16)
@@ -82,7 +83,15 @@ def variants(config: RunConfig, artifact: int | None = None) -> list[Candidate]:
         if group in free:
             found = [other for one in found for other in (one, *_choices(one, group))]
     if "compression" in free:
-        found = [other for one in found for other in (one, *_methods(one, artifact))]
+        bound = artifact is not None or config.fit.inference is not None or config.trainer.max_steps == 0
+        # Of training alone a method takes something off as the base of adapters.
+        counting = [one for one in found if bound or one.config.adapter.trains]
+        found += [
+            other
+            for one in counting
+            for other in _methods(one, artifact)
+            if bound or link_under_adapters(other.config) is not None
+        ]
     found = [other for one in found for other in _strategies(one, "parallelism" in free)]
     return [one for one in found if valid(one)]
 

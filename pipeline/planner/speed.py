@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -230,12 +231,12 @@ class Work:
     model: Model
     known: dict[Any, dict[str, float]] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def in_blocks(self) -> int:
         """Operators of the forward pass in the blocks."""
         return sum(operator.part == "blocks" for operator in self.one)
 
-    @property
+    @cached_property
     def in_head(self) -> int:
         return sum(operator.part == "head" for operator in self.one)
 
@@ -277,7 +278,7 @@ class Workbook:
     def __init__(self, build: Callable[[], nn.Module], task: Task, sample: Batch) -> None:
         self.build, self.task, self.sample = build, task, sample
         self._passes: dict[Any, tuple[list[Operator], list[Operator], Sums, Sums]] = {}
-        self._steps: dict[Any, list[Operator]] = {}
+        self._work: dict[Any, Work] = {}
 
     def work(self, config: RunConfig, stage: Stage) -> Work:
         """The work of the fit of `stage`."""
@@ -288,10 +289,11 @@ class Workbook:
             if len(one) != len(two):  # kernels chosen by the batch: as of two samples
                 one = [operator._replace(flops=operator.flops / 2, bytes=operator.bytes / 2) for operator in two]
             self._passes[base] = one, two, first.forward, first.backward
-        if (key := (*base, config.optimizer)) not in self._steps:
-            self._steps[key] = stepping(config, stage, self.model(config, stage))
-        one, two, forward, backward = self._passes[base]
-        return Work(one, two, self._steps[key], sent_of(self.model(config, stage), forward, backward))
+        if (key := (*base, config.optimizer)) not in self._work:
+            one, two, forward, backward = self._passes[base]
+            step = stepping(config, stage, self.model(config, stage))
+            self._work[key] = Work(one, two, step, sent_of(self.model(config, stage), forward, backward))
+        return replace(self._work[key], known={})  # seconds are by the rates that are asked for
 
     def model(self, config: RunConfig, stage: Stage) -> nn.Module:
         """What the fit begins with, on the meta device."""

@@ -114,6 +114,7 @@ def test_more_gpus_than_there_are_is_a_problem(monkeypatch):
 
 @pytest.mark.parametrize(("version", "expected"), [("2.13.0+cpu", True), ("2.13.0+cu130", False), ("2.13.0", False)])
 def test_a_torch_without_cuda_is_told_by_its_version(monkeypatch, version, expected):
+    monkeypatch.setattr(cuda, "torch_without_cuda", cuda.torch_without_cuda.__wrapped__)  # which remembers nothing
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert (cuda.torch_without_cuda() == version) is expected
     monkeypatch.setattr(cuda, "gpus", lambda: 1)

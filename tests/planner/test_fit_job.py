@@ -214,7 +214,6 @@ def test_generation_keeps_the_bound_of_inference_and_is_nothing_of_the_run(chain
         (["budget=6GB?"], "budget=6GB? is no size: give a number of bytes, or a size such as 2.5MB or 6GiB"),
         (["budget=0"], "budget=0 is not above zero"),
         (["budget=1GB", "fit.free=[optimzer]"], "fit.free[0]=optimzer must be one of memory, optimizer"),
-        (["budget=1GB", "fit.free=[compression]"], "fit.free=[compression] chooses by bytes that come out"),
         (["budget=1GB", "fit.artifact=small"], "fit.artifact=small is no size"),
         (["budget=1GB", "device.memory=1MB"], "budget=1GB is more than device.memory=1MB, "),
         (["budget=1GB", "fit.maximize=speed"], "fit.maximize=speed must be null or be one of micro_batch, sequence, "),
@@ -349,3 +348,16 @@ def test_help_names_the_job_and_its_keys(capsys):
     assert "budget=null" in told
     assert "job=fit budget=6GiB" in told
     assert json.dumps(None) in told
+
+
+def test_what_holds_least_is_not_looked_for_where_the_config_as_it_is_keeps_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(Search, "leanest", lambda search, base, every=None: pytest.fail("every lever was computed"))
+    search = Search(
+        compose([*FIT, "budget=1GB", "fit.free=[optimizer]"]),
+        tmp_path,
+        new_result("fit", [], {}),
+        Progress({}, "silent"),
+    )
+    base = Candidate(plain(search.typed))
+    assert search.evaluated(base) == base
+    assert search.may_fit(search.rated(base, traced=False))

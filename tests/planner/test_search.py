@@ -56,6 +56,17 @@ def test_strategies_and_methods_are_what_their_overrides_compose_to():
         )
 
 
+@pytest.mark.parametrize(("words", "found"), [([], {"nf4"}), (["fit.inference=1MB"], {"nf4", "int8", "fp8"})])
+def test_a_budget_of_training_alone_makes_a_method_the_base_of_adapters(words, found):
+    all_free = "fit.free=[memory,optimizer,precision,parallelism,adapter,compression,micro_batch]"
+    config = compose([*SMALL, all_free, *words])
+    assert rules.problems(config) == []
+    compressed = [one.config for one in variants(config) if one.config.chain]
+    assert found <= {name for one in compressed for name in one.chain}
+    assert words or {one.adapter.name for one in compressed} <= {"lora", "dora"}
+    assert words or {name for one in compressed for name in one.chain} == found
+
+
 def test_nothing_that_changes_results_is_searched_unless_it_is_named():
     config, found = every(SMALL)
     assert len(found) > 20
