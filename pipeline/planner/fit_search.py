@@ -30,7 +30,7 @@ from pipeline.planner import search, speed, timing
 from pipeline.planner.chosen import Chosen, label
 from pipeline.planner.live import by_kind
 from pipeline.planner.needs import Needs, with_micro
-from pipeline.planner.plan import MARGINS, Phase, capacity
+from pipeline.planner.plan import MARGINS, Phase, capacity, validates
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
 from pipeline.planner.trained import adapted
 from pipeline.planner.transfers import in_files
@@ -253,7 +253,8 @@ class Search:
             found = tried(place)
             if self.beyond_inference(found) is not None or not within(self.needs.others(found.config, traced=False)):
                 return False
-            if within(self.needs.phases(found.config, traced=False)):  # what holds least takes several to find
+            # What is evaluated beside the fit hangs on what that keeps, and what holds least takes several to find.
+            if not validates(found.config) or within(self.needs.phases(found.config, traced=False)):
                 return True
             return within(self.needs.phases(self.leanest(found).config, traced=False))
 

@@ -197,11 +197,12 @@ class Needs:
 
     def artifact_bytes(self, config: RunConfig) -> int | None:
         """Bytes of the artifact's weights; None where what a chain leaves cannot be traced."""
-        if not config.chain:
-            model = config.precision.convert(shapes(config, self.data(config)))
-            return file_bytes(model_tensors(model, {}))
         key = chained(config)
-        self.others(config, traced=False)
+        if not config.chain and key not in self._stored:
+            model = config.precision.convert(shapes(config, self.data(config)))
+            self._stored[key] = file_bytes(model_tensors(model, {}))
+        if key not in self._stored:
+            self.others(config, traced=False)
         if key not in self._stored:  # of another device no links are planned, but a file is as large
             here = replace(config, device=CPU(name="cpu", memory=None))
             self._stored[key] = trace_links(here, self.data(config), self.tokenizer).stored

@@ -277,7 +277,8 @@ class Workbook:
 
     def __init__(self, build: Callable[[], nn.Module], task: Task, sample: Batch) -> None:
         self.build, self.task, self.sample = build, task, sample
-        self._passes: dict[Any, tuple[list[Operator], list[Operator], Sums, Sums]] = {}
+        self._passes: dict[Any, tuple[list[Operator], list[Operator], Model]] = {}
+        self._steps: dict[Any, list[Operator]] = {}
         self._work: dict[Any, Work] = {}
 
     def work(self, config: RunConfig, stage: Stage) -> Work:
@@ -288,11 +289,14 @@ class Workbook:
             one, two = first.found, second.found
             if len(one) != len(two):  # kernels chosen by the batch: as of two samples
                 one = [operator._replace(flops=operator.flops / 2, bytes=operator.bytes / 2) for operator in two]
-            self._passes[base] = one, two, first.forward, first.backward
+            sent = sent_of(self.model(config, stage), first.forward, first.backward)
+            self._passes[base] = one, two, sent
+        # Under adapters that train, what is compressed is not stepped.
+        if (trained := (config.precision, config.adapter, config.optimizer)) not in self._steps:
+            self._steps[trained] = stepping(config, stage, self.model(config, stage))
         if (key := (*base, config.optimizer)) not in self._work:
-            one, two, forward, backward = self._passes[base]
-            step = stepping(config, stage, self.model(config, stage))
-            self._work[key] = Work(one, two, step, sent_of(self.model(config, stage), forward, backward))
+            one, two, sent = self._passes[base]
+            self._work[key] = Work(one, two, self._steps[trained], sent)
         return replace(self._work[key], known={})  # seconds are by the rates that are asked for
 
     def model(self, config: RunConfig, stage: Stage) -> nn.Module:
