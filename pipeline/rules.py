@@ -60,6 +60,12 @@ def _fitting(config: RunConfig) -> list[str]:
         given |= {f"fit.{key}": value for key in ("free", "maximize", "run") if (value := getattr(asked, key))}
         told = [f"{registry.shown(key, value)} goes with job=fit, not job={config.job}" for key, value in given.items()]
         return [*found, *told]
+    bounds = asked.artifact or asked.inference or not config.trainer.max_steps
+    if "compression" in asked.free and not (bounds or "adapter" in asked.free or config.adapter.trains):
+        found.append(
+            "fit.free=[compression] chooses by bytes that come out, or as the base of adapters: give fit.artifact or "
+            "fit.inference, or fit.free=[adapter,compression]"
+        )
     memory = config.device.memory
     if memory is not None and not config.device.memory_problems() and bytes_of.get("budget", 0) > parse_size(memory):
         found.append(f"budget={config.budget} is more than device.memory={memory}, which a run keeps within; give less")

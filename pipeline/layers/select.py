@@ -82,10 +82,10 @@ def select(
             left[name] = f"tied to the embedding {embedded[id(module.weight)]}"
         elif _computes_otherwise(module):
             left[name] = f"{type(module).__name__} computes in its own way"
-        elif name in read:
-            left[name] = f"{read[name]} reads its weight by itself"
         elif name in routing:
             left[name] = "chooses among experts"
+        elif name in read:
+            left[name] = f"{read[name]} reads its weight by itself"
         elif name == architecture.head and architecture.embeddings:
             left[name] = "projects to the vocabulary"
         elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":

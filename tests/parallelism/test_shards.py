@@ -20,7 +20,7 @@ from tests.parallelism.test_parity import COMMON, DOUBLE, LLAMA, assert_same_wei
 from tests.ranks import made_by_ranks
 
 STEPS = 8
-WORDS = [*COMMON, f"trainer.max_steps={STEPS}", f"trainer.checkpoint_every={STEPS}"]
+SHORT = [f"trainer.max_steps={STEPS}", f"trainer.checkpoint_every={STEPS}"]
 QLORA = ["adapter=lora", "compression=nf4"]
 BYTES = ["optimizer=adamw8bit", "optimizer.min_elements=0"]
 SGD16 = ["precision=16-mixed", "optimizer=sgd"]
@@ -69,7 +69,7 @@ def single(overrides):
 
 @functools.cache
 def _alone(directory, words):
-    train(directory, compose([*WORDS, *words]))
+    train(directory, compose([*COMMON, *words]))
     return outcome(directory)
 
 
@@ -91,7 +91,7 @@ def alone(tmp_path_factory):
 def test_shards_train_as_one_device_does(devices, case, alone, tmp_path_factory):
     overrides = CASES[devices][case]
     losses, weights = outcome(made_by_ranks(__file__, devices, tmp_path_factory) / case)
-    expected, one = alone(overrides)
+    expected, one = alone([*SHORT, *overrides])
     assert len(losses) == (20 if "trainer.max_steps=20" in overrides else STEPS)
     double = "precision=64-true" in overrides
     torch.testing.assert_close(losses, expected, rtol=1e-10 if double else 1e-5, atol=0)
@@ -106,7 +106,7 @@ def test_steps_that_overflow_are_those_that_do_on_one_device(name, tmp_path_fact
     directory = made_by_ranks(__file__, 2, tmp_path_factory) / f"{name}-float16-overflows"
     scale = read(directory / "checkpoints" / "last.ckpt")["Mixed"]["scale"]
     alone = tmp_path_factory.mktemp("single")
-    train(alone, compose([*WORDS, *OVERFLOWS]))
+    train(alone, compose([*COMMON, *SHORT, *OVERFLOWS]))
     assert scale == read(alone / "checkpoints" / "last.ckpt")["Mixed"]["scale"]
     assert HIGH / 2**12 <= scale <= HIGH / 2**4  # as many steps were skipped, and others were not
 
@@ -155,7 +155,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     count, directory = int(sys.argv[1]), Path(sys.argv[2])
     for case, overrides in CASES[count].items():
-        train(directory / case, compose([*WORDS, *overrides]))
+        train(directory / case, compose([*COMMON, *SHORT, *overrides]))
     if count == 2:
         for fused in (True, False):
             overflow(directory / "overflow", fused)

@@ -214,6 +214,7 @@ def test_generation_keeps_the_bound_of_inference_and_is_nothing_of_the_run(chain
         (["budget=6GB?"], "budget=6GB? is no size: give a number of bytes, or a size such as 2.5MB or 6GiB"),
         (["budget=0"], "budget=0 is not above zero"),
         (["budget=1GB", "fit.free=[optimzer]"], "fit.free[0]=optimzer must be one of memory, optimizer"),
+        (["budget=1GB", "fit.free=[compression]"], "fit.free=[compression] chooses by bytes that come out, or as"),
         (["budget=1GB", "fit.artifact=small"], "fit.artifact=small is no size"),
         (["budget=1GB", "device.memory=1MB"], "budget=1GB is more than device.memory=1MB, "),
         (["budget=1GB", "fit.maximize=speed"], "fit.maximize=speed must be null or be one of micro_batch, sequence, "),
