@@ -153,9 +153,11 @@ MEMORY_ONLY = {word for lever in LEVERS.values() for word in lever}
 @pytest.mark.parametrize(("devices", "case"), [(n, case) for n, cases in CASES.items() for case in cases])
 def test_several_devices_train_as_one_does(devices, case, alone, tmp_path_factory):
     overrides = CASES[devices][case]
-    losses, weights = outcome(made_by_ranks(__file__, devices, tmp_path_factory) / case)
+    directory = made_by_ranks(__file__, devices, tmp_path_factory) / case
+    losses, weights = outcome(directory)
     expected, one = alone(overrides)
     assert len(losses) == STEPS
+    assert len({held.read_text() for held in directory.glob("weights-*.txt")}) <= 1
     double = "precision=64-true" in overrides
     torch.testing.assert_close(losses, expected, rtol=1e-10 if double else 1e-5, atol=0)
     assert_same_weights(weights, one, 1e-10 if double else 1e-3)
