@@ -174,7 +174,7 @@ class Chain:
             found.open["save"] = f"cannot be traced: {first_line(error)}"
         else:
             found.save = max(peak, found.save or peak, key=lambda peak: peak.bytes)
-            if opens_in_memory(self.config, changing_stages(stages_of(self.config))):
+            if opens_in_memory(self.config):
                 found.reads[stage.index] = reading(self.config, model, stage)
 
     def trained(self, stage: Stage, model: nn.Module, context: Context) -> Peak:

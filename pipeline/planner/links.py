@@ -64,7 +64,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 model = chain.linked(found, stage, model, untraced)
                 chain.saved(found, stage, model, task)
                 del left[0]
-            found.load = reading(config, model) if opens_in_memory(config, line) else None
+            found.load = reading(config, model) if opens_in_memory(config) else None
             found.stored = stored_bytes(config, model)
             loaded = as_loaded(model)
             found.left = faked(copy.deepcopy(loaded), device="meta")
@@ -74,7 +74,7 @@ def trace_links(config: RunConfig, data: DataBundle, tokenizer: Any, untraced: s
                 found.generate = traced_generation(config, loaded, task, PROMPT_TOKENS, chain.counting)
                 as_opened(loaded)
                 del left[0]
-            if not opens_in_memory(config, line):
+            if not opens_in_memory(config):
                 put_into_files(loaded)
             found.evaluate = traced_evaluation(config, loaded, task, data, chain.counting())
             del left[0]
@@ -172,7 +172,7 @@ def after(config: RunConfig) -> list[str]:
 def declare_left(config: RunConfig, data: DataBundle, chain: Chain, found: Links, model: nn.Module) -> None:
     """Enter what opens, evaluates and generates with `model`, which a chain leaves, by formula."""
     task = lookup.get(config.data.task)
-    if opens_in_memory(config, changing_stages(stages_of(config))):
+    if opens_in_memory(config):
         found.load = reading(config, model)
     with unreal(config):
         found.stored = stored_bytes(config, faked(twin(model)))
@@ -185,6 +185,6 @@ def declare_left(config: RunConfig, data: DataBundle, chain: Chain, found: Links
 
 def evaluate_left(config: RunConfig, data: DataBundle, left: nn.Module) -> Peak:
     """The evaluation of what a chain leaves, of the meta device, in the batches of `config`."""
-    in_files = not opens_in_memory(config, changing_stages(stages_of(config)))
+    in_files = not opens_in_memory(config)
     with unreal(config), unset_fake_temporarily():  # for the kernels of quantized layers
         return trace_evaluation(config, twin(left), lookup.get(config.data.task), data, in_files=in_files)

@@ -41,7 +41,7 @@ from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.tasks import lookup
 from pipeline.tasks.base import Task
-from pipeline.walk import changing_stages, stages_of
+from pipeline.walk import stages_of
 
 log = logging.getLogger(__name__)
 Level = Literal["trace", "formula"]
@@ -212,7 +212,7 @@ def plan_opening(config: RunConfig, data: DataBundle, found: Plan) -> None:
     """Stage 0's input as it is built or read, and where no link changes it, its artifact as it is read back."""
     shapes = stage_input.shapes(config, data)
     peaks = [trace_opening(config, data)]
-    if not config.chain and opens_in_memory(config, stages_of(config)):
+    if not config.chain and opens_in_memory(config):
         peaks.append(held(config.precision.convert(shapes)))
     enter(config, found, "load", "computed", peaks, convolutional(shapes))
 
@@ -289,7 +289,7 @@ def plan_training(config: RunConfig, stage: Stage, task: Task, data: DataBundle,
 def plan_evaluation(config: RunConfig, task: Task, data: DataBundle, found: Plan, level: Level) -> None:
     """The evaluation of a model that no link changes: on one device, whoever trained it."""
     model = config.precision.convert(stage_input.shapes(config, data))
-    convolutions, in_files = convolutional(model), not opens_in_memory(config, changing_stages(stages_of(config)))
+    convolutions, in_files = convolutional(model), not opens_in_memory(config)
     peak = trace_evaluation(config, model, task, data, in_files=in_files)
     enter(config, found, "evaluate", source_of(config, level), [peak], convolutions)
 

@@ -279,7 +279,6 @@ class Workbook:
         self.build, self.task, self.sample = build, task, sample
         self._passes: dict[Any, tuple[list[Operator], list[Operator], Model]] = {}
         self._steps: dict[Any, list[Operator]] = {}
-        self._work: dict[Any, Work] = {}
 
     def work(self, config: RunConfig, stage: Stage) -> Work:
         """The work of the fit of `stage`."""
@@ -294,10 +293,8 @@ class Workbook:
         # Under adapters that train, what is compressed is not stepped.
         if (trained := (config.precision, config.adapter, config.optimizer)) not in self._steps:
             self._steps[trained] = stepping(config, stage, self.model(config, stage))
-        if (key := (*base, config.optimizer)) not in self._work:
-            one, two, sent = self._passes[base]
-            self._work[key] = Work(one, two, self._steps[trained], sent)
-        return replace(self._work[key], known={})  # seconds are by the rates that are asked for
+        one, two, sent = self._passes[base]
+        return Work(one, two, self._steps[trained], sent)
 
     def model(self, config: RunConfig, stage: Stage) -> nn.Module:
         """What the fit begins with, on the meta device."""

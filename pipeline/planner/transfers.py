@@ -9,7 +9,7 @@ checkpoint writes what training keeps, as it lies there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,9 +140,9 @@ def held(model: nn.Module) -> Peak:
     return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
 
 
-def opens_in_memory(config: RunConfig, line: Sequence[Stage]) -> bool:
-    """Whether what `line` leaves is read into memory: where nothing trains, weights stay in files, but for a GPU's."""
-    return config.device.kind() == "cuda" or stage_input.trains(line)
+def opens_in_memory(config: RunConfig) -> bool:
+    """Whether what stages leave is read into memory: where nothing trains, weights stay in files, but for a GPU's."""
+    return config.device.kind() == "cuda" or stage_input.trains(changing_stages(stages_of(config)))
 
 
 def reading(config: RunConfig, model: nn.Module, stage: Stage | None = None) -> Peak:
