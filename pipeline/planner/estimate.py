@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline.errors import first_line
 from pipeline.planner.fakes import faked, inside, like, tracing
-from pipeline.planner.live import Live, Peak
+from pipeline.planner.live import ACTIVATIONS, Live, Peak
 
 STEPS = 3
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -61,11 +61,11 @@ def estimate(
         trained = [parameter for parameter in shadow.parameters() if parameter.requires_grad]
         steps = optimizer(trained)
         refuse_closure(steps)
-        with live:
+        with live, live.telling_loss(shadow, None):
             for step in range(STEPS):
                 live.mark(f"step {step}")
                 given = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), batch)
-                live.phase = "activations"
+                live.phase = ACTIVATIONS
                 live.mark("forward")
                 with told("the model or its loss"), torch.autocast("cpu", autocast, enabled=autocast is not None):
                     result = (loss or default_loss)(shadow, given)

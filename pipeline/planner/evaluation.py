@@ -15,7 +15,7 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.models.architecture import describe
 from pipeline.planner.fakes import faked, kernels_of, put_into_files, tracing
 from pipeline.planner.folding import Folding, folded
-from pipeline.planner.live import Live, Peak
+from pipeline.planner.live import ACTIVATIONS, Live, Peak
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.planner.workspaces import BIASED
@@ -79,8 +79,10 @@ def traced_evaluation(config: RunConfig, model: nn.Module, task: Task, data: Dat
 def _counted(live: Live, model: nn.Module, passes: Callable[[], None]) -> Peak:
     """The peak over `passes` through `model`, blocks and layers that are alike computed once."""
     live.hold_model(model)
-    live.phase = "activations"
+    live.phase = ACTIVATIONS
     folding = Folding(live)
-    with live, folded(model, [block.name for block in describe(model).blocks], folding), replaying(live):
+    known = describe(model)
+    blocks = [block.name for block in known.blocks]
+    with live, folded(model, blocks, folding), live.telling_loss(model, known), replaying(live):
         passes()
     return folding.unrolled().peak()

@@ -28,7 +28,7 @@ from pipeline.models.architecture import describe
 from pipeline.parallelism.base import Parallelism
 from pipeline.planner import search, speed, timing
 from pipeline.planner.chosen import Chosen, label
-from pipeline.planner.live import by_kind
+from pipeline.planner.live import ACTIVATIONS, CAST_WEIGHTS, LOGITS_AND_LOSS, by_kind
 from pipeline.planner.needs import Needs, with_micro
 from pipeline.planner.plan import MARGINS, Phase, capacity, validates
 from pipeline.planner.search import Candidate, Looked, Rated, Worst
@@ -367,7 +367,8 @@ class Search:
             memory = replace(self.typed.memory, activation_offload="none", optimizer_offload="none", loss_chunks=1)
             memory = replace(memory, activation_checkpointing=mode, release_gradients=False, step_in_backward=False)
             largest = with_micro(replace(config, memory=memory, optimizer=self.typed.optimizer), sizes[0])
-            self._moved[key] = self.needs.fitted(largest, False).kinds.get("activations", 0)
+            kinds = self.needs.fitted(largest, False).kinds
+            self._moved[key] = sum(kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS_AND_LOSS, CAST_WEIGHTS))
         return self._moved[key] * micro_batch_size(config)[0] // sizes[0]
 
     def book(self, config: RunConfig) -> speed.Workbook:

@@ -50,12 +50,7 @@ class Account(Live):  # type: ignore[no-untyped-call]
     ) -> Any:
         if wraps(types):
             return NotImplemented
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten._to_copy.default:
-            source = self.block(args[0]) if args[0].is_floating_point() else None
-            if source is not None and source.kind == "weights":
-                self.hold([out], "autocast's weights")
-        return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Like(NamedTuple):
@@ -170,7 +165,6 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
     leaves, spec = tree_flatten((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     key = (_kind(block), torch.is_grad_enabled(), str(spec), *(_alike(leaf) for leaf in leaves))
-    folding.account.phase = "activations"
     folding.around(block, False, True)
     pattern = folding.patterns.get(key)
     if pattern is None:
@@ -184,7 +178,6 @@ def _forward(folding: Folding, block: nn.Module, inner: Callable[..., Any], *arg
         out = tree_unflatten([next(made) if isinstance(leaf, Like) else leaf for leaf in pattern.leaves], pattern.spec)
         _lend(folding, block, pattern.block)
     folding.around(block, False, False)
-    folding.account.phase = "logits and loss"  # unless another block follows
     return out
 
 

@@ -38,7 +38,7 @@ from pipeline.planner import compiled
 from pipeline.planner.fakes import fake_batch, faked, inside, kernels_of, tracing
 from pipeline.planner.folding import Account, Folding, folded
 from pipeline.planner.gathering import saving
-from pipeline.planner.live import STEP_DONE, Inner, Peak
+from pipeline.planner.live import ACTIVATIONS, STEP_DONE, Inner, Peak
 from pipeline.planner.ranks import COMMUNICATION, GATHERED, Rank, norms_over, part, split_layers
 from pipeline.planner.replaying import few_parts
 from pipeline.planner.stepping import Stepped, stepped
@@ -100,18 +100,19 @@ def training(
         taken = account.guest(workspaces, WORKSPACES)  # by the step before
         given = fake_batch(batch)
         account.hold(given.values(), "batch")
-        account.moment, account.phase = "forward pass", "activations"
+        account.moment, account.phase = "forward pass", ACTIVATIONS
         rank.forward()
         away = nullcontext() if memory.activation_offload == "none" else put_away(account, on_cpu)
         criterion = None
         if config.trainer.compile:
             stack.enter_context(compiled.without_kernels())
             criterion = compiled_criterion(compiler)
+        stack.enter_context(account.telling_loss(model, architecture))
         with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context(), away:
             task_loss = partial(task.loss, model, chunks=memory.loss_chunks, criterion=criterion)
             loss = stage_loss(model, given, task_loss) if stage_loss else task_loss(given)
         rank.backward()
-        account.moment = account.phase = "backward pass"
+        account.moment, account.phase = "backward pass", "backward"
         if memory.step_in_backward:
             step_early(rank.trained, step, account)
         with kernels("cpu"):
@@ -187,12 +188,13 @@ def validating(
         taken = account.guest(workspaces, WORKSPACES)
         given = fake_batch(batch)
         account.hold(given.values(), "batch")
-        account.moment, account.phase = "evaluation", "activations"
+        account.moment, account.phase = "evaluation", ACTIVATIONS
         stack.enter_context(inference(model))
         rank.forward()
         if rank.engine:  # DeepSpeed's stage 3 lets go at once of what no backward pass will ask for
             rank.drop("outside")
         blocks = [block.name for block in architecture.blocks]
+        stack.enter_context(account.telling_loss(model, architecture))
         with folded(model, blocks, folding), config.precision.plugin("cpu").forward_context():
             task.loss(model, given, chunks=config.memory.loss_chunks)
         del taken

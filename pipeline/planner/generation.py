@@ -14,7 +14,7 @@ from pipeline.layers.decoding import CACHES
 from pipeline.models.architecture import describe, positions
 from pipeline.planner.fakes import as_opened, faked, kernels_of, tracing
 from pipeline.planner.folding import Folding, folded
-from pipeline.planner.live import Live, Peak, by_kind
+from pipeline.planner.live import ACTIVATIONS, Live, Peak, by_kind
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
 from pipeline.schema import RunConfig
@@ -77,14 +77,18 @@ def _stretch(config: RunConfig, model: nn.Module, task: Any, prompt: int, tokens
         # Some in the form of a kernel, by now. Those of a block that is not computed are told by another's.
         live.hold((weight for weight in by_kind(module)["weights"] if live.block(weight) is not None), "weights")
 
-    folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
+    known = describe(model)
+    folding, blocks = Folding(live), [block.name for block in known.blocks]
     hooks = [model.register_forward_pre_hook(begin)]
     for name in blocks:
         hooks.append(model.get_submodule(name).register_forward_hook(label, with_kwargs=True))
     live.hold_model(model)
-    live.phase = "activations"
+    live.phase = ACTIVATIONS
     try:
-        with live, folded(model, blocks, folding), replaying(live), config.precision.evaluation_context("cpu"):
+        with (
+            live, folded(model, blocks, folding), live.telling_loss(model, known), replaying(live),
+            config.precision.evaluation_context("cpu"),
+        ):  # fmt: skip
             task.generate(model, Prompt(prompt), "", tokens, config.generate.temperature, 0)
     finally:
         for hook in hooks:

@@ -12,7 +12,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pipeline.layers.quantized import QuantizedLayer
+from pipeline.models.base import Architecture
 from pipeline.planner.pool import pooled
 from pipeline.planner.workspaces import BIASED, PRODUCTS, WITH_BIAS, WORKSPACES
 
@@ -40,6 +41,10 @@ SAMPLES = 200
 
 ROUNDING = "rounding of CUDA's pool"
 """What blocks take beside the tensors in them: a kind in a plan."""
+ACTIVATIONS = "activations"
+LOGITS_AND_LOSS = "logits and loss"
+CAST_WEIGHTS = "autocast's weights"
+"""Copies of weights in the dtype that a pass computes in; the weights themselves are the master weights then."""
 STEP_DONE = "step is done"
 """Marks what a fit keeps between two steps."""
 DEVICE = torch.ops.prim.device.default
@@ -48,6 +53,7 @@ DEVICE = torch.ops.prim.device.default
 VIEW, UNSAFE_VIEW = torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
 ADD = torch.ops.aten.add.Tensor
 ADD_IN_PLACE = torch.ops.aten.add_.Tensor
+CAST = torch.ops.aten._to_copy.default
 ENGINE = "_engine_run_backward"
 """The function of torch.autograd.graph in which backward passes run."""
 DISPATCHING = frozenset({"__torch_dispatch__", "inner", "_fn"})
@@ -258,6 +264,43 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The storage behind `tensor`; None where it is not counted."""
         return self._blocks.get(tensor.untyped_storage()._cdata)
 
+    @contextmanager
+    def telling_loss(self, model: nn.Module, architecture: Architecture | None) -> Iterator[None]:
+        """While entered, what passes through `model` make of logits and loss is told apart from activations: all that
+        comes after a language model's last block, or with the head of another. Of a model that is not known
+        (`architecture` is None) it is what the model gives, and what is made of that."""
+
+        def begins(*_: Any) -> None:
+            self._in_forward(ACTIVATIONS)
+
+        def ends(*_: Any) -> None:
+            self._in_forward(LOGITS_AND_LOSS)
+
+        def gives(_: nn.Module, __: Any, out: Any) -> None:
+            ends()
+            for block in [self.block(leaf) for leaf in tree_iter(out) if isinstance(leaf, Tensor)]:
+                if block is not None and block.kind == ACTIVATIONS:
+                    block.kind = LOGITS_AND_LOSS
+
+        with ExitStack() as stack:
+            named = [model.get_submodule(block.name) for block in architecture.blocks] if architecture else []
+            language = bool(architecture and architecture.embeddings)
+            for module in named if named and language else [model]:
+                stack.callback(module.register_forward_pre_hook(begins).remove)
+                if named and language:
+                    stack.callback(module.register_forward_hook(ends).remove)
+                elif architecture is None or architecture.head is None:
+                    stack.callback(module.register_forward_hook(gives).remove)
+                else:
+                    head = model.get_submodule(architecture.head)
+                    stack.callback(head.register_forward_pre_hook(ends).remove)
+            yield
+
+    def _in_forward(self, kind: str) -> None:
+        """What is computed again in a backward pass is part of that."""
+        if torch._C._current_graph_task_id() == -1:
+            self.phase = kind
+
     def mark(self, name: str) -> None:
         self.timeline.marks.append((len(self.timeline.events), name))
 
@@ -342,6 +385,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf, outer or name, self.phase)
+        if func is CAST and self.phase in (ACTIVATIONS, LOGITS_AND_LOSS) and args[0].is_floating_point():
+            source = self.block(args[0])
+            if source is not None and source.kind == "weights":
+                self.hold([out], CAST_WEIGHTS)
         if name == "aten::rand" and out.ndim == 0:
             self._drawn.add(out.untyped_storage()._cdata)
         elif name == "aten::lt" and args[0].untyped_storage()._cdata in self._drawn:

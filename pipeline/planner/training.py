@@ -24,7 +24,7 @@ from pipeline.memory.saving import apply_activation_checkpointing
 from pipeline.models.base import Architecture
 from pipeline.planner import compiled
 from pipeline.planner.fakes import fake_batch, faked, kernels_of, tracing
-from pipeline.planner.live import STEP_DONE, Event, Live, Peak, Timeline
+from pipeline.planner.live import ACTIVATIONS, STEP_DONE, Event, Live, Peak, Timeline
 from pipeline.planner.pool import reserved
 from pipeline.planner.replaying import replaying
 from pipeline.schema import RunConfig
@@ -43,7 +43,7 @@ class TracedModule(TaskModule):
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.live.phase = "activations"
+        self.live.phase = ACTIVATIONS
         return super().training_step(batch, batch_idx)
 
 
@@ -159,6 +159,7 @@ def traced_fit(
         if config.trainer.compile:
             module.criterion = compiled_criterion(compiler)
         live.hold_model(model)
+        stack.enter_context(live.telling_loss(model, architecture))
         model.train()
         # A program decodes by itself, and is one for all blocks alike.
         with live, compiled.without_kernels() if config.trainer.compile else replaying(live):

@@ -21,7 +21,7 @@ LIMIT = 8
 """Kinds that get a colour of their own; the rest is drawn as one."""
 COLOURS = {
     "optimizer state": BLUE, "weights": RED, "activations": PURPLE, "gradients": SKY, "backward": ORANGE,
-    "optimizer step": "#F0E442", "batch": GREEN,
+    "optimizer step": "#F0E442", "batch": GREEN, "logits and loss": "#F0A0C8", "autocast's weights": "#A03C00",
 }  # fmt: skip
 OTHERS = ("#999999", "#44AA99", "#882255", "#332288", "#DDCC77", "#117733", "#CC6677", "#661100", "#000000")
 

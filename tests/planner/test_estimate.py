@@ -198,6 +198,14 @@ def test_the_peak_of_training_any_module_is_predicted(name):
     assert predicted.kinds["weights"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
+def test_what_an_unknown_model_gives_is_told_apart_from_what_it_holds_within():
+    batch = (torch.zeros(64, 10, dtype=torch.long), torch.zeros(64, dtype=torch.long))
+    found = pipeline.memory.estimate(Recommender(), torch.optim.SGD, batch, loss=classify)
+    logits = 64 * 5000 * 4
+    assert 2 * logits <= max(found.course.kinds["logits and loss"]) <= 2 * logits + 64  # and their log-softmax
+    assert max(found.course.kinds["activations"]) < logits
+
+
 def test_a_model_on_meta_is_estimated_with_its_tied_weights_once():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False))

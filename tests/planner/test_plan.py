@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pipeline.memory
 from pipeline.app import main
 from pipeline.composing import compose
-from pipeline.fitting import fit
+from pipeline.fitting import fit, micro_batch_size
 from pipeline.layers.quantized import quantized_layers
 from pipeline.memory.measure import measure_peak
 from pipeline.planner import plan as planner
@@ -121,7 +121,7 @@ def test_evaluation_is_predicted_within_one_percent():
 
 
 ONE_AT_A_TIME = ["trainer.batch_size=1", "trainer.evaluation_batch_size=1"]
-"""Products of 16 bits are tried where the processor has kernels for them: of so large matrices each takes a second."""
+"""Products of 16 bits are tried where the processor has kernels for them: of so large weights each takes a second."""
 
 
 def test_a_model_of_eight_billion_parameters_is_planned_without_its_memory():
@@ -164,6 +164,26 @@ def test_the_course_of_a_phase_reaches_its_peak_and_ends_with_what_is_kept():
     assert totals[-1] >= sum(peak.kinds[kind] for kind in ("weights", "optimizer state"))
     moments = ["step 1", "forward", "backward", "optimizer step", "step is done"]
     assert [name for _, name in peak.course.moments] == moments
+
+
+@pytest.mark.parametrize("words", [GPT, CNNS["efficientnet"]], ids=["gpt", "efficientnet"])
+def test_a_trace_tells_logits_and_the_weights_that_autocast_casts_apart_as_the_formula_does(words):
+    config = compose([*words, "precision=bf16-mixed", "memory.activation_checkpointing=full"])
+    _, data = opened(config)
+    computed, traced = (
+        {kind: max(held) for kind, held in plan(config, data, level=level).phases["train"].course.kinds.items()}
+        for level in ("formula", "trace")
+    )
+    micro, _ = micro_batch_size(config)
+    if "model=gpt_nano" in words:
+        logits = micro * data.spec.sequence_length * data.spec.vocabulary
+        assert 2 * logits <= traced["logits and loss"] <= 16 * logits  # bfloat16, then float32, and its softmax
+    else:
+        assert traced["logits and loss"] < traced["activations"] / 20  # the features before the head belong to those
+    weights = sum(p.numel() for p in config.model.build(data.spec).parameters())
+    assert 0 < traced["autocast's weights"] <= 2 * weights
+    for kind in ("activations", "logits and loss", "autocast's weights"):
+        assert traced[kind] == pytest.approx(computed[kind], rel=0.02, abs=64)
 
 
 def test_a_run_says_what_was_planned_beside_what_was_measured(tmp_path, monkeypatch, drawing):
