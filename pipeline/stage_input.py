@@ -33,6 +33,7 @@ from pipeline.layers.sparsity import MASK
 from pipeline.models.architecture import describe, positions
 from pipeline.models.base import TaskName
 from pipeline.models.hf import spec_problems
+from pipeline.models.unfilled import shapes_alone
 from pipeline.schema import RunConfig
 from pipeline.teacher import FrozenTeacher, frozen, open_directory, vocabulary_problems
 
@@ -83,8 +84,7 @@ def shapes(config: RunConfig, data: DataBundle) -> nn.Module:
     if (stored := artifact_of(config)) is not None:
         store.check(stored)
         return store.blueprint(stored, quantized=True)
-    with torch.device("meta"):
-        return config.model.build(data.spec)
+    return shapes_alone(lambda: config.model.build(data.spec))
 
 
 def data_problems(config: RunConfig, model: nn.Module, data: DataBundle) -> list[str]:

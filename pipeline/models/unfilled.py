@@ -14,13 +14,18 @@ from torch import nn
 
 def on_meta(cls: Any, config: Any) -> nn.Module:
     """The transformers model `cls(config)` on the meta device, tied as it ties itself: shapes alone, in float32."""
+    return shapes_alone(lambda: cls(config))
+
+
+def shapes_alone(build: Callable[[], nn.Module]) -> nn.Module:
+    """The transformers model that `build` makes, on the meta device, tied as it ties itself."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
-        model = cls(config)
+        model = build()
     if tie := getattr(model, "tie_weights", None):  # which `no_init_weights` leaves out
         tie()
-    return cast(nn.Module, model)
+    return model
 
 
 def to_be_filled(cls: Any, config: Any) -> nn.Module:

@@ -66,9 +66,14 @@ def like(tensor: Tensor, device: str, storages: dict[int, Tensor]) -> Tensor:
     """
     storage = tensor.untyped_storage()
     if storage._cdata not in storages:
+        if tensor.is_contiguous() and tensor.nbytes == storage.nbytes():  # as most lie: one operator, where three do
+            made = storages[storage._cdata] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            return made
         elements = storage.nbytes() // tensor.itemsize
         storages[storage._cdata] = torch.empty(elements, dtype=tensor.dtype, device=device)
-    whole = storages[storage._cdata].view(tensor.dtype)
+    whole = storages[storage._cdata]
+    if whole.dtype != tensor.dtype:
+        whole = whole.flatten().view(tensor.dtype)
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 

@@ -28,7 +28,9 @@ from pipeline.data.base import DataBundle
 from pipeline.layers import stored
 from pipeline.layers.footprint import file_bytes
 from pipeline.layers.sparsity import bitmask_bytes, kept_of, masked_layers
+from pipeline.models.architecture import describe
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
+from pipeline.planner.folding import Folding, folded
 from pipeline.planner.live import Live, Peak, by_kind
 from pipeline.planner.replaying import replaying
 from pipeline.planner.supposed import Supposing
@@ -182,9 +184,10 @@ def traced_saving(
     live = Supposing(*kernels_of(config))
     live.hold_model(model)
     live.phase = "working set"
-    with live, replaying(live), masks_keeping(share_of(config, stage)):
+    folding, blocks = Folding(live), [block.name for block in describe(model).blocks]
+    with live, folded(model, blocks, folding), replaying(live), masks_keeping(share_of(config, stage)):
         store.parts_of(model, fake_batch(batch))
-    return live.timeline.peak()
+    return folding.unrolled().peak()
 
 
 def stored_bytes(config: RunConfig, model: nn.Module) -> int:
