@@ -265,10 +265,12 @@ class Structured(Method):
         return None
 
     def finalize(self, model: nn.Module, context: Context) -> nn.Module:
+        from torch import nn
+
         from pipeline.layers.schemes import require_finite
-        from pipeline.layers.select import select
         from pipeline.layers.sparsity import apply_masks
 
-        require_finite(model, select(model, context.architecture).layers, self.name)
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        require_finite(model, layers, self.name)
         apply_masks(model)
         return model

@@ -78,13 +78,13 @@ def stated_key(config: Any, names: Sequence[str]) -> str | None:
 
 
 def changed_config(config: Any, changes: Mapping[str, Any]) -> Any:
-    """A config like `config` but for `changes`, made as transformers makes one from a config.json.
+    """A config like `config` but for `changes`, made as transformers makes one of what a config.json says.
 
     Raises:
         ValueError: the config's own checks refuse the numbers.
     """
     try:
-        changed = type(config).from_dict({**config.to_dict(), **changes})
+        changed = type(config)(**{**config.to_dict(), **changes})
     except Exception as error:  # each transformers version checks with exceptions of its own
         raise ValueError(" ".join(str(error).split())) from error
     changed._attn_implementation = config._attn_implementation
@@ -219,7 +219,7 @@ def filled(empty: nn.Module, model: nn.Module, architecture: Architecture, cuts:
     made: Any = empty
     if any(module._non_persistent_buffers_set for module in empty.modules()):  # which are nobody's to fill in
         made = _built(to_be_filled, model, made.config)
-    wanted, modules = shapes_of(made), dict(made.named_modules())
+    modules = dict(made.named_modules())
     learned = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
@@ -227,13 +227,16 @@ def filled(empty: nn.Module, model: nn.Module, architecture: Architecture, cuts:
         for dim, axis in axes.items():
             indices = axis_indices(axis, tensor.shape[dim], architecture, kept)
             tensor = tensor.index_select(dim, indices.to(tensor.device))
-        if tensor.shape != wanted.get(name, tensor.shape):
-            raise LeanfitError(f"{name}: {list(tensor.shape)} was kept, the config says {list(wanted[name])}")
+        module = modules[layer]
+        tensors = module._parameters if name in learned else module._buffers
+        wanted = tensors.get(leaf)  # a mask is not there yet
+        if wanted is not None and tensor.shape != wanted.shape:
+            raise LeanfitError(f"{name}: {list(tensor.shape)} was kept, the config says {list(wanted.shape)}")
         tensor = tensor if axes else tensor.clone()
         if name in learned:
-            setattr(modules[layer], leaf, nn.Parameter(tensor, learned[name]))
+            module._parameters[leaf] = nn.Parameter(tensor, learned[name])
         else:
-            modules[layer].register_buffer(leaf, tensor)
+            module.register_buffer(leaf, tensor)
     for group in architecture.tied:
         for alias in group[1:]:
             layer, _, leaf = alias.rpartition(".")

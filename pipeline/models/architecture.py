@@ -122,7 +122,7 @@ def _block(name: str, block: nn.Module, config: Any) -> Block:
 def _attention(name: str, modules: dict[str, nn.Module], config: Any) -> Attention | None:
     for layout in ATTENTION_LAYOUTS:
         for parent in modules:
-            if all(_join(parent, part) in modules for part in layout):
+            if _join(parent, layout.query) in modules and all(_join(parent, part) in modules for part in layout):
                 heads = _config_value(config, "num_attention_heads", "n_head", "num_heads")
                 if heads is None:
                     return None
@@ -137,6 +137,8 @@ def _feed_forward(name: str, modules: dict[str, nn.Module], attention: Attention
     for layout in FEED_FORWARD_LAYOUTS:
         fitting = []
         for parent in modules:
+            if _join(parent, layout.up) not in modules:  # of nearly all
+                continue
             parts = [_join(parent, part) for part in layout if part is not None]
             found = [f"{name}.{part}" for part in parts]
             if all(part in modules for part in parts) and not taken & set(found):
