@@ -6,6 +6,7 @@ The command line is never replayed in the ranks: under `-m` that would rerun the
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -221,6 +222,11 @@ def supervise(
             watch.signal(signal.SIGTERM)
         end(process, watch, GRACE)
         raise
+    finally:
+        # Ray's services are in a group that what starts its ranks makes for itself, and outlive it by minutes if it was
+        # killed. There is no such group where that, as torchrun, is in the group of this process.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[bytes], watch: Watch, grace: float) -> None:

@@ -18,6 +18,7 @@ from pipeline import launch
 from pipeline.composing import compose
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.heartbeat import Beat, Phase, Watch, pack
+from pipeline.interrupts import lives
 from pipeline.parallelism.base import Meeting
 from pipeline.walk import stages_of
 from tests.parallelism.test_strategies import choice
@@ -68,6 +69,18 @@ def test_ranks_that_a_killed_launcher_leaves_are_ended(tmp_path: Path) -> None:
     assert code == -signal.SIGKILL
     assert rank.wait(timeout=5) == -signal.SIGKILL
     assert watch.launcher not in (0, rank.pid), "a signal may stop it, too"
+
+
+def test_what_a_killed_launcher_leaves_in_a_group_of_its_own_is_ended(tmp_path: Path) -> None:
+    """As Ray's services, which are no ranks."""
+    service = "sleep 60 & echo $! > $0; sleep 1; kill -9 $$"
+    command = ["setsid", "sh", "-c", service, str(tmp_path / "service")]
+    assert supervise(command, Asked(), tmp_path / "log")[0] == -signal.SIGKILL
+    service_process = int((tmp_path / "service").read_text())
+    deadline = time.monotonic() + 5
+    while lives(service_process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not lives(service_process)
 
 
 def test_a_signal_asks_the_ranks_first_and_gives_them_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
