@@ -67,9 +67,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             os.fsync(stream.fileno())
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        cause = error.__context__ or error
-        if isinstance(cause, OSError) and cause.errno:  # torch then tells of positions in its file, not of the disk
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        # On its way out torch tells of positions in its file, not of the disk, and the stream fails to write what it
+        # still holds.
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno:
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            cause = cause.__context__
         raise
     publish(partial, path)
 

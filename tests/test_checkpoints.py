@@ -60,14 +60,15 @@ def test_a_save_that_is_cut_off_leaves_the_former_checkpoint(tmp_path, monkeypat
     assert checkpoints.step(path) == 4
 
 
-def test_what_has_no_room_is_named_and_leaves_the_room_that_it_took(tmp_path):
+@pytest.mark.parametrize("sizes", [[100_000], [100] * 1000], ids=["one tensor", "many, which are written together"])
+def test_what_has_no_room_is_named_and_leaves_the_room_that_it_took(sizes, tmp_path):
     path = tmp_path / "last.ckpt"
     checkpoints.save({"global_step": 1}, path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk does, it lets a part be written
     try:
         with pytest.raises(OSError, match=r"File too large: '.*/last\.ckpt'"):
-            checkpoints.save({"global_step": 2, "weights": torch.zeros(100_000)}, path)
+            checkpoints.save({"global_step": 2, "weights": [torch.zeros(size) for size in sizes]}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints.step(path) == 1
