@@ -41,7 +41,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import arguments, checkpoints, environment, provenance, recipes
 from pipeline.composing import VERSION_BASE, check, checked, decoded, loader, placed
@@ -200,6 +201,24 @@ class Sweeps(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _outcome.sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
+
+
+class OwnRecord(Callback):
+    """Before Hydra writes its record of the run into `.hydra`: where another run is at work, that one's stays there."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            run_dir = Path(str(config.hydra.run.dir))
+        except OmegaConfBaseException:  # a name that only Hydra's record of the run can say
+            return
+        if not run_dir.is_dir():
+            return
+        try:
+            with _alone_in(run_dir):
+                pass
+        except ConfigError:  # as `task` is about to say
+            with read_write(config.hydra):
+                config.hydra.output_subdir = None
 
 
 class SweepLoader(provenance.Loader):

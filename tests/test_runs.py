@@ -527,10 +527,15 @@ def test_a_run_in_the_directory_of_another_does_not_go_on_from_it(
 def test_of_two_runs_in_one_directory_the_later_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    later = []
+    later, records = [], []
+
+    def record() -> dict[str, str]:
+        return {file.name: file.read_text() for file in Path("run/.hydra").iterdir()}
 
     def train(*_: object) -> None:
-        script = f"import sys; from pipeline.app import main; sys.exit(main({[*TINY, 'hydra.run.dir=run']!r}))"
+        records.append(record())
+        words = [*TINY, "trainer.seed=7", "hydra.run.dir=run"]
+        script = f"import sys; from pipeline.app import main; sys.exit(main({words!r}))"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         later.append(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment))
         raise KeyboardInterrupt
@@ -539,6 +544,7 @@ def test_of_two_runs_in_one_directory_the_later_is_refused(
     assert leanfit(*TINY)[0] == 130
     assert later[0].returncode == 2
     assert "another run is at work in this directory" in later[0].stderr
+    assert records == [record()], "what the later one was asked for stands in the earlier one's place"
     assert leanfit("job=plan", *TINY)[0] == 0  # now it has ended
 
 
