@@ -16,7 +16,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import ResultDefault
+from hydra.core.default_element import GroupDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, Quote, QuotedString
 from hydra.core.utils import setup_globals
@@ -98,7 +98,8 @@ class Composition:
     stages: dict[str, str] = field(default_factory=dict)
     """Stage name -> choice of `compression`, in the order of the chain."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Stages that a recipe puts in and the command line's own choice of `compression` leaves out."""
+    """Stages that a recipe puts in and the command line's, or another recipe's, own choice of `compression` leaves
+    out."""
     chain_said: str | None = None
     """The command line's choice of `compression`, as typed; None where it makes none."""
     recipes: list[Path] = field(default_factory=list)
@@ -295,6 +296,8 @@ def _record_choices(found: Composition, config: DictConfig) -> None:
                 f"give each its own: - /compression/{choice}@compression.NAME"
             )
         into[stage] = choice
+    # Of a recipe whose list gave way to another's: its settings may say a stage in full, as those of a lock do.
+    found.dropped |= {link: link for link in _links_of_recipes(loader) if link not in found.stages | found.dropped}
     runtime = OmegaConf.to_container(config.hydra.runtime.choices)
     assert isinstance(runtime, dict)
     found.choices = {
@@ -303,6 +306,16 @@ def _record_choices(found: Composition, config: DictConfig) -> None:
     found.choices[GROUP] = [label(file) for file in found.recipes] or None
     if isinstance(found.choices[GROUP], list) and len(found.choices[GROUP]) == 1:
         found.choices[GROUP] = found.choices[GROUP][0]
+
+
+def _links_of_recipes(loader: Loader) -> Iterator[str]:
+    """What each recipe's own list of the chain names, whichever of the lists counts."""
+    for default in loader.defaults:
+        path = default.config_path or ""
+        loaded = loader.used.load_config(path) if path.startswith(f"{GROUP}/") else None
+        for entry in (loaded.defaults_list or ()) if loaded else ():
+            if isinstance(entry, GroupDefault) and entry.override and (entry.group or "").strip("/") == CHAIN:
+                yield from map(str, entry.value if isinstance(entry.value, list) else [entry.value])
 
 
 def _plain(config: DictConfig, problems: list[str], said: Any) -> dict[str, Any]:

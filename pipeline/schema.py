@@ -245,7 +245,8 @@ def decode_chain(
     problems: list[str] = []
     chosen = [stage for stage in composed.stages if stage in values]
     if composed.chain_said is None:
-        chosen += [s for s, v in values.items() if s not in chosen and isinstance(v, Mapping) and "name" in v]
+        said_in_full = [stage for stage, value in values.items() if isinstance(value, Mapping) and "name" in value]
+        chosen += [stage for stage in said_in_full if stage not in chosen and stage not in composed.dropped]
     chain: dict[str, Method] = {}
     for stage in chosen:
         key = f"compression.{stage}"

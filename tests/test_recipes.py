@@ -120,6 +120,20 @@ def test_the_child_overrides_the_groups_of_its_parent(write: Write) -> None:
     assert list(app.compose([f"recipe={child}"]).chain) == ["int8"]
 
 
+def test_the_childs_chain_is_authoritative_over_a_lock_that_it_builds_on(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lock says each stage in full, its name too, as a recipe may that puts a stage in without a list."""
+    locked = app.compose(["compression=[magnitude,distill]", "compression.magnitude.sparsity=0.25"])
+    write("lock.yaml", recipes.lock_text(values_of(locked), locked.choices, None))
+    child = write("child.yaml", "defaults:\n  - lock\n  - override /compression: magnitude\n")
+    chain = app.compose([f"recipe={child}"], quiet=False).chain
+    assert {stage: method.sparsity for stage, method in chain.items()} == {"magnitude": 0.25}
+    assert "compression.distill" in capsys.readouterr().err
+    inside = write("inside.yaml", "defaults: [lock]\ncompression:\n  last: {name: int8, ignore: []}\n")
+    assert list(app.compose([f"recipe={inside}"]).chain) == ["magnitude", "distill", "last"]
+
+
 def test_a_list_of_recipes_applies_them_in_order(write: Write) -> None:
     a = write("a.yaml", "trainer: {seed: 1, max_steps: 5}\n")
     b = write("b.yaml", "trainer: {seed: 2}\n")
