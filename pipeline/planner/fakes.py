@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, _meta_registrations, nn
-from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
+from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes, suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode, TensorMetadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -197,6 +197,19 @@ def exponential(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return out
 
 
+def normalized(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The gradient of a batch norm's input, which a CPU makes twice where that and what it is computed of lie alike
+    (aten/src/ATen/native/Normalization.cpp): the first one is let go of, unused, as the second is there."""
+    if name != "aten::native_batch_norm_backward" or not args[9][0]:
+        return NotImplemented
+    formats = [suggest_memory_format(tensor) for tensor in args[:2]]
+    whole = all(tensor.is_contiguous(memory_format=order) for tensor, order in zip(args[:2], formats, strict=True))
+    out = func(*args, **kwargs)
+    if whole and formats[0] == formats[1]:
+        torch.empty_like(out[0])
+    return out
+
+
 def aligned(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `ctc_loss` keeps of alignments forwards, and holds of those backwards. Their number goes by the longest
     target: where lengths are a tensor, as long as there is room."""
@@ -236,7 +249,7 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     out = sixteen_bit(name, func, args, kwargs)
     _within = True
     try:
-        for does in (converted, promoted, blocked, safe_softmax, exponential, aligned, tried):
+        for does in (converted, promoted, blocked, safe_softmax, exponential, normalized, aligned, tried):
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:
         _within = False

@@ -237,3 +237,19 @@ def watched(monkeypatch):
     monkeypatch.setattr(scratch, "_of_product", by_parts(scratch._of_product))
     monkeypatch.setattr(scratch, "_of_attention", by_parts(scratch._of_attention))
     return tried, parts
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_makes_the_gradient_of_its_input_twice_where_all_lies_alike(order, spread, training):
+    def made():
+        images = torch.empty(12, 64, 16, 16, memory_format=order).fill_(1)
+        of_output = torch.ones(12, 64, 1, 1).expand(12, 64, 16, 16) if spread else torch.ones_like(images)
+        return of_output, images, *(torch.ones(64) for _ in range(5))
+
+    def backward(*given):
+        return torch.ops.aten.native_batch_norm_backward(*given, training, 1e-5, [True, True, True])
+
+    predicted, measured = held(backward, made)
+    assert predicted == pytest.approx(measured, rel=0.01)
