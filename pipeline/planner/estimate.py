@@ -46,10 +46,15 @@ def estimate(
 
     Raises:
         ValueError: what cannot be told, in one line: nothing to train, a model without shapes, no loss that has a
-            gradient, an optimizer that calls the model itself (LBFGS), a sparse gradient, as of
-            `nn.Embedding(sparse=True)` (fake tensors forget how many values it has), or whatever the model, the loss
+            gradient, an optimizer that is built already or that calls the model itself (LBFGS), a sparse gradient, as
+            of `nn.Embedding(sparse=True)` (fake tensors forget how many values it has), or whatever the model, the loss
             or the optimizer raises, such as on a batch that does not fit, or where shapes hang on values.
     """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer is built already, a {type(optimizer).__name__}; give what builds it: its class, "
+            "or a functools.partial of it with its settings"
+        )
     shadow = shapes_of(model)
     if not any(parameter.requires_grad for parameter in shadow.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")

@@ -163,7 +163,7 @@ class Peak:
     bytes: int
     kinds: Mapping[str, int]
     operator: str
-    course: Course | None = None
+    course: Course | None = field(default=None, repr=False)  # a number for each operator
     reserved: int | None = None
     kept: Mapping[str, int] | None = None
     saving: Mapping[str, int] | None = None

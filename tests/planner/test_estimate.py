@@ -266,3 +266,16 @@ def test_a_loss_that_cannot_be_followed_is_said(loss, said):
 def test_an_optimizer_that_calls_the_model_itself_is_refused():
     with pytest.raises(ValueError, match="LBFGS calls the model as often as it likes"):
         pipeline.memory.estimate(nn.Linear(4, 4), torch.optim.LBFGS, torch.zeros(2, 4))
+
+
+def test_an_optimizer_that_is_built_already_is_refused():
+    """Its parameters are of the model itself, which is not touched."""
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"built already, a SGD; give what builds it"):
+        pipeline.memory.estimate(model, torch.optim.SGD(model.parameters()), torch.zeros(2, 4))
+
+
+def test_a_peak_is_shown_without_the_number_of_each_operator():
+    found = pipeline.memory.estimate(nn.Linear(4, 4), torch.optim.SGD, torch.zeros(2, 4))
+    assert found.course is not None
+    assert len(repr(found)) < 500
