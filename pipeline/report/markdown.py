@@ -288,6 +288,15 @@ def _memory_row(name: str, predicted: float | None, measured: float | None) -> l
     return [name, format_bytes(predicted), format_bytes(measured), format_error(quotient(predicted, measured))]
 
 
+def _adapted(result: Mapping[str, Any]) -> list[str]:
+    """What a run that was out of memory went on with, which the command that was typed does not say."""
+    changes = pick(result, "memory", "adapted")
+    if not isinstance(changes, list) or not changes:
+        return []
+    with_these = code(" ".join(map(str, changes)))
+    return ["", f"Memory ran out with what was asked for. The run went on with {with_these}, which computes the same."]
+
+
 def _section(title: str, body: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *body] if body else []
 
@@ -403,7 +412,8 @@ def write_report(run_dir: str | Path, result: Mapping[str, Any], config_yaml: st
     lines += _bits_by_layer(result)
     memory = _memory_rows(result)
     header = ["phase", "planned", "measured", "plan off by"]
-    lines += _section("Peak memory", table(header, memory, right=(1, 2, 3)) if memory else [])
+    peaks = table(header, memory, right=(1, 2, 3)) if memory else []
+    lines += _section("Peak memory", [*peaks, *_adapted(result)])
     artifact = artifact_path(result, run_dir)
     if artifact is not None:
         proof = receipt(result)

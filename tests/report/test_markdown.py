@@ -75,6 +75,13 @@ def test_a_reader_finds_everything(run_dir: Path, language: dict[str, Any]) -> N
     assert "name: gpt" in found["Config"]
 
 
+def test_what_a_run_without_memory_went_on_with_is_told(run_dir: Path, language: dict[str, Any]) -> None:
+    told = "Memory ran out with what was asked for. The run went on with `trainer.micro_batch_size=2`"
+    assert "ran out" not in write_report(run_dir, language).read_text(encoding="utf-8")
+    language["memory"]["adapted"] = ["trainer.micro_batch_size=2"]
+    assert told in sections(write_report(run_dir, language).read_text(encoding="utf-8"))["Peak memory"]
+
+
 @pytest.mark.parametrize(
     ("status", "steps", "told"),
     [
