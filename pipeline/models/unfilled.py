@@ -29,14 +29,18 @@ def shapes_alone(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def to_be_filled(cls: Any, config: Any) -> nn.Module:
-    """The transformers model `cls(config)`, parameters on the meta device and not tied, for a loader to put there.
-
-    Buffers are made as they are, since those that are not stored count.
+    """The transformers model `cls(config)`, what is stored of it on the meta device and not tied, for a loader to put
+    there. Buffers that are not stored are made as they are.
     """
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), registering(_to_meta):
-        return cast(nn.Module, cls(config))
+        model = cast(nn.Module, cls(config))
+    for module in model.modules():
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
+    return model
 
 
 @contextmanager

@@ -519,6 +519,13 @@ def test_a_model_is_opened_in_no_more_memory_than_its_own(tmp_path, scheme):
     assert peak.bytes == storage_bytes([*loaded.parameters(), *loaded.buffers()])
 
 
+def test_what_is_stored_of_batch_norms_is_there_once_while_a_model_is_opened(tmp_path):
+    store.save(efficientnet(), tmp_path / "a", chain=[], probe={"pixel_values": torch.zeros(1, 1, 16, 16)})
+    with measure_peak("cpu") as peak:
+        loaded = store.load(tmp_path / "a")
+    assert peak.bytes == storage_bytes([*loaded.parameters(), *loaded.buffers()])
+
+
 @pytest.mark.parametrize("scheme", [None, "int8", "w4"], ids=str)
 def test_the_receipt_is_the_same_with_weights_in_files(tmp_path, scheme):
     model = quantized(opt(), scheme) if scheme else opt()

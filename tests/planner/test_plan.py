@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pipeline.memory
 from pipeline.app import main
 from pipeline.composing import compose
+from pipeline.errors import ConfigError
 from pipeline.fitting import fit, micro_batch_size
 from pipeline.layers.quantized import quantized_layers
 from pipeline.memory.measure import measure_peak
@@ -65,6 +66,13 @@ def test_a_plan_from_python_takes_a_config_alone():
     assert {name: phase.bytes for name, phase in alone.phases.items()} == {
         name: phase.bytes for name, phase in given.phases.items()
     }
+
+
+def test_a_plan_from_python_is_of_what_can_run():
+    with pytest.raises(ConfigError, match="a plan is of job=run or job=compress"):
+        pipeline.memory.plan(compose([*GPT, "job=fit", "budget=1GB"]))
+    with pytest.raises(ConfigError, match=r"group_size=77"):
+        pipeline.memory.plan(compose([*GPT, "compression=int4", "compression.int4.group_size=77"]))
 
 
 def opened(config):
