@@ -202,7 +202,9 @@ class Search:
         stored: list[tuple[int, int, Candidate]] = []
         told: list[str] = []
         beyond: list[tuple[int, int, BeyondInference]] = []
-        for one in search.variants(asked, self.artifact):
+        every = search.variants(asked, self.artifact)
+        for number, one in enumerate(every):
+            self.progress.far(f"evaluation with {number} of {len(every)} choices of what is free")
             one = Candidate(one.config, (*base.changes, *one.changes))
             try:
                 if one.changes:
@@ -291,7 +293,8 @@ class Search:
         config = base.config
         listed: list[tuple[Candidate, speed.Work | None]] = []
         hopeless: list[Rated] = []
-        for variant in variants:
+        for number, variant in enumerate(variants):
+            self.progress.far(f"training with {number} of {len(variants)} choices of what is free")
             stage = next((one for one in stages_of(variant.config) if one.fit is not None), None)
             if stage is None:
                 listed.append((variant, None))

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 REFRESH = 4
 """Drawings a second on a terminal; one takes half a millisecond."""
 BAR_WIDTH = 20
+QUIET = 20.0
+"""Seconds for which a phase prints nothing of how far it is, where nothing moves."""
 
 
 class Progress(Callback):
@@ -67,6 +69,8 @@ class Progress(Callback):
         self._printed_tenth = 0
         self._printed_row: Row | None = None
         self._phase_start: float | None = None
+        self._far = ""  # how far the phase is
+        self._told = 0.0  # when that was printed, or the phase began
 
     def __enter__(self) -> Progress:
         if self._mode == "live" and self._live is None:
@@ -90,14 +94,21 @@ class Progress(Callback):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show `name` (evaluating, saving, ...) while something other than a fit runs; print its seconds after it."""
-        outer = (self._label, self._fit, self._phase_start)
+        outer = (self._label, self._fit, self._phase_start, self._far)
         start = time.monotonic()
-        self._label, self._fit, self._phase_start = name, None, start
+        self._label, self._fit, self._phase_start, self._far, self._told = name, None, start, "", start
         try:
             yield
         finally:
-            self._label, self._fit, self._phase_start = outer
+            self._label, self._fit, self._phase_start, self._far = outer
         self.say(f"{name}  {format_seconds(time.monotonic() - start)}")
+
+    def far(self, text: str) -> None:
+        """How far the phase under way is: beside its name, or a line now and then."""
+        self._far, now = text, time.monotonic()
+        if self._mode == "lines" and now - self._told > QUIET:
+            self._told = now
+            self.say("  ".join(self._facts()))
 
     def say(self, text: str) -> None:
         """Print a line above the bar; silent within a sweep."""
@@ -155,7 +166,9 @@ class Progress(Callback):
         """What stands in a line or beside the bar, most important first."""
         fit, row, phase_start = self._fit, self._row, self._phase_start
         if fit is None:
-            return [self._label] if phase_start is None else [self._label, format_clock(time.monotonic() - phase_start)]
+            if phase_start is None:
+                return [self._label]
+            return [self._label, *([self._far] if self._far else []), format_clock(time.monotonic() - phase_start)]
         stage, step, steps = fit
         facts = [stage, f"{step}/{steps}" if steps else str(step)]
         if row is not None:

@@ -171,6 +171,32 @@ def test_phases_nest_and_survive_errors() -> None:
     assert written(target).startswith("[evaluating] ")
 
 
+def test_a_long_phase_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    target = plain()
+    with Progress({}, "lines", target=target) as progress, progress.phase("searching"):
+        for number in range(50):
+            progress.far(f"{number} of 50")
+            now += 1
+    assert written(target).splitlines() == [
+        "searching  21 of 50  0:21",
+        "searching  42 of 50  0:42",
+        "searching  50 s",
+    ]
+
+
+def test_how_far_a_phase_is_stands_beside_its_name_while_it_lasts() -> None:
+    progress = Progress(STEPS, "silent", target=plain())
+    with progress.phase("searching"):
+        progress.far("3 of 4")
+        assert progress._facts()[:2] == ["searching", "3 of 4"]
+        with progress.phase("tracing"):
+            assert progress._facts()[0] == "tracing"
+            assert "3 of 4" not in progress._facts()
+    assert progress._facts() == [""]
+
+
 def test_a_failing_fit_gives_the_terminal_back(tiny_fit: Fit) -> None:
     target = Console(file=io.StringIO(), width=100, force_terminal=True)
 
