@@ -187,6 +187,22 @@ def safe_softmax(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return out
 
 
+REDUCED = {"aten::mse_loss": True, "aten::smooth_l1_loss": True, "aten::binary_cross_entropy": False}
+"""Losses that a CPU reduces itself, and whether it makes those of the elements apart from where the result is put."""
+
+
+def reduced(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A mean or a sum of as many losses as there are elements: one number, in memory for all of them, which is held as
+    long as that is (aten/src/ATen/native/BinaryOps.cpp, Loss.cpp)."""
+    if name not in REDUCED:
+        return NotImplemented
+    out = func(*args, **kwargs)
+    if out.ndim:
+        return out
+    held = [torch.empty(args[0].shape, dtype=out.dtype) for _ in range(1 + REDUCED[name])]
+    return held[0].as_strided((), ())
+
+
 def exponential(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The powers and sums of which torch makes the exponential of a matrix. Of one whose values are all near 0 they are
     fewer, which a trace does not see; a gradient's are not."""
@@ -249,7 +265,9 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     out = sixteen_bit(name, func, args, kwargs)
     _within = True
     try:
-        for does in (converted, promoted, blocked, safe_softmax, exponential, normalized, aligned, tried):
+        for does in (
+            converted, promoted, blocked, safe_softmax, reduced, exponential, normalized, aligned, tried,
+        ):  # fmt: skip
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:
         _within = False

@@ -1,5 +1,6 @@
 """The peak of training anybody's model: predicted beside what the allocator's events say of the real one."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -100,6 +101,10 @@ def align(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return functional.ctc_loss(model(batch[0]).log_softmax(-1), *batch[1:])
 
 
+def near(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda model, batch: loss(model(batch[0]), batch[1])
+
+
 def total(model: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
     return model(*batch).sum()
 
@@ -166,6 +171,18 @@ CASES = {
     "the gradient of a sum, which a kernel copies": (
         partial(nn.Sequential, nn.Linear(64, 256), nn.Softmax(-1)), torch.optim.AdamW, (torch.randn(512, 64),), total,
         0.01,
+    ),
+    "a mean of squared errors, which keeps the memory of all": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.randn(512, 512)),
+        near(functional.mse_loss), 0.01,
+    ),
+    "a sum of smooth errors, which keeps the memory of all": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.randn(512, 512)),
+        near(partial(functional.smooth_l1_loss, reduction="sum")), 0.01,
+    ),
+    "a mean of cross entropies, which keeps the memory of all": (
+        partial(nn.Sequential, nn.Linear(64, 512), nn.Sigmoid()), torch.optim.AdamW,
+        (torch.randn(512, 64), torch.rand(512, 512)), near(functional.binary_cross_entropy), 0.01,
     ),
     "channels last": (
         lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), torch.optim.AdamW,
