@@ -53,6 +53,16 @@ DEVICE = torch.ops.prim.device.default
 VIEW, UNSAFE_VIEW = torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
 ADD = torch.ops.aten.add.Tensor
 ADD_IN_PLACE = torch.ops.aten.add_.Tensor
+ZEROS = frozenset({"aten::zeros", "aten::zeros_like", "aten::new_zeros"})
+INTO_ZEROS = {
+    torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+    torch.ops.aten.index_add.default: torch.ops.aten.index_add_.default,
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+    torch.ops.aten.index_fill.int_Tensor: torch.ops.aten.index_fill_.int_Tensor,
+    torch.ops.aten.put.default: torch.ops.aten.put_.default,
+}
+"""What puts the gradient of chosen elements among zeros, and the same in place."""
 CAST = torch.ops.aten._to_copy.default
 ENGINE = "_engine_run_backward"
 """The function of torch.autograd.graph in which backward passes run."""
@@ -209,13 +219,18 @@ def wraps(types: Iterable[type]) -> bool:
 def meets_in_place(one: Tensor, other: Tensor) -> bool:
     """Whether these are gradients of one tensor that autograd would add in place, were they no fake ones: nobody else
     holds the first (torch/csrc/autograd/input_buffer.cpp). It leaves tensors of a subclass as they are."""
+    return one.shape == other.shape and one.is_contiguous() and only_autograd_has(one)
+
+
+def only_autograd_has(tensor: Tensor) -> bool:
+    """Whether a formula of autograd's own is at work, and nobody else holds `tensor`."""
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
         return False
     caller = sys._getframe(1)
-    while caller.f_code.co_name in DISPATCHING and caller.f_back is not None:
+    while caller.f_code.co_name in (*DISPATCHING, "meets_in_place") and caller.f_back is not None:
         caller = caller.f_back
-    alone = torch._C._storage_Use_Count(one.untyped_storage()._cdata) == 2  # the tensor, and who asks
-    return alone and caller.f_code.co_name == ENGINE and one.shape == other.shape and one.is_contiguous()
+    alone = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2  # the tensor, and who asks
+    return alone and caller.f_code.co_name == ENGINE
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -242,6 +257,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched: dict[int, Any] = {}
         self._drawn: set[int] = set()
         self._dropped: set[int] = set()
+        self._zeros: set[int] = set()
         COUNTING.add(self)
 
     @classmethod
@@ -347,6 +363,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         del self._watched[key]
         self._drawn.discard(key)
         self._dropped.discard(key)
+        self._zeros.discard(key)
         block = self._blocks.pop(key)
         self.timeline.events.append((block, -1, ""))
 
@@ -366,6 +383,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func.decompose(*args, **kwargs)
         if func is ADD and not kwargs and isinstance(args[1], Tensor) and meets_in_place(*args):
             func = ADD_IN_PLACE
+        # Autograd's formulas take these out of place for tensors of a subclass alone.
+        if func in INTO_ZEROS and args[0].untyped_storage()._cdata in self._zeros and only_autograd_has(args[0]):
+            func = INTO_ZEROS[func]
         if func is UNSAFE_VIEW:  # below autograd it is any view, and fake tensors remember those
             func = VIEW
         name = func.name().partition(".")[0]
@@ -389,7 +409,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             source = self.block(args[0])
             if source is not None and source.kind == "weights":
                 self.hold([out], CAST_WEIGHTS)
-        if name == "aten::rand" and out.ndim == 0:
+        if name in ZEROS and out.untyped_storage()._cdata in self._blocks:
+            self._zeros.add(out.untyped_storage()._cdata)
+        elif name == "aten::rand" and out.ndim == 0:
             self._drawn.add(out.untyped_storage()._cdata)
         elif name == "aten::lt" and args[0].untyped_storage()._cdata in self._drawn:
             self._dropped.add(out.untyped_storage()._cdata)

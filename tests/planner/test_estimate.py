@@ -184,6 +184,18 @@ CASES = {
         partial(nn.Sequential, nn.Linear(64, 512), nn.Sigmoid()), torch.optim.AdamW,
         (torch.randn(512, 64), torch.rand(512, 512)), near(functional.binary_cross_entropy), 0.01,
     ),
+    "the largest of each row, whose gradients are put among zeros in place": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64),),
+        lambda model, batch: model(*batch).topk(10)[0].sum(), 0.01,
+    ),
+    "columns by number, as well": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.zeros(16, dtype=torch.long)),
+        lambda model, batch: model(batch[0])[:, batch[1]].square().sum(), 0.01,
+    ),
+    "zeros in the place of gradients, of which others are made": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.zeros(16, dtype=torch.long)),
+        lambda model, batch: model(batch[0]).index_put((batch[1],), torch.zeros(16, 512)).square().sum(), 0.01,
+    ),
     "channels last": (
         lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), torch.optim.AdamW,
         (torch.randn(16, 3, 64, 64),), total, 0.01,
