@@ -187,7 +187,12 @@ def safe_softmax(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return out
 
 
-REDUCED = {"aten::mse_loss": True, "aten::smooth_l1_loss": True, "aten::binary_cross_entropy": False}
+REDUCED = {
+    "aten::mse_loss": True,
+    "aten::smooth_l1_loss": True,
+    "aten::binary_cross_entropy": False,
+    "aten::soft_margin_loss": False,
+}
 """Losses that a CPU reduces itself, and whether it makes those of the elements apart from where the result is put."""
 
 

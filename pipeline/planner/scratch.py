@@ -30,6 +30,13 @@ INTERPOLATIONS = frozenset(
     f"aten::upsample_{kind}" for kind in ("nearest2d", "bilinear2d", "bicubic2d", "trilinear3d", "linear1d")
 )
 """Of few channels they are computed on copies with channels last."""
+COPYING = frozenset(
+    {
+        "aten::kthvalue", "aten::im2col", "aten::col2im", "aten::soft_margin_loss_backward",
+        *(f"aten::_upsample_{kind}2d_aa{way}" for kind in ("bilinear", "bicubic") for way in ("", "_backward")),
+    }
+)  # fmt: skip
+"""Computed on a copy, or in parts that are put together."""
 ALWAYS = frozenset({ATTENTION, f"{ATTENTION}_backward", RECURRENT, f"{RECURRENT}_backward"})
 """Tried in every dtype."""
 TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
@@ -53,7 +60,7 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
     tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-    if name in INTERPOLATIONS or (name not in TRIED and "_backward" in name and any(map(_repeated, tensors))):
+    if name in INTERPOLATIONS | COPYING or (name not in TRIED and "_backward" in name and any(map(_repeated, tensors))):
         return _looked_at(func, args, kwargs)[0]
     if name not in TRIED:
         return 0

@@ -196,6 +196,24 @@ CASES = {
         partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.zeros(16, dtype=torch.long)),
         lambda model, batch: model(batch[0]).index_put((batch[1],), torch.zeros(16, 512)).square().sum(), 0.01,
     ),
+    "a mean of soft margins": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.ones(512, 512)),
+        near(functional.soft_margin_loss), 0.01,
+    ),
+    "a median by sorting a copy": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64),),
+        lambda model, batch: model(*batch).kthvalue(3)[0].sum(), 0.01,
+    ),
+    "images made smaller, smoothly": (
+        partial(nn.Linear, 128, 128), torch.optim.AdamW, (torch.randn(4, 8, 64, 128),),
+        lambda model, batch: functional.interpolate(
+            model(*batch), scale_factor=0.5, mode="bilinear", antialias=True
+        ).sum(), 0.01,
+    ),
+    "patches that are put together": (
+        partial(nn.Linear, 900, 900), torch.optim.AdamW, (torch.randn(4, 32, 900),),
+        lambda model, batch: functional.fold(model(*batch), (31, 31), 2).sum(), 0.01,
+    ),
     "channels last": (
         lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), torch.optim.AdamW,
         (torch.randn(16, 3, 64, 64),), total, 0.01,
