@@ -40,7 +40,7 @@ def estimate(
     Args:
         optimizer: builds one from parameters: `torch.optim.AdamW`, or a `functools.partial` with its settings.
         batch: what the model is called with: a mapping as keywords, a tuple or list as arguments, a tensor alone.
-            Only shapes and dtypes count.
+            Only shapes, dtypes and whether they require a gradient count.
         loss: (model, batch) -> a scalar to minimise; None: the output's `loss`, or the sum of a tensor that it gives.
         autocast: the dtype of mixed precision (torch.bfloat16 say); None: none.
 
@@ -69,7 +69,7 @@ def estimate(
         with live, live.telling_loss(shadow, None):
             for step in range(STEPS):
                 live.mark(f"step {step}")
-                given = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), batch)
+                given = tree_map_only(Tensor, blank, batch)
                 live.phase = ACTIVATIONS
                 live.mark("forward")
                 with told("the model or its loss"), torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -93,6 +93,11 @@ def estimate(
                 live.hold((value for value in state if isinstance(value, Tensor)), "optimizer state")
                 steps.zero_grad()
         return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
+
+
+def blank(tensor: Tensor) -> Tensor:
+    """An input of this kind, which has a gradient where it is asked for (older checkpointing passes none otherwise)."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 import pipeline.memory
@@ -119,7 +120,7 @@ def measured(model, optimizer, batch, loss) -> int:
             given = (
                 {name: t.clone() for name, t in batch.items()}
                 if isinstance(batch, dict)
-                else tuple(t.clone() for t in batch)
+                else tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in batch)
             )
             result = loss(model, given) if loss else model(**given).loss
             result.backward()
@@ -213,6 +214,11 @@ CASES = {
     "patches that are put together": (
         partial(nn.Linear, 900, 900), torch.optim.AdamW, (torch.randn(4, 32, 900),),
         lambda model, batch: functional.fold(model(*batch), (31, 31), 2).sum(), 0.01,
+    ),
+    "older checkpointing, of an input that has a gradient": (
+        partial(nn.Sequential, nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)), torch.optim.AdamW,
+        (torch.randn(256, 128, requires_grad=True),),
+        lambda model, batch: checkpoint(model, *batch, use_reentrant=True).sum(), 0.01,
     ),
     "channels last": (
         lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), torch.optim.AdamW,
