@@ -9,6 +9,7 @@ checkpoint writes what training keeps, as it lies there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pipeline.compression.pruning import kept_share
 from pipeline.data.base import DataBundle
 from pipeline.layers import stored
 from pipeline.layers.footprint import file_bytes
+from pipeline.layers.quantized import IntegerLayer, quantized_layers
 from pipeline.layers.sparsity import bitmask_bytes, kept_of, masked_layers
 from pipeline.models.architecture import describe
 from pipeline.planner.fakes import fake_batch, kernels_of, tracing
@@ -155,14 +157,28 @@ def reading(config: RunConfig, model: nn.Module, stage: Stage | None = None) -> 
     """
     share = share_of(config, stage)
     weights = [layer.get_parameter("weight") for _, layer in masked_layers(model)]
-    small = [w for w in weights if bitmask_bytes(w.numel(), kept_of(w.numel(), share), 8 * w.itemsize) < w.nbytes]
     whole = held(model)
     masks = sum(weight.numel() for weight in weights)
     kinds = {**whole.kinds, "buffers": whole.kinds.get("buffers", 0) - masks}
     if config.device.kind() != "cuda":
-        values = (kept_of(weight.numel(), share) * (weight.itemsize + 8) for weight in small)  # and where they are
-        kinds |= {"masks": masks, "working set": max(values, default=0)}
+        working = [0]
+        floats = [(weight.numel(), 8 * weight.itemsize, weight.nbytes) for weight in weights]
+        for elements, bits, size in (*floats, *sparse_integers(model)):
+            kept = kept_of(elements, share)
+            if bitmask_bytes(elements, kept, bits) < size:
+                # Values, and where they are; those of fewer than 8 bits are packed again when all are there.
+                working.append(kept * (max(bits, 8) // 8 + 8) + (elements - size if bits < 8 else 0))
+                masks += elements if bits <= 8 else 0
+        kinds |= {"masks": masks, "working set": max(working)}
     return Peak(sum(kinds.values()), {kind: size for kind, size in kinds.items() if size}, "")
+
+
+def sparse_integers(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """(elements, bits of one, bytes of all as they lie in the model) of quantized weights that were masked."""
+    for layer in quantized_layers(model).values():
+        if layer.sparse and isinstance(layer, IntegerLayer) and layer.grid.symmetric:
+            stored = layer.get_buffer("weight_packed" if layer.packed else "weight")
+            yield math.prod(layer.weight_dims), layer.bits, stored.nbytes
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
