@@ -226,8 +226,9 @@ class LogitCache:
         rows = self._read(self._order[places])
         device = next(iter(inputs.values())).device
         logits = torch.from_numpy(rows["logits"].copy()).to(device).float()
-        ids = torch.from_numpy(rows["ids"].astype(np.int64, order="C")) if "ids" in (rows.dtype.names or ()) else None
-        return logits, None if ids is None else ids.to(device)
+        if "ids" not in (rows.dtype.names or ()):
+            return logits, None
+        return logits, torch.from_numpy(rows["ids"].copy()).long().to(device)  # in torch's memory, which is measured
 
     def _read(self, places: Array) -> Array:
         rows = np.array(self._rows[places])

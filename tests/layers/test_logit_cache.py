@@ -25,6 +25,7 @@ from pipeline.layers.logit_cache import (
     row_type,
     write,
 )
+from pipeline.memory.measure import measure_peak
 
 CLASSES = 11
 
@@ -64,6 +65,14 @@ def test_samples_are_read_back_in_any_order_and_batch(top_k, tmp_path):
         else:
             assert classes is None
         torch.testing.assert_close(logits, expected - expected.amax(-1, keepdim=True), atol=2**-9, rtol=0)
+
+
+def test_what_is_read_lies_in_memory_that_is_measured(tmp_path):
+    given_in = samples()
+    cache = recorded(tmp_path / "c", given_in, top_k=3)
+    with measure_peak("cpu") as peak:
+        held = cache.read(given_in)
+    assert peak.bytes == sum(tensor.nbytes for tensor in held)
 
 
 @given(
