@@ -64,6 +64,8 @@ class Outcome:
     run_dir: Path | None = None
     status: str | None = None
     sweep_dir: Path | None = None
+    failed: bool = False
+    """Whether a job of a sweep failed: one that another run kept from its directory leaves no record there."""
     terminated: int | None = None
     """The signal that ended the run."""
     resumable: bool = False
@@ -111,7 +113,7 @@ def _main(argv: list[str]) -> int:
     if _outcome.error is not None:
         raise _outcome.error
     if sweep and _outcome.sweep_dir is not None:
-        return sweep_exit_code(_outcome.sweep_dir)
+        return 1 if _outcome.failed else sweep_exit_code(_outcome.sweep_dir)
     return {"failed": 1, "gate": 3}.get(_outcome.status or "", 0)
 
 
@@ -248,20 +250,26 @@ def task() -> None:
     overrides = _as_composed(job.overrides.task)
     _outcome.run_dir = run_dir
     _without_adverts()
+    failure: dict[str, Any] | None = None
     try:
         with _alone_in(run_dir):
-            _outcome.status = _ran(job, run_dir, overrides, sweep)
+            try:
+                _outcome.status = _ran(job, run_dir, overrides, sweep)
+            except Exception as error:
+                if sweep:
+                    _record_failure(run_dir, error, overrides)
+                raise
     except Exception as error:
         log.error("failed", exc_info=error)
         _outcome.error = None if sweep else error
         if sweep:
-            _record_failure(run_dir, error, overrides)
-            _outcome.status = "failed"
+            failure = _failure(error, overrides)
+            _outcome.status, _outcome.failed = "failed", True
     if sweep:
         from pipeline.report.result import read_result
         from pipeline.report.table import job_line
 
-        print(job_line(read_result(run_dir / "result.json"), job.job.num), flush=True)
+        print(job_line(failure or read_result(run_dir / "result.json"), job.job.num), flush=True)
 
 
 def _ran(job: HydraConf, run_dir: Path, overrides: Sequence[str], sweep: bool) -> str:
@@ -296,7 +304,7 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = f"{run_dir}: another run is at work in this directory; let it end, or choose another hydra.run.dir"
+            said = f"another run is at work in this directory, {run_dir}; let it end, or choose another hydra.run.dir"
             raise ConfigError(said) from None
         except OSError as error:
             log.info("nothing keeps another run out of this directory: %s", error)
@@ -350,14 +358,19 @@ def _copy_recipes(files: Sequence[Path], directory: Path) -> None:
 
 def _record_failure(run_dir: Path, error: Exception, overrides: Sequence[str]) -> None:
     """The smallest result.json that says a job failed, unless the runner wrote one."""
-    from pipeline.report.result import new_result, write_result
+    from pipeline.report.result import write_result
 
     target = run_dir / "result.json"
-    if target.exists():
-        return
+    if not target.exists():
+        write_result(target, _failure(error, overrides))
+
+
+def _failure(error: Exception, overrides: Sequence[str]) -> dict[str, Any]:
+    from pipeline.report.result import new_result
+
     result = new_result("run", [arguments.typed(line) for line in overrides], {})
     result["error"] = {"type": type(error).__name__, "message": str(error)}
-    write_result(target, result)
+    return result
 
 
 def sweep_exit_code(directory: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -366,6 +367,23 @@ class TestRunDirectory:
         assert [result["status"] for result in results] == ["failed", "failed"]
         install(monkeypatch, good)
         assert app.main(["-m", "hydra.sweep.dir=here", "compression=none,int9"]) == 1
+
+    def test_a_job_of_a_sweep_leaves_alone_the_directory_that_another_run_is_at_work_in(
+        self, runs: list[tuple[RunConfig, Path]], outside: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        theirs = outside / "here" / "0"
+        theirs.mkdir(parents=True)
+        held = os.open(theirs, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            assert app.main(["-m", "hydra.sweep.dir=here", "trainer.seed=1,2"]) == 1
+            assert not (theirs / "result.json").exists()
+            assert "another run is at work" in capsys.readouterr().out
+            (theirs / "result.json").write_text('{"schema": 1, "status": "ok"}')  # the other one is done meanwhile
+            assert app.main(["-m", "hydra.sweep.dir=here", "trainer.seed=1,2"]) == 1
+        finally:
+            os.close(held)
+        assert len(runs) == 2, "only the other job ran"
 
     def test_a_resumed_run_keeps_its_result_until_the_runner_writes_another(
         self, runs: list[tuple[RunConfig, Path]], monkeypatch: pytest.MonkeyPatch
