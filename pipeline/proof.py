@@ -44,7 +44,7 @@ def prove(run: Run, line: Sequence[Stage]) -> None:
         run.progress.phase("evaluating the artifact"),
         measure_peak(run.device, [*after.parameters(), *after.buffers()]) as peak,
     ):
-        quality = evaluate(run, after)
+        quality = evaluate(run, after, last.name if trains(line) or last is not first else None)
     before = after
     if first is not last:
         before = store.load(run.snapshot(first), device=run.device, offload_to=offload_to, sparse_kernels=True)

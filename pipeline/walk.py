@@ -267,7 +267,7 @@ def train(run: Run, stage: Stage, model: nn.Module) -> tuple[nn.Module, dict[str
         run.begun = True
         model = run.config.adapter.merge(model)
     with run.progress.phase("evaluating"):
-        quality = evaluate(run, model)
+        quality = evaluate(run, model, stage.name if stage.fit else None)
     record = {"steps": stage.fit.steps if stage.fit else 0, "fitted": asdict(fitted) if fitted else None, "detail": {}}
     return model, {**record, "quality": asdict(quality), "seconds": 0.0}
 
@@ -316,7 +316,7 @@ def save_snapshot(run: Run, stage: Stage, model: nn.Module, record: dict[str, An
     """
     if stage.kind == "link" and not last:
         with run.progress.phase(f"evaluating: {stage.name}"):
-            record["quality"] = asdict(evaluate(run, model))
+            record["quality"] = asdict(evaluate(run, model, stage.name))
     places = {run.snapshot(stage): model}
     if beside_compressed(run.config, stage):
         # The next link gets what was trained. `before` is the dense model that it stands for; it is written last.
@@ -374,11 +374,11 @@ def link_settings(link: tuple[str, Method]) -> dict[str, Any]:
     return {"name": name, "method": method.name, "config": asdict(method)}
 
 
-def evaluate(run: Run, model: nn.Module) -> Quality:
-    """Quality on the held-out split, in the model's own dtype, on the run's device.
+def evaluate(run: Run, model: nn.Module, stage: str | None = None) -> Quality:
+    """Quality on the held-out split, in the model's own dtype, on the run's device, as `stage` has left the model.
 
     Raises:
-        LeanfitError: it is no finite number; a weight that holds NaN or infinity is named.
+        LeanfitError: it is no finite number; the stage is named, and a weight that holds NaN or infinity.
     """
     model.to(run.device)
     with run.config.precision.evaluation_context(run.device):
@@ -388,7 +388,8 @@ def evaluate(run: Run, model: nn.Module) -> Quality:
     wrong = not_finite(model.named_parameters())
     out_of_range = f"all weights are finite, what they give in precision {run.config.precision.label} is not"
     cause = out_of_range if wrong is None else f"{wrong} holds NaN or infinity"
-    raise LeanfitError(f"{found.metric} is {found.value:g}, of a loss of {found.loss:g} nats: {cause}")
+    left = "" if stage is None else f" after stage '{stage}'"
+    raise LeanfitError(f"{found.metric}{left} is {found.value:g}, of a loss of {found.loss:g} nats: {cause}")
 
 
 def note(run: Run, stage: Stage, record: Mapping[str, Any]) -> None:

@@ -395,6 +395,10 @@ def test_all_mistakes_of_a_command_line_at_once() -> None:
             ["compression.distill.teacher=/no/such: no such file", "compression.distill.temperature=-1 must be"],
         ),
         (
+            ["compression=distill", "compression.distill.temperature=1e30"],
+            ["compression.distill.temperature=1e+30 must"],
+        ),
+        (
             ["data=text", "data.path=/no/such", "data.sequence_length=a"],
             ["data.path=/no/such", "data.sequence_length=a must be"],
         ),

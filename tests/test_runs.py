@@ -345,6 +345,14 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(capsys: pytest.Capt
     assert read_result(directory / "result.json")["status"] == "failed"
 
 
+def test_a_link_after_which_the_quality_is_no_number_is_named(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compression=int8_qat", "compression.int8_qat.lr=1e10", "compression.int8_qat.steps=1"]
+    assert leanfit(*TINY, "job=compress", f"artifact={finished / 'checkpoints' / 'last.ckpt'}", *words)[0] == 1
+    assert "perplexity after stage 'int8_qat' is nan" in capsys.readouterr().err
+
+
 def test_a_weight_that_is_no_number_is_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from pipeline.checkpoints import exists
 from pipeline.compression.base import Context, Kind, Method, StageLoss, TaskLoss
@@ -46,7 +46,10 @@ def drop_layers(model: nn.Module, architecture: Architecture, kept: int) -> nn.M
 @register("compression", "distill")
 @dataclass(frozen=True, kw_only=True)
 class Distill(Method):
-    """`teacher`, `layers`, `student`: who learns from whom; the rest says by which losses and for how long."""
+    """`teacher`, `layers`, `student`: who learns from whom; the rest says by which losses and for how long.
+
+    `temperature`: far below its bounds logits overflow, far above them float32 tells no two logits apart.
+    """
 
     kind: ClassVar[Kind] = "distillation"
     needs_teacher: ClassVar[bool] = True
@@ -61,7 +64,7 @@ class Distill(Method):
     hidden_weight: Weight
     attention_weight: Weight
     sequence_weight: Weight
-    temperature: Annotated[float, Gt(0)]
+    temperature: Annotated[float, Ge(0.01), Le(1000)]
     top_k: Annotated[int, Ge(1)] | None
     cache_logits: bool
     prompt_tokens: Annotated[int, Ge(1)]
