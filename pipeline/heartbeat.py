@@ -217,17 +217,22 @@ def read_files(paths: Sequence[Path]) -> list[bytes | None]:
 
 def children(process: int) -> list[int]:
     """Processes that this one has started and that are there; none where the system does not tell (no /proc)."""
-    try:
-        told = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8") if process else ""
-    except OSError:
-        return []
-    return [int(word) for word in told.split()]
+    found: list[int] = []
+    for thread in Path(f"/proc/{process}/task").glob("*/children") if process else ():
+        with suppress(OSError):
+            found += map(int, thread.read_text(encoding="utf-8").split())
+    return found
 
 
 def is_stopped(process: int) -> bool:
     """Whether the system holds a process because of SIGSTOP or the like. False where it does not tell (no /proc)."""
+    return state(process) == "T"
+
+
+def state(process: int) -> str:
+    """The letter by which the system tells what a process does; none where it is not there, or there is no /proc."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace") if process else ""
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[:1] == ["T"]
+        return ""
+    return stat.rpartition(")")[2].split()[0] if stat else ""

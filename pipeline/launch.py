@@ -173,6 +173,7 @@ class Ranks:
         finally:
             for file in (*self.files, stop):
                 file.unlink(missing_ok=True)
+            parallelism.clean(self.run_dir, watch.launcher)
         self.told = self.log.read_bytes()[start:].decode("utf-8", "replace")
         if code < 0 and ended is None:
             ended = f"what started the ranks was killed by {signal.Signals(-code).name}"

@@ -27,8 +27,9 @@ from pipeline import environment, interrupts
 from pipeline.composing import compose
 from pipeline.device.system_memory import oom_kills, suspicion
 from pipeline.errors import LeanfitError
+from pipeline.heartbeat import children, state
 from pipeline.launch import error_file
-from pipeline.parallelism.ray import OnRay
+from pipeline.parallelism.ray import SHOWN, SOCKETS, STORAGE, OnRay, prefix
 from pipeline.preemption import stop_file
 from pipeline.walk import stages_of
 
@@ -45,12 +46,12 @@ STORE = 80 * 2**20
 """Bytes of Ray's shared memory, about the least it takes: ranks talk to each other, not through it."""
 PATIENCE = 15.0
 """Seconds for a cluster to be put away."""
-SOCKETS = "/tmp"
-"""Where a cluster of ours keeps its files: paths of sockets must be short, as TMPDIR need not be."""
+SERVICES = ("gcs_server", "raylet")
+"""Processes of a cluster of ours without which ranks cannot go on."""
 
 
-class RankLost(LeanfitError):
-    """A rank whose process is gone; what the others say of it, that a connection was lost, explains nothing."""
+class Lost(LeanfitError):
+    """A process that is gone; what ranks say of it, that a connection was lost, explains nothing."""
 
 
 def main(arguments: list[str]) -> None:
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
     parallelism, cuda = config.parallelism, config.device.kind() == "cuda"
     assert isinstance(parallelism, OnRay)
     stage = next(stage for stage in stages_of(config) if stage.name == name)
-    shown = run_dir / f".shown-{stage.directory}"
+    shown = run_dir / f"{SHOWN}{stage.directory}"
     told = {
         "run_dir": str(run_dir), "stage": name, "resume": arguments[2] == "resume", "devices": parallelism.devices,
         "directory": os.getcwd(), "shown": str(shown), "terminal": sys.stdout.isatty(),
@@ -71,18 +72,18 @@ def main(arguments: list[str]) -> None:
     told_by_rank, stop = error_file(run_dir, stage), stop_file(run_dir, stage)
     stop.unlink(missing_ok=True)
     try:
-        with cluster(parallelism, cuda=cuda), copied(shown):
+        with cluster(parallelism, told_by_rank, cuda=cuda), copied(shown):
             signal.signal(signal.SIGTERM, partial(ask, stop))  # Ray has put in one of its own
-            train(told, parallelism, run_dir / ".ray", cuda=cuda)
+            train(told, parallelism, run_dir / STORAGE, cuda=cuda)
     except Exception as error:  # or whatever keeps a cluster from working
         traceback.print_exc()
-        if isinstance(error, RankLost) or not told_by_rank.exists():
+        if isinstance(error, Lost) or not told_by_rank.exists():
             told_by_rank.write_text(said(error), encoding="utf-8")
         sys.exit(1)
     finally:
         for leftover in (shown, stop):
             leftover.unlink(missing_ok=True)
-        shutil.rmtree(run_dir / ".ray", ignore_errors=True)
+        shutil.rmtree(run_dir / STORAGE, ignore_errors=True)
 
 
 def ask(stop: Path, number: int, frame: FrameType | None) -> None:
@@ -102,8 +103,9 @@ def end_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def cluster(parallelism: OnRay, *, cuda: bool) -> Iterator[None]:
-    """Connected to the cluster of `address`, or to one of this machine that lasts as long as the context."""
+def cluster(parallelism: OnRay, failure: Path, *, cuda: bool) -> Iterator[None]:
+    """Connected to the cluster of `address`, or to one of this machine that lasts as long as the context. Where that
+    one does not, the file `failure` says so."""
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
     if parallelism.address is None:
         # A token of this run's own, so that nobody else on the network gives orders to the cluster. Left to itself Ray
@@ -112,7 +114,8 @@ def cluster(parallelism: OnRay, *, cuda: bool) -> Iterator[None]:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with tempfile.TemporaryDirectory(prefix="leanfit-ray-", dir=SOCKETS, ignore_cleanup_errors=True) as directory:
+    over, name = threading.Event(), prefix(os.getpid())
+    with tempfile.TemporaryDirectory(prefix=name, dir=SOCKETS, ignore_cleanup_errors=True) as directory:
         if parallelism.address is None:
             ranks = parallelism.ranks
             ray.init(
@@ -124,6 +127,7 @@ def cluster(parallelism: OnRay, *, cuda: bool) -> Iterator[None]:
                 _temp_dir=directory,
                 **quiet,
             )
+            threading.Thread(target=end_without_services, args=[failure, over], daemon=True).start()
         else:
             reach(parallelism.address)
             names = ("PYTHONPATH", "OMP_NUM_THREADS", interrupts.PARENT, *environment.DEFAULTS)
@@ -137,7 +141,43 @@ def cluster(parallelism: OnRay, *, cuda: bool) -> Iterator[None]:
             require_room(ray.nodes(), parallelism, cuda=cuda)  # type: ignore[no-untyped-call]
             yield
         finally:
+            over.set()
             ray.shutdown()
+
+
+def end_without_services(failure: Path, over: threading.Event) -> None:
+    """End this process, its ranks and all else of its cluster where one of `SERVICES` is gone before that is `over`.
+
+    Ray notices some a minute later, and then ranks say no more than that a connection was lost.
+    """
+    began = {process: command(process) for process in children(os.getpid())}
+    services = {process: name for process, name in began.items() if name in SERVICES}
+    cluster: list[int] = []
+    while not (gone := [name for process, name in services.items() if state(process) in ("", "Z")]):
+        cluster = descendants(os.getpid())  # once a raylet is gone, its workers are nobody's
+        if over.wait(0.5):
+            return
+    if over.is_set():
+        return
+    for process in cluster:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    failure.write_text(f"Ray's {gone[0]} was killed or crashed", encoding="utf-8")
+    os._exit(1)  # files are removed as those of a driver that was killed
+
+
+def command(process: int) -> str:
+    """The name of the program that a process runs; none where the system does not tell."""
+    try:
+        told = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return Path(os.fsdecode(told.partition(b"\0")[0])).name
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that this one has started, and that those have."""
+    return [each for child in children(process) for each in (child, *descendants(child))]
 
 
 def reach(address: str) -> None:
@@ -165,6 +205,7 @@ def require_room(nodes: list[dict[str, Any]], parallelism: OnRay, *, cuda: bool)
 
 def train(told: Mapping[str, Any], parallelism: OnRay, storage: Path, *, cuda: bool) -> None:
     """Run the ranks to their end. Raises LeanfitError where one fails."""
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -189,6 +230,8 @@ def train(told: Mapping[str, Any], parallelism: OnRay, storage: Path, *, cuda: b
         trainer.fit()
     except WorkerGroupError as error:
         raise failure(error.worker_failures, suspicion(before)) from error
+    except RayActorError as error:
+        raise Lost(f"Ray's controller of the ranks was killed or crashed{suspicion(before)}") from error
     except TrainingFailedError as error:
         raise LeanfitError(said(error)) from error
 
@@ -237,7 +280,7 @@ def failure(failures: Mapping[int, BaseException], suspicion: str) -> LeanfitErr
         number = min(lost)
         if "low on memory" in str(lost[number]):  # Ray's own monitor, which kills before Linux does
             suspicion = " (out of memory)"
-        return RankLost(f"rank {number} was killed or crashed{suspicion}")
+        return Lost(f"rank {number} was killed or crashed{suspicion}")
     number = min(failures)
     return LeanfitError(f"rank {number}: {said(failures[number])}")
 

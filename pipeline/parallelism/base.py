@@ -12,6 +12,8 @@ from annotated_types import Ge
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from lightning.pytorch.strategies import Strategy
     from torch import nn
@@ -133,6 +135,9 @@ class Parallelism:
         it takes its ranks along within 20 seconds; where the process `LEANFIT_PARENT` is gone they end by themselves.
         """
         raise NotImplementedError
+
+    def clean(self, run_dir: Path, process: int) -> None:
+        """Remove the files that `command`, which was this process, leaves where it is killed."""
 
     def place(self, environ: Mapping[str, str]) -> dict[str, str]:
         """In a rank: what its environment lacks of torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from pipeline.parallelism.base import Meeting, Parallelism
@@ -19,6 +21,15 @@ from pipeline.registry import register
 
 PACKAGES = ("ray", "pyarrow")
 """What Ray Train cannot be imported without; the extra brings them."""
+SOCKETS = "/tmp"
+"""Where a cluster of ours keeps its files: paths of sockets must be short, as TMPDIR need not be."""
+STORAGE, SHOWN = ".ray", ".shown-"
+"""In the run's directory: what Ray Train keeps, and (with the stage's name) what rank 0 shows."""
+
+
+def prefix(process: int) -> str:
+    """How the directory begins in which the cluster that `process` started keeps its files."""
+    return f"leanfit-ray-{process}-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +63,12 @@ class OnRay(Parallelism):
 
     def command(self, worker: Sequence[str], meeting: Meeting) -> list[str]:
         return [sys.executable, "-m", "pipeline.ray_driver", *worker[3:]]
+
+    def clean(self, run_dir: Path, process: int) -> None:
+        for leftover in (run_dir / STORAGE, *Path(SOCKETS).glob(f"{prefix(process)}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for shown in run_dir.glob(f"{SHOWN}*"):
+            shown.unlink(missing_ok=True)
 
     def place(self, environ: Mapping[str, str]) -> dict[str, str]:
         return {"GROUP_RANK": environ["NODE_RANK"]}  # Ray sets the others

@@ -151,6 +151,40 @@ def test_a_rank_that_is_killed_ends_the_run_which_names_it(cluster, tmp_path):
 
 
 @installed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        ("gcs_server", "Ray's gcs_server was killed or crashed"),
+        ("raylet", "Ray's raylet was killed or crashed"),
+        ("ray::TrainController", "Ray's controller of the ranks was killed or crashed"),
+        ("pipeline.ray_driver", "what started the ranks was killed by SIGKILL"),
+    ],
+)
+def test_what_is_killed_of_a_cluster_of_its_own_ends_the_run_which_names_it(process, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("LEANFIT_TEST", str(tmp_path))
+    before = set(Path("/tmp").glob("leanfit-ray-*"))
+    killed = []
+
+    def kill():
+        while not (tmp_path / "run" / "metrics.csv").exists():
+            time.sleep(0.1)
+        for number in remaining(tmp_path):
+            words = Path(f"/proc/{number}/cmdline").read_text().replace("\0", " ")
+            if process in words.split("--", 1)[0]:
+                os.kill(int(number), signal.SIGKILL)
+                killed.append(time.monotonic())
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(LeanfitError, match=f"^stage 'train' on 2 devices: {said}"):
+        on_ray(tmp_path / "run", "parallelism=ray", "trainer.max_steps=1000000")
+    assert gone(tmp_path)
+    assert time.monotonic() - killed[0] < 30
+    assert set(Path("/tmp").glob("leanfit-ray-*")) <= before
+    assert not {".ray", ".shown-00-train"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
+@installed
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -214,11 +248,11 @@ def test_nothing_at_an_address_is_told_at_once():
 def test_a_lost_rank_explains_more_than_those_that_lost_it():
     from ray.exceptions import RayActorError
 
-    from pipeline.ray_driver import RankLost, failure
+    from pipeline.ray_driver import Lost, failure
 
     lost = SimpleNamespace(health_check_failure=RayActorError())
     both = failure({0: RuntimeError("Connection closed by peer"), 1: lost}, " (perhaps)")
-    assert isinstance(both, RankLost)
+    assert isinstance(both, Lost)
     assert str(both) == "rank 1 was killed or crashed (perhaps)"
     assert str(failure({1: ValueError("too\nlong")}, " (perhaps)")) == "rank 1: ValueError: too"
     assert str(failure({0: LeanfitError("diverged")}, " (perhaps)")) == "rank 0: diverged"
