@@ -239,6 +239,11 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
     if stage.fit is None:
         return None
     if run.config.parallelism.distributed:
+        goes_on = run.config.resume and checkpoints.exists(checkpoint_directory(run.directory, stage) / "last.ckpt")
+        if goes_on and (first := run.config.parallelism.holding.leaves_out) is not None:
+            run.progress.say(
+                f"what powersgd left out of gradients is in no checkpoint: {first} steps with whole ones come first"
+            )
         fitted = launch(run.config, stage, run.directory, resume=run.config.resume, nodes=run.nodes)
         load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
         return fitted

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline import launch
+from pipeline import launch, walk
 from pipeline.composing import compose
 from pipeline.errors import ConfigError, LeanfitError
 from pipeline.heartbeat import Beat, Phase, Watch, pack
@@ -165,3 +166,25 @@ def test_a_mistake_in_the_config_that_a_rank_finds_is_one_as_on_a_single_device(
         launch.launch(config, stage, tmp_path, resume=False)
     assert type(caught.value) is kind
     assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(("compression", "resume"), [("powersgd", True), ("powersgd", False), ("none", True)])
+def test_a_resumed_fit_says_what_powersgd_lost(
+    compression: str, resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(["parallelism=ddp", "parallelism.devices=2", f"parallelism.gradient_compression={compression}"])
+    told: list[str] = []
+    run: Any = SimpleNamespace(
+        config=replace(config, resume=resume), directory=tmp_path, nodes=None, progress=SimpleNamespace(say=told.append)
+    )
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    monkeypatch.setattr(walk, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(walk, "load_checkpoint", lambda *_: None)
+    walk.run_fit(run, stages_of(config)[0], None, None)  # type: ignore[arg-type]
+    assert told == (
+        ["what powersgd left out of gradients is in no checkpoint: 10 steps with whole ones come first"]
+        if compression == "powersgd" and resume
+        else []
+    )
