@@ -166,6 +166,7 @@ def test_a_mistake_in_the_config_that_a_rank_finds_is_one_as_on_a_single_device(
         launch.launch(config, stage, tmp_path, resume=False)
     assert type(caught.value) is kind
     assert str(caught.value) == told
+    assert not Path(file).exists(), "left in the run's directory"
 
 
 @pytest.mark.parametrize(("compression", "resume"), [("powersgd", True), ("powersgd", False), ("none", True)])
