@@ -74,18 +74,18 @@ def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool, node
                 nodes.begin(stage.name, resume, place)
             ranks = Ranks(config, stage, run_dir, here, nodes.beats if nodes else list)
             code, ended = ranks.run(place, resume, nodes.trouble if nodes else lambda: None)
-        said = failure.read_text(encoding="utf-8") if failure.is_file() else None
+        if code or not figures.is_file():
+            why = ended or ranks.killed() or (nodes.last_words() if nodes else None)
+            if nodes is not None:
+                nodes.stop()
+            said = failure.read_text(encoding="utf-8") if failure.is_file() else None
+            if not why and said and (wrong := re.fullmatch(r"rank \d+: ConfigError: (.+)", said, re.DOTALL)):
+                raise ConfigError(wrong[1].splitlines())  # as on one device, where it is found by this process
+            why = why or said or f"the ranks ended with exit code {code}, and did not say why"
+            count = f"{parallelism.ranks} devices" + (f" of {parallelism.nodes} nodes" if parallelism.nodes > 1 else "")
+            raise LeanfitError(f"stage '{stage.name}' on {count}: {why}")
     finally:
         failure.unlink(missing_ok=True)
-    if code or not figures.is_file():
-        why = ended or ranks.killed() or (nodes.last_words() if nodes else None)
-        if nodes is not None:
-            nodes.stop()
-        if not why and said and (wrong := re.fullmatch(r"rank \d+: ConfigError: (.+)", said, re.DOTALL)):
-            raise ConfigError(wrong[1].splitlines())  # as on one device, where it is found by this process
-        why = why or said or f"the ranks ended with exit code {code}, and did not say why"
-        count = f"{parallelism.ranks} devices" + (f" of {parallelism.nodes} nodes" if parallelism.nodes > 1 else "")
-        raise LeanfitError(f"stage '{stage.name}' on {count}: {why}")
     fitted = Fitted.read(figures)
     figures.unlink()
     return fitted
