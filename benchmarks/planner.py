@@ -173,8 +173,7 @@ def one(number: int, out: Path, devices: int, compile: bool) -> None:
     found: dict[str, Any] = {"number": number, "words": words, "trace": {}, "formula": {}}
     line = stages_of(config)
     try:
-        asked = Run(config, out, task, data, tokenizer, [], Progress({}, "silent"), new_result("run", [], {}))
-        preflight(asked, changing_stages(line))
+        preflight(config, data, tokenizer, out, changing_stages(line))
     except ConfigError as error:  # what only shapes tell: no config that runs
         write(out, number, {**found, "refused": error.problems[0]})
         return

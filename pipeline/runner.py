@@ -131,9 +131,8 @@ def close(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
 def plan_run(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """`job=plan`: predicted peaks of `job=run` with this config, in plan.json and as a table."""
     tokenizer = config.model.tokenizer()
-    data, task = config.data.open(tokenizer), lookup.get(config.data.task)
-    line = changing_stages(stages_of(config))
-    preflight(Run(config, run_dir, task, data, tokenizer, [], Progress({}, "silent"), result), line)
+    data = config.data.open(tokenizer)
+    preflight(config, data, tokenizer, run_dir, changing_stages(stages_of(config)))
     found = predicted(config, data, tokenizer, run_dir, result)
     write_text(run_dir / "report.md", plan_report(found, run_dir, config.overrides))
     if not config.sweep:

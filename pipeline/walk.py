@@ -101,7 +101,7 @@ def begin(run: Run, line: Sequence[Stage]) -> int:
         ConfigError: every problem that needs the model's shapes; a resume with nothing to start from or to do.
     """
     changing = changing_stages(line)
-    preflight(run, changing)
+    preflight(run.config, run.data, run.tokenizer, run.directory, changing)
     if not run.config.resume:
         return 0
     done = finished(run, changing)
@@ -145,31 +145,31 @@ def walk(run: Run, line: Sequence[Stage], done: int) -> None:
         run.progress.say("peak memory of saving is not known: the run was cut off as it saved a stage or its fit")
 
 
-def preflight(run: Run, changing: list[Stage]) -> None:
-    """Problems that need the model's shapes, found on the meta device before anything is trained."""
+def preflight(config: RunConfig, data: DataBundle, tokenizer: Any, directory: Path, changing: Sequence[Stage]) -> None:
+    """Problems that need the model's shapes, found on the meta device before anything is trained in `directory`."""
     trains = changing[0].fit is not None
     if len(changing) == 1 and not trains:
         return
-    if run.config.artifact is not None and checkpoints.exists(Path(run.config.artifact)):
-        model = base_model(run.config, run.data)  # whether its weights fit is seen only as they are loaded
+    if config.artifact is not None and checkpoints.exists(Path(config.artifact)):
+        model = base_model(config, data)  # whether its weights fit is seen only as they are loaded
     else:
-        model = shapes(run.config, run.data)
-    if artifact_of(run.config) is not None and (unfit := data_problems(run.config, model, run.data)):
+        model = shapes(config, data)
+    if artifact_of(config) is not None and (unfit := data_problems(config, model, data)):
         raise ConfigError(unfit)  # links would look at data that the model cannot take
-    problems = run.config.precision.model_problems(model)
+    problems = config.precision.model_problems(model)
     if trains:
         architecture = describe(model)
-        problems += run.config.adapter.preflight(model, architecture)
-        problems += run.config.optimizer.shape_problems(model)
-        problems += run.config.precision.shape_problems(model, architecture)
-        problems += run.config.parallelism.shape_problems(model, architecture)
+        problems += config.adapter.preflight(model, architecture)
+        problems += config.optimizer.shape_problems(model)
+        problems += config.precision.shape_problems(model, architecture)
+        problems += config.parallelism.shape_problems(model, architecture)
     # Links enter a mixture in place; a checkpoint that is given as a teacher is one of the model before.
     base = copy.deepcopy(model) if stacked_experts(model) else model
     drawn_for = dict[int | None, nn.Module]()
     for stage in changing[1:]:
         assert stage.method is not None
         model = stage.method.entering(model)
-        context = context_of(run.config, stage, model, base=base)
+        context = context_of(config, stage, model, base=base)
         if stage.method.needs_calibration:
             drawn_for.setdefault(positions(model), model)
         told: list[str] = []
@@ -179,13 +179,13 @@ def preflight(run: Run, changing: list[Stage]) -> None:
         except ConfigError as error:  # a teacher or a student that cannot be opened
             told, after = told or list(error.problems), None
         if records(stage) and not told:
-            told = space_problems(run.config, stage, run.directory, run.data, context)
-        problems += [*told, *guest_problems(stage, context, run.data, run.tokenizer)]
+            told = space_problems(config, stage, directory, data, context)
+        problems += [*told, *guest_problems(stage, context, data, tokenizer)]
         if after is None:  # what later links would get is not known
             break
         model = after
     for model in drawn_for.values():
-        problems += calibration_problems(run.config, model, run.data, run.tokenizer)
+        problems += calibration_problems(config, model, data, tokenizer)
     if problems:
         raise ConfigError(problems)
 
@@ -239,13 +239,14 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
     if stage.fit is None:
         return None
     if run.config.parallelism.distributed:
-        goes_on = run.config.resume and checkpoints.exists(checkpoint_directory(run.directory, stage) / "last.ckpt")
+        last = checkpoint_directory(run.directory, stage) / "last.ckpt"
+        goes_on = run.config.resume and checkpoints.exists(last)
         if goes_on and (first := run.config.parallelism.holding.leaves_out) is not None:
             run.progress.say(
                 f"what powersgd left out of gradients is in no checkpoint: {first} steps with whole ones come first"
             )
         fitted = launch(run.config, stage, run.directory, resume=run.config.resume, nodes=run.nodes)
-        load_checkpoint(model, checkpoint_directory(run.directory, stage) / "last.ckpt")
+        load_checkpoint(model, last)
         return fitted
     method = stage.method
     fitted = fit(

@@ -10,11 +10,8 @@ from pipeline.composing import compose
 from pipeline.compression.magnitude import prune_magnitude
 from pipeline.errors import ConfigError
 from pipeline.models.byte_tokenizer import byte_tokenizer
-from pipeline.report.progress import Progress
-from pipeline.report.result import new_result
 from pipeline.stage_input import context_of, remedy
-from pipeline.tasks import lookup
-from pipeline.walk import Run, changing_stages, preflight, stages_of
+from pipeline.walk import changing_stages, preflight, stages_of
 from tests import tiny
 
 NOTHING = torch.zeros(1)
@@ -44,9 +41,7 @@ def test_a_teacher_of_stacked_experts_may_follow_a_link_that_has_taken_them_apar
             f"compression.distill.teacher={tmp_path}/{teacher}",
         ])  # fmt: skip
         tokenizer = config.model.tokenizer()
-        task, data = lookup.get(config.data.task), config.data.open(tokenizer)
-        run = Run(config, tmp_path, task, data, tokenizer, [], Progress({}, "silent"), new_result("run", [], {}))
-        preflight(run, changing_stages(stages_of(config)))
+        preflight(config, config.data.open(tokenizer), tokenizer, tmp_path, changing_stages(stages_of(config)))
 
     look("teacher.ckpt")
     weights["model.more"] = torch.zeros(1)

@@ -8,11 +8,8 @@ from typing import Any
 from pipeline.data.base import DataBundle
 from pipeline.errors import ConfigError
 from pipeline.planner.plan import Level, Plan, plan
-from pipeline.report.progress import Progress
-from pipeline.report.result import new_result
 from pipeline.schema import RunConfig
-from pipeline.tasks import lookup
-from pipeline.walk import Run, changing_stages, preflight, stages_of
+from pipeline.walk import changing_stages, preflight, stages_of
 
 PLANNED = ("run", "compress", "plan")
 
@@ -34,9 +31,5 @@ def plan_checked(
         raise ConfigError(f"job={config.job}: a plan is of job=run or job=compress; compose the config of one of them")
     tokenizer = tokenizer or config.model.tokenizer()
     data = data or config.data.open(tokenizer)
-    asked = Run(
-        config, Path(), lookup.get(config.data.task), data, tokenizer, [], Progress({}, "silent"),
-        new_result(config.job, [], {}),
-    )  # fmt: skip
-    preflight(asked, changing_stages(stages_of(config)))
+    preflight(config, data, tokenizer, Path(), changing_stages(stages_of(config)))
     return plan(config, data, tokenizer, level)

@@ -13,7 +13,6 @@ from pipeline.planner.fit_search import Search
 from pipeline.planner.plan import Plan
 from pipeline.planner.search import Candidate
 from pipeline.report.progress import Progress
-from pipeline.report.result import new_result
 from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 
@@ -45,7 +44,7 @@ def lighter(config: RunConfig, found: Plan, phase: str, run_dir: Path) -> Candid
     asked = replace(config.fit, free=(), maximize=None, artifact=None, inference=None, run=False, measure=0)
     wanted = replace(config, job="fit", budget=int(LESS * planned.bytes), fit=asked, resume=False)
     try:
-        chosen = Search(wanted, run_dir, new_result("fit", [], {}), Progress({}, "silent")).run()
+        chosen = Search(wanted, run_dir, Progress({}, "silent")).run()
     except ConfigError:
         return None
     return chosen.best.candidate

@@ -27,7 +27,7 @@ def fit(config: RunConfig, run_dir: Path, result: dict[str, Any]) -> RunConfig:
         ConfigError: what keeps the typed config from running; or nothing fits.
     """
     with Progress({}, mode(console(), config.sweep)) as progress:
-        chosen = Search(config, run_dir, result, progress).run()
+        chosen = Search(config, run_dir, progress).run()
     best = chosen.best
     result["fit"] = chosen.record()
     if best.name in result["memory"]["predicted"]:

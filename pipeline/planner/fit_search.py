@@ -39,7 +39,7 @@ from pipeline.report.units import format_bytes
 from pipeline.schema import RunConfig
 from pipeline.sizes import parse_size
 from pipeline.stage_input import link_under_adapters, shapes
-from pipeline.walk import Run, changing_stages, preflight, stages_of
+from pipeline.walk import changing_stages, preflight, stages_of
 
 TIMED_SECONDS = 60.0
 """Timing takes no longer than this, by prediction."""
@@ -66,9 +66,9 @@ class BeyondInference(ConfigError):
 class Search:
     """One search: the typed config, and what candidates share."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, result: dict[str, Any], progress: Progress) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, progress: Progress) -> None:
         self.typed, self.progress = config, progress
-        self.directory, self.result = run_dir, result
+        self.directory = run_dir
         self.needs = Needs(config)
         self.budget = budget_of(config)
         self.artifact = None if config.fit.artifact is None else parse_size(config.fit.artifact)
@@ -100,17 +100,8 @@ class Search:
 
     def preflight(self, config: RunConfig) -> None:
         """Raises ConfigError for what only shapes tell, as the run itself would."""
-        run = Run(
-            config,
-            self.directory,
-            self.needs.task,
-            self.needs.data(config),
-            self.needs.tokenizer,
-            [],
-            self.progress,
-            self.result,
-        )
-        preflight(run, changing_stages(stages_of(config)))
+        stages = changing_stages(stages_of(config))
+        preflight(config, self.needs.data(config), self.needs.tokenizer, self.directory, stages)
 
     def require_room(self, config: RunConfig) -> None:
         """Raises ConfigError where the budget is below the weights alone, whatever else is done."""

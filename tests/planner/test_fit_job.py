@@ -34,7 +34,7 @@ FIT = [*SMALL, "job=fit", "fit.measure=0"]
 
 def searched(directory, *words):
     config = compose([*FIT, *words])
-    return Search(config, directory, new_result("fit", [], {}), Progress({}, "silent")).run()
+    return Search(config, directory, Progress({}, "silent")).run()
 
 
 def planned_bytes(*words):
@@ -145,7 +145,7 @@ def test_the_largest_micro_batch_the_longest_sequences_and_the_largest_model(tmp
 
 def test_a_model_grows_by_what_ranks_and_groups_of_weights_divide(tmp_path):
     config = compose([*FIT, "budget=1GB", "model.heads=4", "compression=int4", "compression.int4.group_size=32"])
-    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    search = Search(config, tmp_path, Progress({}, "silent"))
     assert search.unit(partial(grown, Candidate(plain(config)))) == 2  # heads of 16, groups of 32
 
 
@@ -153,7 +153,7 @@ def test_a_model_grows_by_what_ranks_and_groups_of_weights_divide(tmp_path):
 def test_what_is_longest_is_no_shorter_than_what_was_typed_and_fits(budget, length, tmp_path, monkeypatch):
     monkeypatch.setattr(Search, "lean", lambda search, one, traced: one.config.data.sequence_length)
     config = compose([*FIT, f"budget={budget}", "fit.maximize=sequence", "data.sequence_length=100"])
-    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    search = Search(config, tmp_path, Progress({}, "silent"))
     assert search.maximized(Candidate(plain(config))).config.data.sequence_length == length
 
 
@@ -162,7 +162,7 @@ def test_the_largest_model_keeps_the_bound_of_its_file(free, tmp_path, monkeypat
     monkeypatch.setattr(Search, "lean", lambda search, one, traced: 0)
     monkeypatch.setattr(Needs, "artifact_bytes", lambda needs, config: config.model.heads * (1 if config.chain else 2))
     config = compose([*FIT, "budget=1GB", "fit.maximize=parameters", "fit.artifact=40B", *free.split()])
-    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    search = Search(config, tmp_path, Progress({}, "silent"))
     assert search.maximized(Candidate(plain(config))).config.model.heads == (40 if free else 20)
 
 
@@ -178,7 +178,7 @@ def test_levers_of_a_link_that_alone_trains_are_searched(tmp_path):
 
 def test_the_leanest_where_weights_take_most_is_that_which_adds_up_no_gradients(tmp_path):
     config = compose([*FIT, *FEW_LEVERS, "budget=1GB", "data.sequence_length=8", "trainer.grad_clip=null"])
-    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    search = Search(config, tmp_path, Progress({}, "silent"))
     base = Candidate(plain(config))
     least = search.computed(search.leanest(base))[1].bytes
     assert least == min(search.computed(one)[1].bytes for one in search.levers(base))
@@ -273,7 +273,7 @@ def test_weights_are_no_bound_where_they_lie_in_files_or_are_held_compressed(tmp
     beside = ["adapter=lora", "compression=nf4", "device=cuda", "device.memory=80GB"]
     for words in (["budget=1kB", *written], ["budget=300kB", *beside]):
         config = compose([*FIT, *words])
-        Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent")).require_room(plain(config))
+        Search(config, tmp_path, Progress({}, "silent")).require_room(plain(config))
 
 
 def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_model_that_cannot_be_built_on_meta_is_told(tmp_path, monkeypatch):
         type(config.model), "build", lambda self, spec: (_ for _ in ()).throw(NotImplementedError("no meta\nkernel"))
     )
     with pytest.raises(ConfigError, match=r"model=gpt_nano cannot be built on the meta device.*no meta kernel"):
-        Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent")).run()
+        Search(config, tmp_path, Progress({}, "silent")).run()
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_what_offloaded_activations_take_to_move_is_found_once_for_levers_that_l
     tmp_path, monkeypatch
 ):
     config = compose(FIT)
-    search = Search(config, tmp_path, new_result("fit", [], {}), Progress({}, "silent"))
+    search = Search(config, tmp_path, Progress({}, "silent"))
     base = Candidate(plain(config))
     work = search.book(base.config).work(base.config, stages_of(base.config)[0])
     offloaded = base.with_values("memory", activation_offload="disk")
@@ -353,12 +353,7 @@ def test_help_names_the_job_and_its_keys(capsys):
 
 def test_what_holds_least_is_not_looked_for_where_the_config_as_it_is_keeps_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(Search, "leanest", lambda search, base, every=None: pytest.fail("every lever was computed"))
-    search = Search(
-        compose([*FIT, "budget=1GB", "fit.free=[optimizer]"]),
-        tmp_path,
-        new_result("fit", [], {}),
-        Progress({}, "silent"),
-    )
+    search = Search(compose([*FIT, "budget=1GB", "fit.free=[optimizer]"]), tmp_path, Progress({}, "silent"))
     base = Candidate(plain(search.typed))
     assert search.evaluated(base) == base
     assert search.may_fit(search.rated(base, traced=False))
