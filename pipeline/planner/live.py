@@ -12,7 +12,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -66,8 +66,9 @@ INTO_ZEROS = {
 CAST = torch.ops.aten._to_copy.default
 ENGINE = "_engine_run_backward"
 """The function of torch.autograd.graph in which backward passes run."""
-DISPATCHING = frozenset({"__torch_dispatch__", "inner", "_fn"})
-"""Functions between it and a mode that sees an operator: the last two keep torch.compile away from modes."""
+DISPATCHING = frozenset({"meets_in_place", "__torch_dispatch__", "inner", "_fn"})
+"""Functions between it and `only_autograd_has`, in a mode that sees an operator: the last two keep torch.compile away
+from modes."""
 WHOLE = frozenset(
     {
         torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.ops.aten.conv2d.default,
@@ -227,7 +228,7 @@ def only_autograd_has(tensor: Tensor) -> bool:
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
         return False
     caller = sys._getframe(1)
-    while caller.f_code.co_name in (*DISPATCHING, "meets_in_place") and caller.f_back is not None:
+    while caller.f_code.co_name in DISPATCHING and caller.f_back is not None:
         caller = caller.f_back
     alone = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2  # the tensor, and who asks
     return alone and caller.f_code.co_name == ENGINE
@@ -298,19 +299,21 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if block is not None and block.kind == ACTIVATIONS:
                     block.kind = LOGITS_AND_LOSS
 
-        with ExitStack() as stack:
-            named = [model.get_submodule(block.name) for block in architecture.blocks] if architecture else []
-            language = bool(architecture and architecture.embeddings)
-            for module in named if named and language else [model]:
-                stack.callback(module.register_forward_pre_hook(begins).remove)
-                if named and language:
-                    stack.callback(module.register_forward_hook(ends).remove)
-                elif architecture is None or architecture.head is None:
-                    stack.callback(module.register_forward_hook(gives).remove)
-                else:
-                    head = model.get_submodule(architecture.head)
-                    stack.callback(head.register_forward_pre_hook(ends).remove)
+        if architecture and architecture.embeddings and architecture.blocks:
+            blocks = [model.get_submodule(block.name) for block in architecture.blocks]
+            hooks = [block.register_forward_pre_hook(begins) for block in blocks]
+            hooks += [block.register_forward_hook(ends) for block in blocks]
+        else:
+            hooks = [model.register_forward_pre_hook(begins)]
+            if architecture and architecture.head:
+                hooks.append(model.get_submodule(architecture.head).register_forward_pre_hook(ends))
+            else:
+                hooks.append(model.register_forward_hook(gives))
+        try:
             yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _in_forward(self, kind: str) -> None:
         """What is computed again in a backward pass is part of that."""

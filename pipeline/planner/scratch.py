@@ -37,6 +37,7 @@ COPYING = frozenset(
     }
 )  # fmt: skip
 """Computed on a copy, or in parts that are put together."""
+LOOKED_AT = INTERPOLATIONS | COPYING
 ALWAYS = frozenset({ATTENTION, f"{ATTENTION}_backward", RECURRENT, f"{RECURRENT}_backward"})
 """Tried in every dtype."""
 TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
@@ -60,7 +61,7 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
     tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-    if name in INTERPOLATIONS | COPYING or (name not in TRIED and "_backward" in name and any(map(_repeated, tensors))):
+    if name in LOOKED_AT or (name not in TRIED and "_backward" in name and any(map(_repeated, tensors))):
         return _looked_at(func, args, kwargs)[0]
     if name not in TRIED:
         return 0

@@ -19,7 +19,7 @@ from pipeline.planner.needs import Needs
 from pipeline.planner.plan import plan
 from pipeline.planner.search import Candidate, grown, plain
 from pipeline.report.progress import Progress
-from pipeline.report.result import new_result, read_result, schema_problems
+from pipeline.report.result import read_result, schema_problems
 from pipeline.stage_input import prepared
 from pipeline.tasks import lookup
 from pipeline.walk import stages_of
