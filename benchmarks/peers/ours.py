@@ -13,7 +13,8 @@ from torch import nn
 import pipeline.layers.depth
 import pipeline.layers.schemes
 import pipeline.layers.structure_importance
-import pipeline.layers.structure_plan  # noqa: F401
+import pipeline.layers.structure_plan
+import pipeline.parallelism.shards  # noqa: F401
 from pipeline.artifact import store
 from pipeline.composing import compose
 from pipeline.compression.base import Context

@@ -56,8 +56,9 @@ def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> None
     """
     if not layers:
         raise LeanfitError(f"{method}: no layer to work on")
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers:
-        if not is_finite(cast(torch.Tensor, model.get_submodule(name).weight)):
+        if not is_finite(cast(torch.Tensor, modules[name].weight)):
             raise LeanfitError(f"{method}: the weight of {name} holds NaN or infinity: its training diverged")
 
 

@@ -217,31 +217,35 @@ def rebuild(model: nn.Module, architecture: Architecture, config: Any, kept: Kep
 def filled(empty: nn.Module, model: nn.Module, architecture: Architecture, cuts: Cuts, kept: Kept) -> nn.Module:
     """`empty`, as `empty_twin` makes it, with what `cuts` of the tensors of `model` leave: see `rebuild`."""
     made: Any = empty
-    if any(module._non_persistent_buffers_set for module in empty.modules()):  # which are nobody's to fill in
-        made = _built(to_be_filled, model, made.config)
     modules = dict(made.named_modules())
-    learned = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for name, tensor in model.state_dict().items():
+    transient = any(module._non_persistent_buffers_set for module in modules.values())
+    if transient:  # which are nobody's to fill in
+        made = _built(to_be_filled, model, made.config)
+        modules = dict(made.named_modules())
+    for name, stored in model.state_dict(keep_vars=True).items():
+        tensor = stored.detach()
         layer, _, leaf = name.rpartition(".")
         axes = cuts.get(f"{layer}.weight" if leaf == MASK else name, {})
         for dim, axis in axes.items():
             indices = axis_indices(axis, tensor.shape[dim], architecture, kept)
             tensor = tensor.index_select(dim, indices.to(tensor.device))
         module = modules[layer]
-        tensors = module._parameters if name in learned else module._buffers
+        learned = isinstance(stored, nn.Parameter)
+        tensors = module._parameters if learned else module._buffers
         wanted = tensors.get(leaf)  # a mask is not there yet
         if wanted is not None and tensor.shape != wanted.shape:
             raise LeanfitError(f"{name}: {list(tensor.shape)} was kept, the config says {list(wanted.shape)}")
         tensor = tensor if axes else tensor.clone()
-        if name in learned:
-            module._parameters[leaf] = nn.Parameter(tensor, learned[name])
+        if learned:
+            module._parameters[leaf] = nn.Parameter(tensor, stored.requires_grad)
         else:
             module.register_buffer(leaf, tensor)
     for group in architecture.tied:
         for alias in group[1:]:
             layer, _, leaf = alias.rpartition(".")
             setattr(modules[layer], leaf, made.get_parameter(group[0]))
-    _place_transient_buffers(model, made)
+    if transient:
+        _place_transient_buffers(model, made)
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
     return made.train(model.training)  # type: ignore[no-any-return]
