@@ -94,6 +94,8 @@ class Method:
     must_follow: ClassVar[frozenset[str]] = frozenset()
     holds_adapters: ClassVar[bool] = False
     """Whether stage 0 can train adapters beside layers that `finalize` has compressed already (QLoRA)."""
+    chooses: ClassVar[bool] = False
+    """Whether what the layers become depends on what is measured: a plan of what is left is less sure."""
 
     name: str
 

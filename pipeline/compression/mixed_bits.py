@@ -39,6 +39,7 @@ class MixedBits(Quantizer):
     """
 
     needs_calibration: ClassVar[bool] = True
+    chooses: ClassVar[bool] = True
 
     budget: Size | None
     average_bits: Annotated[float, Gt(0), Le(8)] | None

@@ -274,6 +274,19 @@ def test_16_bits_widen_the_margin_only_where_operators_may_be_too_large_to_be_tr
     assert plan(config, data).phases["train"].margin == large
 
 
+@pytest.mark.parametrize(("link", "margin"), [("mixed_bits", 0.05), ("int4", 0.01)])
+def test_bits_that_are_chosen_by_what_is_measured_widen_the_margin_of_what_is_left(link, margin):
+    config = compose(
+        [*GPT, "job=plan", "plan.calibrate=false", f"compression={link}", f"compression.{link}.group_size=16"]
+    )
+    found = plan(config, opened(config)[1])
+    assert {phase: found.phases[phase].margin for phase in ("evaluate", "generate")} == {
+        "evaluate": margin,
+        "generate": margin,
+    }
+    assert found.phases["compress"].margin == 0.01
+
+
 def test_a_plan_has_the_phases_of_the_run_in_their_order_and_what_goes_to_disk():
     config = compose([*GPT, "trainer.evaluate_every=2", "compression=[magnitude,int8]"])
     found = plan(config)
