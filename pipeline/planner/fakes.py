@@ -17,6 +17,7 @@ from torch import Tensor, _meta_registrations, nn
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes, suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode, TensorMetadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from pipeline.layers import experts
 from pipeline.layers.linear import CopiedLinear
@@ -231,6 +232,23 @@ def normalized(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return out
 
 
+LAID_OUT_ANEW = frozenset({"aten::glu_backward", "aten::log_sigmoid_forward", "aten::rrelu_with_noise"})
+
+
+def laid_out(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Results that a CPU lays out without gaps in the order of their dimensions, where a fake one lies as its operand
+    does: whoever takes it next may make a copy, or none."""
+    if name not in LAID_OUT_ANEW and not (name == "aten::native_batch_norm" and args[0].ndim < 4):
+        return NotImplemented
+    return tree_map_only(Tensor, _in_order, func(*args, **kwargs))
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.as_strided(tensor.shape, torch.empty(tensor.shape, device="meta").stride())
+
+
 def aligned(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `ctc_loss` keeps of alignments forwards, and holds of those backwards. Their number goes by the longest
     target: where lengths are a tensor, as long as there is room."""
@@ -271,7 +289,7 @@ def inside(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     _within = True
     try:
         for does in (
-            converted, promoted, blocked, safe_softmax, reduced, exponential, normalized, aligned, tried,
+            converted, promoted, blocked, safe_softmax, reduced, exponential, normalized, laid_out, aligned, tried,
         ):  # fmt: skip
             out = does(name, func, args, kwargs) if out is NotImplemented else out
     finally:

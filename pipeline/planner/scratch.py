@@ -4,9 +4,10 @@ Attention is computed in parts, a thread's part in a buffer of its own, and in 1
 in tiles. Where a CPU multiplies 16-bit matrices itself (AMX, AVX512-FP16), oneDNN copies operands into the tiles that
 its kernel reads; it lays out channels in blocks for convolutions, and keeps a workspace of a recurrent layer for its
 backward pass. How much that takes depends on the kernel it picks, by shapes, strides, dtype and threads, and oneDNN
-does not say. BLAS copies an operand that is one row for all, as the gradient of a sum is. So a plan runs such operators
-for real, each kind once, where that is small enough, and looks. Of a large product it runs parts, since a kernel that
-works in tiles holds no more for more of them; of large attention one head and two, since each takes the same.
+does not say. BLAS copies an operand that is one row for all, as the gradient of a sum is; LAPACK works in a copy. So a
+plan runs such operators, and any of which nothing is known, for real, each kind once, where that is small enough, and
+looks. Of a large product it runs parts, since a kernel that works in tiles holds no more for more of them; of large
+attention one head and two, since each takes the same.
 """
 
 from __future__ import annotations
@@ -30,25 +31,35 @@ INTERPOLATIONS = frozenset(
     f"aten::upsample_{kind}" for kind in ("nearest2d", "bilinear2d", "bicubic2d", "trilinear3d", "linear1d")
 )
 """Of few channels they are computed on copies with channels last."""
-COPYING = frozenset(
-    {
-        "aten::kthvalue", "aten::im2col", "aten::col2im", "aten::soft_margin_loss_backward",
-        *(f"aten::_upsample_{kind}2d_aa{way}" for kind in ("bilinear", "bicubic") for way in ("", "_backward")),
-    }
+PLAIN = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_foreach_norm", "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data",
+        "_to_copy", "adaptive_avg_pool2d", "amax", "amin", "arange", "argmax", "argmin", "avg_pool2d",
+        "avg_pool2d_backward", "batch_norm", "cat", "constant_pad_nd", "count_nonzero", "embedding",
+        "embedding_dense_backward", "empty", "empty_like", "empty_strided", "eye", "flip", "floor_divide", "full",
+        "full_like", "gather", "index", "index_select", "layer_norm", "linspace", "max", "mean", "min",
+        "native_batch_norm", "native_batch_norm_backward", "native_layer_norm", "native_layer_norm_backward",
+        "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "nll_loss_backward",
+        "nll_loss_forward", "nonzero", "ones", "ones_like", "repeat", "roll", "scalar_tensor", "select_backward",
+        "slice_backward", "stack", "tril", "triu", "zeros", "zeros_like",
+    )
 )  # fmt: skip
-"""Computed on a copy, or in parts that are put together."""
-LOOKED_AT = INTERPOLATIONS | COPYING
+"""Known to hold no more than a kilobyte, and often met: not tried."""
 ALWAYS = frozenset({ATTENTION, f"{ATTENTION}_backward", RECURRENT, f"{RECURRENT}_backward"})
 """Tried in every dtype."""
 TRIED = PRODUCTS | CONVOLUTIONS | ALWAYS
 LARGEST = 1 << 28
 """Bytes of the operands of an operator that is tried."""
+LARGEST_OTHER = 1 << 25
+"""And of one of which nothing is known: sorting and decomposing take far longer than a product's parts."""
 LONG = 1 << 30
 """Multiplications above which parts of an operator are tried."""
 TILES = 1024
 """Rows and columns that are left out of a product, several times. It holds no more for one such part than for two, or
 is tried whole."""
 
+UNTRIED = frozenset({torch.Tag.pointwise, torch.Tag.nondeterministic_seeded})
 
 Kinds = tuple[Any, ...]
 Parts = Callable[[Kinds, Callable[[Kinds], int]], int | None]
@@ -61,10 +72,9 @@ class Kind(tuple[tuple[int, ...], tuple[int, ...], torch.dtype]):
 def scratch(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that the operator holds beside its operands and its result while it runs; 0 where they are not known."""
     tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
-    if name in LOOKED_AT or (name not in TRIED and "_backward" in name and any(map(_repeated, tensors))):
-        return _looked_at(func, args, kwargs)[0]
     if name not in TRIED:
-        return 0
+        copies = name in INTERPOLATIONS or ("_backward" in name and any(map(_repeated, tensors)))
+        return _looked_at(func, args, kwargs)[0] if copies or _unknown(name, func, tensors) else 0
     dtype = tensors[-1].dtype
     if name not in ALWAYS and not cpu_kernels.native(dtype):
         return 0
@@ -81,6 +91,17 @@ def workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a recurrent layer keeps for its backward pass; 0 where they are not known."""
     made = _looked_at(func, args, {})[1]
     return made[3] if len(made) > 3 else 0
+
+
+def _unknown(name: str, func: Any, tensors: list[Tensor]) -> bool:
+    """Whether the operator may hold more than is known: it may sort a copy, or decompose one. Elementwise ones hold
+    nothing, nor do those that give a view; and none is tried that would draw from a generator, or write."""
+    if name in PLAIN or func.namespace != "aten" or UNTRIED & {*func.tags}:
+        return False
+    if any(given.alias_info is not None for given in (*func._schema.arguments, *func._schema.returns)):
+        return False
+    strided = bool(tensors) and all(tensor.layout == torch.strided for tensor in tensors)
+    return strided and sum(tensor.nbytes for tensor in tensors) <= LARGEST_OTHER
 
 
 def _repeated(tensor: Tensor) -> bool:
@@ -167,7 +188,7 @@ def _kind(argument: Any) -> Any:
     """What stands for an argument: `Kind` for a tensor, a tuple for a list."""
     if isinstance(argument, Tensor):
         return Kind((tuple(argument.shape), tuple(argument.stride()), argument.dtype))
-    return tuple(argument) if isinstance(argument, list) else argument
+    return tuple(map(_kind, argument)) if isinstance(argument, list) else argument
 
 
 @constant
@@ -179,15 +200,21 @@ def _tried(
         given = [_made(kind) for kind in kinds]
         settings = {key: _made(kind) for key, kind in named}
         with measure_peak("cpu") as peak:
-            result = func(*given, **settings)
+            try:
+                result = func(*given, **settings)
+            except RuntimeError:  # zeros are not for every operator
+                return 0, ()
     assert peak.bytes is not None
-    made = tuple(leaf.nbytes for leaf in tree_iter(result) if isinstance(leaf, Tensor))
+    given_back = [leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor)]
+    if any(leaf.layout != torch.strided for leaf in given_back):
+        return 0, ()
+    made = tuple(leaf.nbytes for leaf in given_back)
     return max(0, peak.bytes - sum(made)), made
 
 
 def _made(kind: Any) -> Any:
     """The argument that `kind` stands for, zeros for a tensor."""
     if not isinstance(kind, Kind):
-        return kind
+        return [_made(part) for part in kind] if isinstance(kind, tuple) else kind
     shape, strides, dtype = kind
     return torch.empty_strided(shape, strides, dtype=dtype).zero_()

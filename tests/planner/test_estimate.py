@@ -65,6 +65,17 @@ class Windows(nn.Module):
         return self.inner(x) + self.first[: len(x)] + self.row[: len(x)]
 
 
+class Transposing(nn.Module):
+    """Between two layers one that takes channels before steps."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Linear(16, 16), between, nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.between(self.first(x).transpose(1, 2)).transpose(1, 2))
+
+
 class Answering(nn.Module):
     """A dict with its loss."""
 
@@ -214,6 +225,20 @@ CASES = {
     "patches that are put together": (
         partial(nn.Linear, 900, 900), torch.optim.AdamW, (torch.randn(4, 32, 900),),
         lambda model, batch: functional.fold(model(*batch), (31, 31), 2).sum(), 0.01,
+    ),
+    "a decomposition in a copy": (
+        partial(nn.Linear, 64, 64), torch.optim.AdamW, (torch.randn(300, 64),),
+        lambda model, batch: torch.linalg.svdvals(model(*batch)).sum(), 0.01,
+    ),
+    "a batch norm whose result lies in order, which a linear layer copies and adds its bias in place": (
+        partial(Transposing, nn.BatchNorm1d(16)), torch.optim.AdamW, (torch.randn(64, 50, 16),), total, 0.01,
+    ),
+    "an activation whose result lies in order": (
+        partial(Transposing, nn.LogSigmoid()), torch.optim.AdamW, (torch.randn(64, 50, 16),), total, 0.01,
+    ),
+    "a loss that checks its values": (
+        partial(nn.Linear, 64, 512), torch.optim.AdamW, (torch.randn(512, 64), torch.rand(512, 512)),
+        lambda model, batch: functional.gaussian_nll_loss(model(batch[0]), batch[1], batch[1]), 0.01,
     ),
     "older checkpointing, of an input that has a gradient": (
         partial(nn.Sequential, nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)), torch.optim.AdamW,

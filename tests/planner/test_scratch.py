@@ -99,6 +99,26 @@ def test_what_is_too_large_to_be_tried_is_not_and_counts_as_nothing():
         assert live.timeline.peak().bytes == sum(tensor.nbytes for tensor in given) + 2 * (1 << 14)
 
 
+def test_what_draws_at_random_is_not_tried():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with tracing(), Live(inside):
+        weights = torch.empty(8, 16)
+        torch.multinomial(weights, 2)
+        F.fractional_max_pool2d(torch.empty(1, 2, 8, 8), 2, output_size=4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_cannot_be_tried_with_zeros_counts_as_nothing():
+    with tracing(), Live(inside) as live:
+        given = torch.empty(16, 16)
+        made = torch.cholesky_inverse(given)
+        assert live.timeline.peak().bytes == given.nbytes + made.nbytes
+    with pytest.raises(RuntimeError, match="singular"):
+        torch.cholesky_inverse(torch.zeros(16, 16))
+
+
 def test_a_checkpointed_block_keeps_the_state_of_the_generator():
     def block(x):
         return checkpoint(lambda inputs: F.dropout(inputs, 0.5).tanh(), x.requires_grad_(), use_reentrant=False)
