@@ -3,7 +3,7 @@
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
-packed layers of Falcon, Mamba and StarCoder, experts that are not quantized alike or of which transformers knows no
+packed layers of the model types in `READING`, experts that are not quantized alike or of which transformers knows no
 checkpoints with layers for each (`public_names`).
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
@@ -30,7 +30,9 @@ from pipeline.layers.static import Int8StaticLinear
 
 PUBLIC = ("dense", "int-quantized", "pack-quantized", "float-quantized")
 MODEL_TYPE = "leanfit"
-READING = frozenset({"falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2"})
+READING = frozenset(
+    {"falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma"}
+)
 """Model types of which transformers reads weights of linear layers, where packed ones have none: Falcon's in a forward
 pass of their own, the others' to initialise what a file may lack."""
 

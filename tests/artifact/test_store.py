@@ -35,8 +35,14 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from pipeline.artifact import receipt, store
@@ -88,6 +94,13 @@ READING = {
     "Falcon Mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**SPACE)),
     "Mamba": lambda: MambaForCausalLM(MambaConfig(**SPACE)),
     "Mamba 2": lambda: Mamba2ForCausalLM(Mamba2Config(**SPACE, num_heads=4, head_dim=16, n_groups=1, chunk_size=16)),
+    "ModernBERT decoder": lambda: ModernBertDecoderForCausalLM(
+        ModernBertDecoderConfig(**SIZES, **HEADS, **TOKENS, intermediate_size=48)
+    ),
+    "nanochat": lambda: NanoChatForCausalLM(NanoChatConfig(**SIZES, **HEADS, intermediate_size=48)),
+    "RecurrentGemma": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, **HEADS, intermediate_size=64, lru_width=32)
+    ),
     "StarCoder": lambda: GPTBigCodeForCausalLM(GPTBigCodeConfig(**SIZES, **HEADS, **TOKENS, n_positions=64)),
 }
 
