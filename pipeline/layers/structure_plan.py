@@ -29,7 +29,7 @@ from pipeline.layers.structure import (
     shapes_of,
     stated_key,
 )
-from pipeline.models.base import Architecture
+from pipeline.models.base import Architecture, Attention
 
 KINDS = ("ffn", "heads", "hidden", "depth", "channels")
 
@@ -182,6 +182,9 @@ def _layout(model: Any, architecture: Architecture) -> _Layout:
         refused["ffn"] = f"the config of {kind} does not state the size of its feed-forward layers"
     else:
         ffn = model.get_submodule(pairs[0].down).weight.shape[1]
+        stated = getattr(config, known["ffn"])
+        if isinstance(stated, int) and stated != ffn:  # RecurrentGemma's is twice as much
+            refused["ffn"] = f"the config of {kind} states {stated} feed-forward units, its layers have {ffn}"
     if "hidden" not in value:
         refused["hidden"] = f"the config of {kind} has no hidden size"
     own = False
@@ -192,7 +195,7 @@ def _layout(model: Any, architecture: Architecture) -> _Layout:
         refused["heads"] = f"{kind} fuses queries, keys and values"
     else:
         head_dim = model.get_submodule(attention.query).weight.shape[0] // attention.heads
-        own = _own_head_dim(model, attention.query, attention.heads, head_dim)
+        own = _own_head_dim(model, attention, head_dim)
         if not own:
             refused["heads"] = (
                 f"the config of {kind} cannot say this: its heads share the hidden size, which shrinks with them under "
@@ -217,13 +220,17 @@ def _linear(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name), nn.Linear)
 
 
-def _own_head_dim(model: Any, query: str, heads: int, head_dim: int) -> bool:
-    """Whether the model's class goes by a head size that the config states: tried with twice the size."""
+def _own_head_dim(model: Any, attention: Attention, head_dim: int) -> bool:
+    """Whether the model's class goes by a head size that the config states: tried with twice the size.
+
+    On both sides of the heads: Helium's output layer goes by the hidden size all the same.
+    """
     try:
         shapes = described_shapes(model, changed_config(model.config, {HEAD_DIM: 2 * head_dim}))
     except ValueError:
         return False
-    return shapes[f"{query}.weight"][0] == 2 * head_dim * heads
+    wide = 2 * head_dim * attention.heads
+    return shapes[f"{attention.query}.weight"][0] == shapes[f"{attention.output}.weight"][1] == wide
 
 
 def _plan_depth(
@@ -297,7 +304,8 @@ def _plan_stream(
 def _pairs(layout: _Layout, shares: Mapping[str, float], round_to: int) -> Iterator[tuple[int, int]]:
     """(head units, hidden size) that are smaller where asked, smallest first."""
     if not layout.own_head_dim:
-        yield from ((units, units * layout.head_dim) for units in range(1, layout.units))
+        wide = layout.hidden // layout.units  # of a unit: a head, or those that share a key and a value
+        yield from ((units, units * wide) for units in range(1, layout.units))
         return
     units = range(1, layout.units) if "heads" in shares else [layout.units]
     hidden = range(round_to, layout.hidden, round_to) if "hidden" in shares else [layout.hidden]

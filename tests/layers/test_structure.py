@@ -303,6 +303,13 @@ def test_feed_forwards_of_other_families_shrink_alone_and_with_the_hidden_size(f
     torch.testing.assert_close(opened(input_ids=IDS).logits, made(input_ids=IDS).logits, rtol=0, atol=0)
 
 
+def stablelm():
+    """Groups of queries, whose heads are as wide as the hidden size over their number."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)).eval()
+
+
 CASES = {
     "opt tied": (opt, {"tied": True}, {"hidden": 0.5, "ffn": 0.3}),
     "opt untied": (opt, {"tied": False}, {"hidden": 0.25}),
@@ -312,6 +319,7 @@ CASES = {
     "llama groups": (llama, {"heads": 8, "groups": 4}, {"heads": 0.5, "ffn": 0.25}),
     "llama single group": (llama, {"groups": 1}, {"heads": 0.5, "hidden": 0.25}),
     "gemma": (gemma, {}, {"hidden": 0.25, "ffn": 0.5}),
+    "groups that share the hidden size": (stablelm, {}, {"hidden": 0.5, "ffn": 0.25}),
     "llama three heads": (llama, {"groups": 4}, {"heads": 0.25, "hidden": 0.25}),
 }
 
@@ -543,6 +551,19 @@ def test_what_a_config_cannot_say_is_refused_with_what_it_can():
     assert "the config of BloomForCausalLM does not state the size of its feed-forward layers; use depth" in told
     (told,) = planned(nn.Linear(2, 2), {"ffn": 0.5})[1]
     assert "no config" in told
+
+
+def test_sizes_that_a_class_reads_in_its_own_way_are_refused():
+    sizes = {**SIZES, "num_hidden_layers": 3, "intermediate_size": 48}
+    recurrent = transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**sizes, lru_width=32))
+    (told,) = planned(recurrent, {"ffn": 0.5})[1]
+    assert "states 48 feed-forward units, its layers have 24; use depth" in told
+    # Its output layer takes the hidden size, whatever the heads are.
+    helium = transformers.HeliumForCausalLM(transformers.HeliumConfig(**sizes, num_key_value_heads=2, head_dim=8))
+    (told,) = planned(helium, {"heads": 0.5})[1]
+    assert "its heads share the hidden size, which shrinks with them under `hidden`" in told
+    made, _ = pruned(helium.eval(), {"hidden": 0.5})
+    assert made(input_ids=IDS).logits.isfinite().all()
 
 
 def test_a_large_share_leaves_at_least_one_of_each():
