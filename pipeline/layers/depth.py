@@ -70,11 +70,14 @@ def keep_blocks(model: nn.Module, architecture: Architecture, kept: Sequence[int
     name = _stack(architecture)
     parent, _, leaf = name.rpartition(".")
     blocks = list(model.get_submodule(name).children())
+    twins = list(described(model, architecture, kept).get_submodule(name).children())
     for place, old in enumerate(kept):
-        for module in blocks[old].modules():
+        for module, twin in zip(blocks[old].modules(), twins[place].modules(), strict=True):
             for attribute in INDICES:
                 if getattr(module, attribute, None) == old:
                     setattr(module, attribute, place)
+            # Numbers that follow from the place (`lambda_init` of DiffLlama) as they will when the config is opened.
+            vars(module).update({key: value for key, value in vars(twin).items() if isinstance(value, float)})
     stack: Any = nn.ModuleList if isinstance(model.get_submodule(name), nn.ModuleList) else nn.Sequential
     chosen = [blocks[old] for old in kept]
     setattr(model.get_submodule(parent), leaf, stack(chosen) if stack is nn.ModuleList else stack(*chosen))

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
     Llama4ForCausalLM,
@@ -57,6 +59,17 @@ def llama(layers, tied=False):
     ).eval()  # fmt: skip
 
 
+def diffllama(layers, tied=False):
+    """Its attention takes a number from the place of its block."""
+    torch.manual_seed(layers)
+    return DiffLlamaForCausalLM(
+        DiffLlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.3,
+        )
+    ).eval()  # fmt: skip
+
+
 def qwen(layers, tied=False):
     """Its config lists the kind of attention of each layer."""
     torch.manual_seed(layers)
@@ -85,7 +98,7 @@ def by_hand(model, kept, build, tied):
     return small
 
 
-@pytest.mark.parametrize("build", [opt, llama])
+@pytest.mark.parametrize("build", [opt, llama, diffllama])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kept", [(0, 3), (1,), (0, 2, 3)])
 def test_outputs_are_those_of_a_small_model_given_these_blocks(build, tied, kept):
