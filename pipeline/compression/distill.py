@@ -173,7 +173,12 @@ class Distill(Method):
         return described(model, context.architecture, evenly_spaced(total, kept))
 
     def _no_effect(self, context: Context) -> list[str]:
-        """A model is not distilled into itself."""
+        """A model is not distilled into itself, and no link is for nothing."""
+        if self.student is not None and not context.first:
+            return [
+                f"compression.{context.stage}.student={self.student}: it would take the place of what the links before "
+                "have made of the model, which would be for nothing; let distill come first, or set student=null"
+            ]
         if self.layers != "all" or not context.first or self.teacher != "self":
             return []
         key = f"compression.{context.stage}"

@@ -265,6 +265,8 @@ def test_settings_without_effect_are_refused():
     assert refused(distill(layers="all", teacher="other"), model, context(model, opt(6))) == ""
     one = opt(1)
     assert "layers=null: of the model's 1 none would go" in refused(distill(), one, context(one))
+    wasted = refused(distill(student="there"), model, context(model, student=opt(1), first=False))
+    assert "it would take the place of what the links before have made" in wasted
 
 
 @pytest.mark.parametrize("layers", [4, 5])
