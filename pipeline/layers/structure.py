@@ -160,6 +160,10 @@ def _known_axes(model: nn.Module, architecture: Architecture) -> Iterator[tuple[
         if attention and attention.query != attention.key:
             outer += [(attention.query, "query"), (attention.key, "key_value"), (attention.value, "key_value")]
             inner.append((attention.output, "query"))
+            around = attention.query.rpartition(".")[0]
+            # Norms of all heads together (OLMo 2), or with a row for each (Cohere).
+            yield (f"{around}.q_norm.weight", 0), Axis("query", index)
+            yield (f"{around}.k_norm.weight", 0), Axis("key_value", index)
         if feed_forward:
             ways = [(feed_forward.up, "ffn"), (feed_forward.gate, "ffn")]
             outer += [(feed_forward.up, "gate and up")] if feed_forward.fused else ways

@@ -310,6 +310,17 @@ def stablelm():
     return transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)).eval()
 
 
+def olmo():
+    """Norms of queries and keys, of all heads together: as long as the hidden size is wide."""
+    torch.manual_seed(0)
+    config = transformers.Olmo2Config(**SIZES, intermediate_size=48, initializer_range=0.3)
+    model = transformers.Olmo2ForCausalLM(config).eval()
+    for block in model.model.layers:  # as lists of numbers that tell heads apart
+        nn.init.uniform_(block.self_attn.q_norm.weight, 0.5, 2)
+        nn.init.uniform_(block.self_attn.k_norm.weight, 0.5, 2)
+    return model
+
+
 CASES = {
     "opt tied": (opt, {"tied": True}, {"hidden": 0.5, "ffn": 0.3}),
     "opt untied": (opt, {"tied": False}, {"hidden": 0.25}),
@@ -319,6 +330,7 @@ CASES = {
     "llama groups": (llama, {"heads": 8, "groups": 4}, {"heads": 0.5, "ffn": 0.25}),
     "llama single group": (llama, {"groups": 1}, {"heads": 0.5, "hidden": 0.25}),
     "gemma": (gemma, {}, {"hidden": 0.25, "ffn": 0.5}),
+    "norms of all heads together": (olmo, {}, {"heads": 0.5, "hidden": 0.25}),
     "groups that share the hidden size": (stablelm, {}, {"hidden": 0.5, "ffn": 0.25}),
     "llama three heads": (llama, {"groups": 4}, {"heads": 0.25, "hidden": 0.25}),
 }
@@ -551,6 +563,16 @@ def test_what_a_config_cannot_say_is_refused_with_what_it_can():
     assert "the config of BloomForCausalLM does not state the size of its feed-forward layers; use depth" in told
     (told,) = planned(nn.Linear(2, 2), {"ffn": 0.5})[1]
     assert "no config" in told
+
+
+@pytest.mark.parametrize("shares", [{"heads": 0.5}, {"heads": 0.25, "hidden": 0.25}], ids=str)
+def test_norms_of_all_heads_together_lose_those_of_the_heads_that_go(shares):
+    model = olmo()
+    made, kept = pruned(model, shares)
+    for old, new, heads in zip(model.model.layers, made.model.layers, kept.heads, strict=True):
+        for norm in ("q_norm", "k_norm"):
+            whole, left = (getattr(block.self_attn, norm).weight for block in (old, new))
+            assert torch.equal(left, whole.view(4, 8)[heads].flatten())
 
 
 def test_sizes_that_a_class_reads_in_its_own_way_are_refused():
