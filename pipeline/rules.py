@@ -186,6 +186,22 @@ def samples_of_calibration(config: RunConfig) -> list[str]:
     ]
 
 
+def texts_to_go_on_with(config: RunConfig) -> list[str]:
+    """A teacher that is to go on with texts needs room behind what it is given of them."""
+    length = getattr(config.data, "sequence_length", None)
+    asked = {
+        stage: getattr(method, "prompt_tokens", 0)
+        for stage, method in config.chain.items()
+        if getattr(method, "sequence_weight", 0)
+    }
+    return [
+        f"compression.{stage}.prompt_tokens={prompt} leaves nothing of data.sequence_length={length} to go on with; "
+        "choose fewer"
+        for stage, prompt in asked.items()
+        if length is not None and prompt >= length
+    ]
+
+
 def ignore_patterns(config: RunConfig) -> list[str]:
     """`ignore` takes shell-style patterns: an empty one names nothing, and a regular expression something else."""
     found = []
@@ -424,6 +440,7 @@ RULES: tuple[Callable[[RunConfig], list[str]], ...] = (
     chain_order,
     pruning_grows,
     samples_of_calibration,
+    texts_to_go_on_with,
     ignore_patterns,
     precision_on_device,
     float8,

@@ -284,6 +284,16 @@ def test_a_link_cannot_look_at_more_samples_than_there_are() -> None:
     assert line == "compression.mixed_bits.samples=16 is more than calibration.samples=8; choose 8 or fewer"
 
 
+def test_a_teacher_has_something_of_each_text_to_go_on_with() -> None:
+    short = ("compression=distill", "data.sequence_length=16")
+    going_on = "compression.distill.sequence_weight=1"
+    assert rules.texts_to_go_on_with(config(*short)) == []  # it is not asked to
+    assert rules.texts_to_go_on_with(config(*short, going_on, "compression.distill.prompt_tokens=15")) == []
+    (line,) = rules.texts_to_go_on_with(config(*short, going_on))
+    said = "compression.distill.prompt_tokens=16 leaves nothing of data.sequence_length=16 to go on with; choose fewer"
+    assert line == said
+
+
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
