@@ -11,13 +11,13 @@ import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from hydra._internal.utils import get_args_parser
 
 from pipeline.errors import ConfigError, did_you_mean
-from pipeline.recipes import GROUP, LOCK, SUFFIXES, escape_interpolation, find, looks_like_path, token
+from pipeline.recipes import GROUP, LOCK, SUFFIXES, escape_interpolation, find, locked_values, looks_like_path, token
 
 RAW = ("prompt", "prompt_file", "artifact", "resume")
 RESUMABLE = (
@@ -185,6 +185,16 @@ def _elsewhere(key: str) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in ELSEWHERE)
 
 
+def _is_said(key: str, lock: Path) -> bool:
+    """Whether a key is that of a recipe, of a group, or of a value that the lock file of a run, which has all, says."""
+    said: Any = {GROUP: None, **(locked_values(lock) if lock.is_file() else {})}
+    for part in key.split("."):
+        if not isinstance(said, dict) or part not in said:
+            return False
+        said = said[part]
+    return True
+
+
 def resumed(overrides: list[str], args: Namespace) -> list[str]:
     """`resume=DIR` as the overrides that continue DIR in place, from its lock. Without `resume`: as they are.
 
@@ -206,9 +216,11 @@ def resumed(overrides: list[str], args: Namespace) -> list[str]:
         key = override.partition("=")[0].lstrip("+")
         if key not in RESUMABLE and not key.startswith("gate.") and not _elsewhere(key):
             allowed = f"{', '.join(RESUMABLE)}, gate.*, {', '.join(ELSEWHERE)}"
+            # A key that there is was meant, however near the name of another one is.
+            near = "" if _is_said(key, directory / LOCK) else did_you_mean(key, [*RESUMABLE, *ELSEWHERE])
             problems.append(
                 f"{override}: a resumed run takes only what lengthens or observes it, or says where it goes on: "
-                f"{allowed}{did_you_mean(key, [*RESUMABLE, *ELSEWHERE])} (command line)"
+                f"{allowed}{near} (command line)"
             )
     if problems:
         raise ConfigError(problems)

@@ -303,6 +303,16 @@ class TestResume:
         assert len(caught.value.problems) == 1
         assert caught.value.problems[0].startswith(f"{override}: a resumed run takes only")
 
+    @pytest.mark.parametrize("override", ["precision=bf16-mixed", "trainer.seed=1", "trainer.batch_size=4", "recipe=x"])
+    def test_a_key_that_there_is_is_taken_for_no_other_one(self, run_dir: Path, override: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            arguments.parse([override, f"resume={run_dir}"])
+        assert "did you mean" not in str(caught.value)
+
+    def test_a_key_that_is_misspelt_is_told_what_was_meant(self, run_dir: Path) -> None:
+        with pytest.raises(ConfigError, match=r"; did you mean 'trainer\.max_steps'\?"):
+            arguments.parse(["trainer.max_step=9", f"resume={run_dir}"])
+
     @pytest.mark.parametrize(
         "override",
         [
