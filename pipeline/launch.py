@@ -84,11 +84,10 @@ def launch(config: RunConfig, stage: Stage, run_dir: Path, *, resume: bool, node
             why = why or said or f"the ranks ended with exit code {code}, and did not say why"
             count = f"{parallelism.ranks} devices" + (f" of {parallelism.nodes} nodes" if parallelism.nodes > 1 else "")
             raise LeanfitError(f"stage '{stage.name}' on {count}: {why}")
-    finally:
-        failure.unlink(missing_ok=True)
-    fitted = Fitted.read(figures)
-    figures.unlink()
-    return fitted
+        return Fitted.read(figures)
+    finally:  # rank 0 may be done where another one fails
+        for leftover in (figures, failure):
+            leftover.unlink(missing_ok=True)
 
 
 def follow(config: RunConfig, stages: list[Stage], follower: Follower) -> tuple[int, str]:

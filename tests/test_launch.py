@@ -159,14 +159,15 @@ def test_a_mistake_in_the_config_that_a_rank_finds_is_one_as_on_a_single_device(
 ) -> None:
     config = compose(["parallelism=ddp", "parallelism.devices=2", "device=cpu"])
     stage = stages_of(config)[0]
-    file = str(launch.error_file(tmp_path, stage))
-    rank = f"import pathlib, sys; pathlib.Path({file!r}).write_text({said!r}); sys.exit(1)"
+    why, figures = str(launch.error_file(tmp_path, stage)), str(launch.figures_file(tmp_path, stage))
+    both = f"Path({why!r}).write_text({said!r}); Path({figures!r}).write_text('{{}}')"  # rank 0 was done
+    rank = f"import sys; from pathlib import Path; {both}; sys.exit(1)"
     monkeypatch.setattr(type(config.parallelism), "command", lambda *_: [sys.executable, "-c", rank])
     with pytest.raises(kind) as caught:
         launch.launch(config, stage, tmp_path, resume=False)
     assert type(caught.value) is kind
     assert str(caught.value) == told
-    assert not Path(file).exists(), "left in the run's directory"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.log"], "left in the run's directory"
 
 
 @pytest.mark.parametrize(("compression", "resume"), [("powersgd", True), ("powersgd", False), ("none", True)])
