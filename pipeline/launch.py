@@ -218,12 +218,16 @@ def supervise(
             watch.kill()  # a launcher that was killed itself leaves its ranks behind
         return process.returncode, why
     except BaseException:
-        if asked is None:
-            process.terminate()
-        else:
-            asked.touch()
-            watch.signal(signal.SIGTERM)
-        end(process, watch, GRACE)
+        try:
+            if asked is None:
+                process.terminate()
+            else:
+                asked.touch()
+                watch.signal(signal.SIGTERM)
+            end(process, watch, GRACE)
+        except BaseException:  # a second signal, for which those of Ray would train on for seconds
+            watch.kill()
+            raise
         raise
     finally:
         # Ray's services are in a group that what starts its ranks makes for itself, and outlive it by minutes if it was

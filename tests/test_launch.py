@@ -108,6 +108,28 @@ def test_a_signal_asks_the_ranks_first_and_gives_them_time(tmp_path: Path, monke
     rank.stdout.close()
 
 
+def test_a_second_signal_ends_ranks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Ray, that is: other launchers have ranks that look for the program."""
+    rank = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    assert rank.stdout is not None
+    rank.stdout.readline()
+
+    def first(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def second(process: subprocess.Popen[bytes], *_: Any) -> None:
+        process.kill()
+        process.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "end", second)
+    watch = Watch(lambda: [pack(Beat(rank.pid, 1, Phase.STEP))], 600)
+    with pytest.raises(KeyboardInterrupt):
+        supervise(["sleep", "60"], watch, tmp_path / "log", first)
+    assert rank.wait(timeout=5) == -signal.SIGKILL
+    rank.stdout.close()
+
+
 def test_where_ranks_meet() -> None:
     with launch.meeting(choice("ddp")) as place:
         assert (place.host, place.variables) == ("127.0.0.1", {})
