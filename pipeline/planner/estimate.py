@@ -16,17 +16,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from pipeline.errors import first_line
 from pipeline.planner.fakes import faked, inside, like, tracing
-from pipeline.planner.live import ACTIVATIONS, ADD, ADD_IN_PLACE, Inner, Live, Peak, storage_key
+from pipeline.planner.live import ACTIVATIONS, Peak
+from pipeline.planner.passing import Passing
 
 STEPS = 3
-FEARED = frozenset(f"aten::{name}" for name in ("any", "eq", "ne", "lt", "le", "gt", "ge"))
-"""Operators by which checks ask whether something is that must not be."""
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -51,7 +49,8 @@ def estimate(
         ValueError: what cannot be told, in one line: nothing to train, a model without shapes, no loss that has a
             gradient, an optimizer that is built already or that calls the model itself (LBFGS), a sparse gradient, as
             of `nn.Embedding(sparse=True)` (fake tensors forget how many values it has), or whatever the model, the loss
-            or the optimizer raises, such as on a batch that does not fit, or where shapes hang on values.
+            or the optimizer raises, such as on a batch that does not fit, or where shapes hang on values. What a mask
+            chooses (`x[mask]`, `nonzero`) is taken for all of it: a bound from above.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
@@ -96,49 +95,6 @@ def estimate(
                 live.hold((value for value in state if isinstance(value, Tensor)), "optimizer state")
                 steps.zero_grad()
         return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
-
-
-class Passing(Live):  # type: ignore[no-untyped-call]
-    """Counts as `Live` does; checks of values are passed. What must not be is asked of any value (`(var < 0).any()`) or
-    of one number (`labels.max() >= classes`), and is not; what must be is asked of all, and is."""
-
-    def __init__(self, inner: Inner | None = None) -> None:
-        super().__init__(inner)
-        self._feared: set[int] = set()
-        self._in_linear = False
-
-    @contextmanager
-    def adding_bias(self) -> Iterator[None]:
-        """Meanwhile a linear layer adds its bias in place, as it does but for tensors of a subclass
-        (aten/src/ATen/native/Linear.cpp)."""
-        plain = functional.linear
-
-        def linear(*args: Any, **kwargs: Any) -> Tensor:
-            before, self._in_linear = self._in_linear, True
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                self._in_linear = before
-
-        with mock.patch.object(functional, "linear", linear):
-            yield
-
-    def _release(self, key: int) -> None:
-        self._feared.discard(key)
-        super()._release(key)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self._in_linear and func is ADD:
-            return super().__torch_dispatch__(ADD_IN_PLACE, types, args, kwargs).view_as(args[0])
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func.name().partition(".")[0] in FEARED and out.numel() == 1:
-            self._feared.add(storage_key(out))
-        return out
-
-    def truth(self, scalar: Tensor) -> bool:
-        return storage_key(scalar) not in self._feared and super().truth(scalar)
 
 
 def blank(tensor: Tensor) -> Tensor:

@@ -251,10 +251,11 @@ def _in_order(tensor: Tensor) -> Tensor:
 
 def aligned(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `ctc_loss` keeps of alignments forwards, and holds of those backwards. Their number goes by the longest
-    target: where lengths are a tensor, as long as there is room."""
-    if name == "aten::_ctc_loss" and args[1].ndim == 2:
+    target: where lengths are a tensor, as long as there is room, or all alike where targets follow each other."""
+    if name == "aten::_ctc_loss":
         steps, samples = args[0].shape[:2]
-        longest = args[1].shape[1] if isinstance(args[3], Tensor) else max(args[3])
+        longest = args[1].shape[1] if args[1].ndim == 2 else -(-args[1].numel() // samples)
+        longest = longest if isinstance(args[3], Tensor) else max(args[3])
         return args[0].new_empty(samples), args[0].new_empty(samples, steps, 2 * longest + 1)
     if name == "aten::_ctc_loss_backward":
         _, scores, _, _, _, _, forwards = args[:7]
