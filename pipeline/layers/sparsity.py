@@ -95,7 +95,7 @@ def set_mask(layer: nn.Module, mask: Tensor) -> None:
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every layer that has a mask, by name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(getattr(module, MASK, None), Tensor))
+    return ((name, module) for name, module in model.named_modules() if module._buffers.get(MASK) is not None)
 
 
 def has_masks(model: nn.Module) -> bool:

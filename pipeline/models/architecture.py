@@ -88,7 +88,7 @@ def _members(module: nn.Module) -> list[nn.Module]:
 
 def _main_stack(model: nn.Module) -> str | None:
     """Name of the container of the blocks; None where the model repeats nothing."""
-    sizes: dict[str, int] = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
@@ -97,9 +97,11 @@ def _main_stack(model: nn.Module) -> str | None:
         if not children or any(not _members(child) for child in children):
             continue
         if len({type(child) for child in children}) == 1:
-            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+            found[name] = module
+    if len(found) < 2:
+        return next(iter(found), None)
     # The first of equals is the outer one, as a module comes before what it holds.
-    return max(sizes, key=lambda name: sizes[name]) if sizes else None
+    return max(found, key=lambda name: sum(parameter.numel() for parameter in found[name].parameters()))
 
 
 def _block(name: str, block: nn.Module, config: Any) -> Block:
