@@ -253,6 +253,10 @@ CASES = {
         (torch.randn(50, 16, 32), torch.ones(16, 10, dtype=torch.long), torch.full((16,), 50), torch.full((16,), 10)),
         lambda model, batch: align(model, (batch[0], batch[1].masked_select(batch[1] > 0), *batch[2:])), 0.01,
     ),
+    "a covariance, which asks whether there are rows enough": (
+        partial(nn.Linear, 64, 256), torch.optim.AdamW, (torch.randn(128, 64),),
+        lambda model, batch: model(*batch).T.cov().square().mean(), 0.01,
+    ),
     "older checkpointing, of an input that has a gradient": (
         partial(nn.Sequential, nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)), torch.optim.AdamW,
         (torch.randn(256, 128, requires_grad=True),),
