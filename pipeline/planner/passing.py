@@ -3,8 +3,8 @@
     a check                   passed: what must not be is asked of any value (`(var < 0).any()`) or of one number
                               (`labels.max() >= classes`), and is not; what must be is asked of all, and is
     what a mask chooses       all of it: no more can be held than for that
-    a bias                    a linear layer adds it in place, as it does but for tensors of a subclass
-                              (aten/src/ATen/native/Linear.cpp)
+    a bias                    a linear layer adds it in place, as it does but for tensors of a subclass, which those
+                              of a vmap are too (aten/src/ATen/native/Linear.cpp)
 
 Methods of compression are asked in a way of their own (`supposed`).
 """
@@ -42,7 +42,7 @@ class Passing(Live):  # type: ignore[no-untyped-call]
         plain = functional.linear
 
         def linear(*args: Any, **kwargs: Any) -> Tensor:
-            before, self._in_linear = self._in_linear, True
+            before, self._in_linear = self._in_linear, torch._C._functorch.peek_interpreter_stack() is None
             try:
                 return plain(*args, **kwargs)
             finally:

@@ -257,6 +257,12 @@ CASES = {
         partial(nn.Linear, 64, 256), torch.optim.AdamW, (torch.randn(128, 64),),
         lambda model, batch: model(*batch).T.cov().square().mean(), 0.01,
     ),
+    "a layer for each of several weights": (
+        partial(nn.Linear, 64, 256), torch.optim.AdamW, (torch.randn(128, 64),),
+        lambda model, batch: torch.vmap(functional.linear, (None, 0, 0))(
+            *batch, model.weight.view(4, 64, 64), model.bias.view(4, 64)
+        ).square().mean(), 0.01,
+    ),
     "older checkpointing, of an input that has a gradient": (
         partial(nn.Sequential, nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)), torch.optim.AdamW,
         (torch.randn(256, 128, requires_grad=True),),
