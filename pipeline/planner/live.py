@@ -377,7 +377,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return device_of(args[0])
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            # Fake tensors have no values. With these no mask hides anything, and no count of steps or tokens is 0.
+            if isinstance(args[0], FakeTensor) and args[0].constant is not None:  # made of numbers alone
+                return args[0].constant.item()
+            # Others have no values. With these no mask hides anything, and no count of steps or tokens is 0.
             if args[0].dtype == torch.bool:
                 return self.truth(args[0])
             return self.number if args[0].is_floating_point() else 1

@@ -263,6 +263,10 @@ CASES = {
             *batch, model.weight.view(4, 64, 64), model.bias.view(4, 64)
         ).square().mean(), 0.01,
     ),
+    "parts whose number is that of a tensor made of numbers": (
+        partial(nn.Linear, 64, 256), torch.optim.AdamW, (torch.randn(128, 64),),
+        lambda model, batch: model(*batch).view(torch.div(128, 32, rounding_mode="trunc"), -1, 256).std(1).sum(), 0.01,
+    ),
     "older checkpointing, of an input that has a gradient": (
         partial(nn.Sequential, nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)), torch.optim.AdamW,
         (torch.randn(256, 128, requires_grad=True),),
