@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from pipeline.errors import first_line
 from pipeline.planner.fakes import faked, inside, like, tracing
 from pipeline.planner.live import ACTIVATIONS, Peak
-from pipeline.planner.passing import Passing
+from pipeline.planner.passing import Passing, padded
 
 STEPS = 3
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -41,7 +41,8 @@ def estimate(
     Args:
         optimizer: builds one from parameters: `torch.optim.AdamW`, or a `functools.partial` with its settings.
         batch: what the model is called with: a mapping as keywords, a tuple or list as arguments, a tensor alone.
-            Only shapes, dtypes and whether they require a gradient count.
+            Only shapes, dtypes and whether they require a gradient count, and whether an `attention_mask` hides
+            something.
         loss: (model, batch) -> a scalar to minimise; None: the output's `loss`, or the sum of a tensor that it gives.
         autocast: the dtype of mixed precision (torch.bfloat16 say); None: none.
 
@@ -61,7 +62,7 @@ def estimate(
     if not any(parameter.requires_grad for parameter in shadow.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     live = Passing(inside)
-    with tracing():
+    with padded(hides(batch)), tracing():
         faked(shadow)
         live.hold_model(shadow)
         shadow.train()
@@ -95,6 +96,16 @@ def estimate(
                 live.hold((value for value in state if isinstance(value, Tensor)), "optimizer state")
                 steps.zero_grad()
         return live.timeline.peak(live.timeline.since(f"step {STEPS - 1}"))
+
+
+def hides(batch: Batch) -> bool:
+    """Whether an attention mask of the batch hides something; one without values, on the meta device say, does not."""
+    masks = (
+        [value for name, value in batch.items() if name.endswith("attention_mask")]
+        if isinstance(batch, Mapping)
+        else []
+    )
+    return any(type(mask) is Tensor and not mask.is_meta and bool((mask == 0).any()) for mask in masks)
 
 
 def blank(tensor: Tensor) -> Tensor:

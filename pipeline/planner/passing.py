@@ -5,6 +5,7 @@
     what a mask chooses       all of it: no more can be held than for that
     a bias                    a linear layer adds it in place, as it does but for tensors of a subclass, which those
                               of a vmap are too (aten/src/ATen/native/Linear.cpp)
+    an attention mask         transformers makes one of its own where that of the batch hides something, else none
 
 Methods of compression are asked in a way of their own (`supposed`).
 """
@@ -77,6 +78,26 @@ class Passing(Live):  # type: ignore[no-untyped-call]
 
     def truth(self, scalar: Tensor) -> bool:
         return storage_key(scalar) not in self._feared and super().truth(scalar)
+
+
+@contextmanager
+def padded(hides: bool) -> Iterator[None]:
+    """Meanwhile transformers finds that attention masks hide something, or nothing."""
+    from transformers import masking_utils
+
+    ignored = masking_utils._ignore_bidirectional_mask_sdpa
+
+    def ignore(padding_mask: Tensor | None, *args: Any) -> bool:
+        return ignored(padding_mask, *args) and not (hides and padding_mask is not None)
+
+    def shows_all(mask: Tensor) -> bool:
+        return not hides or not mask.numel()
+
+    with (
+        mock.patch.object(masking_utils, "_ignore_bidirectional_mask_sdpa", ignore),
+        mock.patch.object(masking_utils, "fast_all", shows_all, create=True),
+    ):
+        yield
 
 
 def _is_mask(index: Tensor | None) -> bool:

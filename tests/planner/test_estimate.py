@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import pipeline.memory
 from pipeline.memory.measure import measure_peak
@@ -94,6 +101,11 @@ def pruned() -> nn.Module:
 def bert() -> nn.Module:
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     return BertForSequenceClassification(BertConfig(vocab_size=500, **size))
+
+
+def llama() -> nn.Module:
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=100, intermediate_size=128, **size))
 
 
 def experts() -> nn.Module:
@@ -266,6 +278,21 @@ CASES = {
     "parts whose number is that of a tensor made of numbers": (
         partial(nn.Linear, 64, 256), torch.optim.AdamW, (torch.randn(128, 64),),
         lambda model, batch: model(*batch).view(torch.div(128, 32, rounding_mode="trunc"), -1, 256).std(1).sum(), 0.01,
+    ),
+    "a text model given a mask that hides nothing": (
+        llama, torch.optim.AdamW,
+        {**dict.fromkeys(("input_ids", "labels"), torch.zeros(4, 64, dtype=torch.long)),
+         "attention_mask": torch.ones(4, 64, dtype=torch.long)}, None, 0.01,
+    ),
+    "and one that hides what is behind a text": (
+        llama, torch.optim.AdamW,
+        {**dict.fromkeys(("input_ids", "labels"), torch.zeros(4, 64, dtype=torch.long)),
+         "attention_mask": torch.ones(4, 64, dtype=torch.long).tril(40)}, None, 0.01,
+    ),
+    "in both directions, with a mask that hides something": (
+        bert, torch.optim.AdamW,
+        {"input_ids": torch.zeros(4, 256, dtype=torch.long), "labels": torch.zeros(4, dtype=torch.long),
+         "attention_mask": torch.ones(4, 256, dtype=torch.long).tril(40)}, None, 0.01,
     ),
     "older checkpointing, of an input that has a gradient": (
         partial(nn.Sequential, nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)), torch.optim.AdamW,
