@@ -51,7 +51,8 @@ def estimate(
             gradient, an optimizer that is built already or that calls the model itself (LBFGS), a sparse gradient, as
             of `nn.Embedding(sparse=True)` (fake tensors forget how many values it has), or whatever the model, the loss
             or the optimizer raises, such as on a batch that does not fit, or where shapes hang on values. What a mask
-            chooses (`x[mask]`, `nonzero`) is taken for all of it: a bound from above.
+            chooses (`x[mask]`, `nonzero`) is taken for all of it: a bound from above. What a model does only where
+            `any` of its values is so (Longformer's global attention) is not counted.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
