@@ -63,7 +63,7 @@ def estimate(
     if not any(parameter.requires_grad for parameter in shadow.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     live = Passing(inside)
-    with padded(hides(batch)), tracing():
+    with padded(hides(batch)), torch.inference_mode(False), torch.enable_grad(), tracing():
         faked(shadow)
         live.hold_model(shadow)
         shadow.train()

@@ -346,6 +346,15 @@ def test_a_model_on_meta_is_estimated_with_its_tied_weights_once():
     assert found.kinds["weights"] == 4 * 1024**2
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_is_estimated_where_gradients_are_off_for_who_asks(off):
+    asked = (nn.Linear(64, 512), torch.optim.SGD, torch.zeros(16, 64))
+    expected = pipeline.memory.estimate(*asked)
+    with off():
+        assert pipeline.memory.estimate(*asked).kinds == expected.kinds
+        assert not torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("embedding", [nn.Embedding, nn.EmbeddingBag])
 def test_a_sparse_gradient_is_refused_by_name(embedding):
     """What is left of it, were it counted, is half of what an optimizer takes."""
