@@ -60,8 +60,8 @@ def sparsegpt_prune(
 
     rows, columns = weight.shape
     factor, used = inverse_factor(hessian, damping)
-    # Transposed: a column of the weight is contiguous here.
-    left = weight.detach().to(hessian.dtype).t().contiguous()
+    # Transposed: a column of the weight is contiguous here. A copy: of one row, it would else be the weight itself.
+    left = weight.detach().to(hessian.dtype).t().clone(memory_format=torch.contiguous_format)
     before = torch.ones_like(left, dtype=torch.bool) if mask is None else mask.t()
     kept = torch.empty_like(left, dtype=torch.bool)
     errors = torch.empty_like(left)

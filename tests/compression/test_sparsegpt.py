@@ -89,6 +89,14 @@ def test_weights_and_masks_are_those_of_the_papers_column_loop(sparsity, pattern
     assert torch.equal(weight, before)
 
 
+def test_the_weights_of_a_layer_with_one_output_are_not_written_to():
+    weight, hessian = problem(rows=1)
+    before = weight.clone()
+    found = sparsegpt_prune(weight, hessian, 0.5)
+    assert torch.equal(weight, before)
+    assert not torch.equal(found.weight, before)
+
+
 def test_with_one_row_and_one_weight_to_prune_it_is_the_optimal_brain_surgeon():
     weight, hessian = problem(1, rows=1, columns=6)
     mask = torch.tensor([[False, True, True, True, True, True]])
