@@ -1,7 +1,7 @@
 """One step of decoding with a key-value cache, under whichever name the model's library gives the cache.
 
 transformers called it `past_key_values` up to 5.23 and calls it `cache` since; models with code of their own may keep
-the former name for long. A model's signature tells.
+the former name for long. A model's signature tells. One that takes none (GPT-1, RWKV) is run on all tokens each time.
 
 One float32 token on a CPU is decoded without oneDNN. Its matrix products are not oneDNN's there, but GELU would be, and
 takes 50 microseconds to start where torch's own takes 5 for all 3,072 features of a token.
@@ -25,15 +25,14 @@ LAST = ("logits_to_keep",)
 def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """Logits [B, 1, V] of the last of the tokens `ids` [B, T] that follow those in `cache`, and the cache with them.
 
-    Of a prompt most models (transformers') compute the last token's alone, which are 1/T of its logits.
-
-    Raises:
-        TypeError: the model takes no cache.
+    Of a prompt most models (transformers') compute the last token's alone, which are 1/T of its logits. The tokens so
+    far are the cache of a model that takes none.
     """
     forward = getattr(model.forward, "__func__", model.forward)
     name = _taken(forward, CACHES)
     if name is None:
-        raise TypeError(f"{type(model).__name__} takes no key-value cache")
+        ids = ids if cache is None else torch.cat([cache, ids], dim=1)
+        return cast(Any, model)(input_ids=ids).logits[:, -1:], ids
     last = _taken(forward, LAST)
     with _kernels_for(model, ids):
         output = cast(Any, model)(input_ids=ids, use_cache=True, **{name: cache}, **({last: 1} if last else {}))
