@@ -203,11 +203,12 @@ class Structured(Method):
         ]
 
     def preflight(self, model: nn.Module, context: Context) -> list[str]:
-        from pipeline.layers.select import selection_problems
+        from pipeline.layers.select import ignore_problems, quantized_problems
         from pipeline.layers.structure_plan import plan
 
         key = f"compression.{context.stage}"
-        problems = selection_problems(model, context.architecture, self.ignore, key)
+        # Whether there are layers to cut the plan says: whole blocks can go whatever they are made of.
+        problems = quantized_problems(model, key) or ignore_problems(model, self.ignore, key)
         if problems:
             return problems
         protected = protected_blocks(context.architecture, self.ignore)

@@ -184,6 +184,17 @@ def quantized_problems(model: nn.Module, key: str) -> list[str]:
     return [f"{key}: the model is quantized already ({scheme}, {len(quantized)} layers); start from a float one"]
 
 
+def ignore_problems(model: nn.Module, ignore: Iterable[str], key: str) -> list[str]:
+    """A message for each pattern that names no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    words = {*names, *(name.rpartition(".")[2] for name in names)}
+    return [
+        f"{key}.ignore={pattern}: no module of the model is called so{did_you_mean(pattern, words)}"
+        for pattern in ignore
+        if not any(matches(name, pattern) for name in names)
+    ]
+
+
 def selection_problems(
     model: nn.Module,
     architecture: Architecture,
@@ -197,13 +208,7 @@ def selection_problems(
     """
     if told := quantized_problems(model, key):
         return told
-    names = [name for name, _ in model.named_modules() if name]
-    words = {*names, *(name.rpartition(".")[2] for name in names)}
-    problems = [
-        f"{key}.ignore={pattern}: no module of the model is called so{did_you_mean(pattern, words)}"
-        for pattern in ignore
-        if not any(matches(name, pattern) for name in names)
-    ]
+    problems = ignore_problems(model, ignore, key)
     ignore = tuple(ignore)
     if not problems and not select(model, architecture, ignore, types).layers:
         without = len(select(model, architecture, (), types).layers)

@@ -14,6 +14,8 @@ from transformers import (
     EfficientNetForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -175,6 +177,19 @@ def test_hidden_dimensions_that_hold_nothing_go_and_outputs_stay():
     torch.testing.assert_close(made(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "activation", "taylor"])
+def test_blocks_go_whatever_layers_they_are_made_of(importance):
+    """GPT-1's are of `Conv1D`, which no link knows."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 4, "n_head": 2}
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)).eval()
+    (told,) = structured(ffn=0.5, importance=importance).preflight(model, context(model))
+    assert "ffn=0.5: OpenAIGPTLMHeadModel has no feed-forward layers of a known layout; use depth" in told
+    made, _ = run(model, structured(depth=0.5, importance=importance))
+    assert made.config.n_layer == len(made.transformer.h) == 2
+    assert made(IDS).logits.isfinite().all()
+
+
 def test_blocks_that_stay_keep_their_own_units():
     model = opt()
     for index, layer in enumerate(model.model.decoder.layers):
@@ -233,7 +248,7 @@ def test_problems_name_the_key_the_value_and_the_fix():
         (structured(heads=0.5), "compression.p.heads=0.5: the config of OPTForCausalLM cannot say this"),
         (structured(channels=0.5), "compression.p: nothing of a OPTForCausalLM is removed; set ffn"),
         (structured(ffn=0.5, ignore=("*.layers.0",)), "compression.p.ignore keeps blocks"),
-        (structured(depth=0.5, ignore=("*.layers.?",)), "no layer is left to work on"),
+        (structured(depth=0.5, ignore=("*.layers.?",)), "all 4 blocks are in `ignore`"),
         (structured(depth=0.5, ignore=("fc1",)), "compression.p.ignore=[fc1] names no block"),
         (structured(depth=0.5, ignore=("layerz",)), "did you mean 'layers'"),
     ):
