@@ -242,6 +242,12 @@ def _config_problems(said: str, config: dict[str, Any]) -> list[str]:
             f"{said} is quantized already and can be neither trained nor compressed further; "
             "give the float model it was made from"
         )
+    # In eval mode the weights are others than in train mode, and those that are saved would be divided once more.
+    if config.get("model_type") == "rwkv" and (every := config.get("rescale_every", 6)) > 0:
+        found.append(
+            f"{said} divides its weights in place as it runs (rescale_every={every}), so that they can be neither "
+            'quantized nor saved; set "rescale_every": 0 in its config.json, which is the same but for the eps of norms'
+        )
     return found
 
 

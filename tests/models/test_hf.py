@@ -9,7 +9,14 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from pipeline.data.base import DataSpec
 from pipeline.errors import ConfigError, LeanfitError
@@ -137,6 +144,23 @@ def test_directories_that_are_no_causal_language_model_are_refused(directory: Pa
 def test_a_quantized_directory_is_refused(directory: Path, tmp_path: Path) -> None:
     path = copy(directory, tmp_path, quantization_config={"quant_method": "compressed-tensors"})
     assert "is quantized already" in hf(path).problems()[0]
+
+
+def test_a_model_that_divides_its_weights_as_it_runs_is_refused_until_its_config_says_otherwise(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=256, hidden_size=16, num_hidden_layers=4, context_length=64, rescale_every=2)
+    model, ids = RwkvForCausalLM(config), torch.arange(32)[None]
+    model.save_pretrained(tmp_path)
+    (told,) = hf(tmp_path).problems()
+    assert "divides its weights in place as it runs (rescale_every=2)" in told
+    with pytest.raises(ConfigError, match="rescale_every=2"):
+        hf(tmp_path).build(SPEC)
+    model.config.rescale_every = 0
+    model.save_pretrained(tmp_path)
+    assert hf(tmp_path).problems() == []
+    found = hf(tmp_path).build(SPEC).eval()(ids).logits
+    model.config.rescale_every = 2
+    torch.testing.assert_close(found, model.eval()(ids).logits, rtol=0, atol=1e-3)
 
 
 def test_an_artifact_that_transformers_cannot_open_is_told_as_such(directory: Path, tmp_path: Path) -> None:
