@@ -172,7 +172,8 @@ class Pruner(Method):
                 self.prune(root, layers, sparsity, pattern, context)
 
         until = max(1, int(GROWTH * context.steps))
-        return [GradualMasks(prune, self.target(), until, every=-(-until // self.updates))]
+        every = -(-until // self.updates)
+        return [GradualMasks(prune, self.target(), until, every, context.facts)]
 
     def pattern_at(self, sparsity: float) -> str | None:
         """The pattern due at a sparsity on the way: as few kept of each M as it allows; None where that is all M."""

@@ -27,11 +27,20 @@ class GradualMasks(HoldMasks):
     """Masks that grow over the first `until` optimizer steps: s_t = s_f (1 - (1 - t/T)^3), then held.
 
     Zhu & Gupta, 2017 (arXiv:1710.01878). Masks are made anew every `every` steps by `prune(module, sparsity)`, which is
-    given the LightningModule. The masks themselves are buffers of the model; what was reached is this callback's state.
+    given the LightningModule. The masks themselves are buffers of the model; what was reached is this callback's state,
+    with what `prune` has put into `facts` by then: a fit that is resumed may have pruned for the last time.
     """
 
-    def __init__(self, prune: Callable[[nn.Module, float], Any], sparsity: float, until: int, every: int) -> None:
+    def __init__(
+        self,
+        prune: Callable[[nn.Module, float], Any],
+        sparsity: float,
+        until: int,
+        every: int,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
         self.prune, self.sparsity, self.until, self.every = prune, sparsity, max(1, until), max(1, every)
+        self.facts = {} if facts is None else facts
         self.reached = 0.0
         self.updated_at = 0
 
@@ -51,7 +60,8 @@ class GradualMasks(HoldMasks):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reached": self.reached, "updated_at": self.updated_at}
+        return {"reached": self.reached, "updated_at": self.updated_at, "facts": dict(self.facts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.reached, self.updated_at = state_dict["reached"], state_dict["updated_at"]
+        self.facts.update(state_dict.get("facts", {}))  # checkpoints of before have none

@@ -241,6 +241,16 @@ def test_a_gradual_schedule_prunes_during_training_and_leaves_the_mode_alone():
     assert detail["sparsity"] == pytest.approx(0.6, abs=0.001)
 
 
+def test_a_fit_that_is_resumed_after_its_last_pruning_tells_what_was_found_all_the_same():
+    model, batches = opt(), token_batches(2)
+    method, whole, resumed = sparsegpt(schedule="cubic"), *(context(model, batches, steps=4) for _ in range(2))
+    (first,), (second,) = method.callbacks(whole), method.callbacks(resumed)
+    first.prune(nn.ModuleDict({"model": method.prepare(model, whole)}), 0.5)
+    second.load_state_dict(first.state_dict())
+    assert resumed.facts == whole.facts
+    assert "damping_largest" in resumed.facts
+
+
 def test_masks_of_earlier_pruning_survive_and_a_second_time_prunes_further():
     model, batches = opt(), token_batches(2)
     layer = model.model.decoder.layers[0].fc1
