@@ -59,9 +59,11 @@ def prune_structured(
         ConfigError: nothing would be removed, or the model's config cannot say what would be left.
         LeanfitError: no batches where importance needs them, NaN or infinity (the block is named).
     """
+    import torch
+
     from pipeline.errors import ConfigError, LeanfitError
     from pipeline.layers.depth import keep_blocks
-    from pipeline.layers.structure import changed_config, filled, parameter_count, rebuild
+    from pipeline.layers.structure import changed_config, filled, head_units, parameter_count, rebuild
     from pipeline.layers.structure_importance import (
         activation_importance,
         norm_gains,
@@ -112,7 +114,14 @@ def prune_structured(
         model.get_submodule(name).get_parameter("weight").data.mul_(gain)
     if kept.hidden is not None:
         record["kept"]["hidden"] = spans(kept.hidden.tolist())
-    for kind, indices in (("heads", kept.heads), ("ffn", kept.ffn)):
+    # Units are key/value heads where queries share them; told are the heads of queries, as `sizes` counts them.
+    attentions = [attention for block in architecture.blocks if (attention := block.attention)]
+    served = [attention.heads // head_units(attention) for attention in attentions]
+    heads = [
+        (units.unsqueeze(1) * each + torch.arange(each, device=units.device)).flatten()
+        for units, each in zip(kept.heads, served, strict=False)
+    ]
+    for kind, indices in (("heads", heads), ("ffn", kept.ffn)):
         if indices:
             record["kept"][kind] = [spans(units.tolist()) for units in indices]
     if kept.channels:

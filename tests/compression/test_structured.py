@@ -158,6 +158,7 @@ def test_everything_at_once_is_reported_and_opens_in_plain_transformers(tmp_path
     assert facts["parameters_after"] == sum(p.numel() for p in made.parameters())
     assert facts["parameters_before"] == parameters
     assert len(facts["kept"]["ffn"]) == len(facts["kept"]["heads"]) == 3
+    assert set(facts["kept"]["heads"]) <= {"0-1", "2-3"}  # two queries share a key
     json.dumps(facts)
     made.save_pretrained(tmp_path)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
