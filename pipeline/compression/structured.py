@@ -115,12 +115,10 @@ def prune_structured(
     if kept.hidden is not None:
         record["kept"]["hidden"] = spans(kept.hidden.tolist())
     # Units are key/value heads where queries share them; told are the heads of queries, as `sizes` counts them.
-    attentions = [attention for block in architecture.blocks if (attention := block.attention)]
-    served = [attention.heads // head_units(attention) for attention in attentions]
-    heads = [
-        (units.unsqueeze(1) * each + torch.arange(each, device=units.device)).flatten()
-        for units, each in zip(kept.heads, served, strict=False)
-    ]
+    heads = []
+    for units, block in zip(kept.heads, architecture.blocks, strict=bool(kept.heads)):
+        each = block.attention.heads // head_units(block.attention) if block.attention else 1
+        heads.append((units.unsqueeze(1) * each + torch.arange(each)).flatten())
     for kind, indices in (("heads", heads), ("ffn", kept.ffn)):
         if indices:
             record["kept"][kind] = [spans(units.tolist()) for units in indices]
