@@ -401,8 +401,9 @@ def test_a_disk_too_small_is_told_before_training(monkeypatch):
 @pytest.mark.parametrize("weight", ["hidden_weight", "attention_weight", "sequence_weight"])
 def test_losses_that_need_the_teacher_itself_are_refused(weight):
     key = "compression.distill"
+    weights = [f"{key}.cache_logits=true", f"{key}.{weight}=1", f"{key}.hidden_weight=0.5", f"{key}.prompt_tokens=4"]
     with pytest.raises(ConfigError) as refused:
-        compose([*COMMON, *TEXT, f"{key}.cache_logits=true", f"{key}.{weight}=1", f"{key}.hidden_weight=0.5"])
+        compose([*COMMON, *TEXT, *weights])
     (problem,) = refused.value.problems
     assert f"{key}.hidden_weight=0.5" in problem
     assert f"{key}.{weight}=" in problem
