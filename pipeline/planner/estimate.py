@@ -101,11 +101,8 @@ def estimate(
 
 def hides(batch: Batch) -> bool:
     """Whether an attention mask of the batch hides something; one without values, on the meta device say, does not."""
-    masks = (
-        [value for name, value in batch.items() if name.endswith("attention_mask")]
-        if isinstance(batch, Mapping)
-        else []
-    )
+    named = batch if isinstance(batch, Mapping) else {}
+    masks = [value for name, value in named.items() if name.endswith("attention_mask")]
     return any(type(mask) is Tensor and not mask.is_meta and bool((mask == 0).any()) for mask in masks)
 
 

@@ -14,7 +14,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, _meta_registrations, nn
-from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes, suggest_memory_format
+from torch._prims_common import (
+    ELEMENTWISE_TYPE_PROMOTION_KIND,
+    elementwise_dtypes,
+    make_contiguous_strides_for,
+    suggest_memory_format,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode, TensorMetadata
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
@@ -246,7 +251,7 @@ def laid_out(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _in_order(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor
-    return tensor.as_strided(tensor.shape, torch.empty(tensor.shape, device="meta").stride())
+    return tensor.as_strided(tensor.shape, make_contiguous_strides_for(tensor.shape))
 
 
 def aligned(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
