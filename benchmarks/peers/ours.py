@@ -31,14 +31,14 @@ def prepare(method: str, settings: dict[str, Any], model: nn.Module) -> protocol
     trains = method.endswith("_qat")
 
     def compress(model: nn.Module, draw: protocol.Draw) -> nn.Module:
-        batches = [
-            {name: rows for name, rows in batch.items() if name != "labels"}
-            for batch in protocol.split(draw.calibration, BATCH)
-        ]
+        def batches() -> list[dict[str, torch.Tensor]]:
+            split = protocol.split(draw.calibration, BATCH)
+            return [{name: rows for name, rows in batch.items() if name != "labels"} for batch in split]
+
         model = link.entering(model)
         steps = draw.steps if trains else 0
         context = Context(
-            stage=method, architecture=describe(model), device="cpu", steps=steps, seed=0, calibration=lambda: batches
+            stage=method, architecture=describe(model), device="cpu", steps=steps, seed=0, calibration=batches
         )
         model = link.prepare(model, context)
         if trains:

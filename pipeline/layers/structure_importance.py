@@ -24,7 +24,7 @@ from pipeline.errors import LeanfitError
 from pipeline.layers.blockwise import hidden_of, model_inputs
 from pipeline.layers.quantize import is_finite, wide
 from pipeline.layers.sliced_loss import cross_entropy
-from pipeline.layers.structure import Axis, Cuts, Kept, head_units
+from pipeline.layers.structure import Axis, Cuts, Kept, head_units, parameters_of
 from pipeline.models.base import Architecture, Block
 
 Batch = Mapping[str, Tensor]
@@ -264,10 +264,8 @@ def weight_importance(model: nn.Module, architecture: Architecture, cuts: Cuts) 
     def per_block(kind: str) -> list[Tensor]:
         return [squares.get((kind, index), torch.empty(0)).sqrt() for index in range(len(architecture.blocks))]
 
-    blocks = [
-        torch.stack([torch.linalg.vector_norm(wide(p)) for p in model.get_submodule(block.name).parameters()]).double()
-        for block in architecture.blocks
-    ]
+    inside = [parameters_of(model.get_submodule(block.name)) for block in architecture.blocks]
+    blocks = [torch.stack([torch.linalg.vector_norm(wide(p)) for p in held]).double() for held in inside]
     hidden = squares.get(("hidden", None))
     return _checked(
         architecture, torch.stack([torch.linalg.vector_norm(norms) for norms in blocks]),

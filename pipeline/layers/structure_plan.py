@@ -359,7 +359,7 @@ def _convolutional(
         for name, share in asked.items()
         if name != "channels"
     ]
-    ratios = model.config.to_dict().get(RATIOS)
+    ratios = getattr(model.config, RATIOS, None)
     stages = _stages(model.config, len(architecture.blocks))
     if ratios is None or stages is None:
         problems.append(f"{key}: the config of {kind} does not state the channels inside of its blocks")

@@ -62,12 +62,13 @@ def describe(model: nn.Module) -> Architecture:
     Blocks are those of the model's main stack: the `ModuleList` or `Sequential` with most parameters whose members have
     one class. Parts of a block that follow no known layout are left None; a model without such a stack has no blocks.
     """
-    stack = _main_stack(model)
+    modules = list(model.named_modules())
+    stack = _main_stack(modules)
     members = {} if stack is None else dict(model.get_submodule(stack).named_children())
     named = {_join(stack or "", child): module for child, module in members.items()}
     blocks = tuple(_block(name, module, getattr(model, "config", None)) for name, module in named.items())
     inside = tuple(f"{name}." for name in named)
-    outside = [(n, m) for n, m in model.named_modules() if n and n not in named and not n.startswith(inside)]
+    outside = [(n, m) for n, m in modules if n and n not in named and not n.startswith(inside)]
     return Architecture(
         blocks=blocks,
         embeddings=tuple(name for name, module in outside if _is_embedding(module)),
@@ -86,10 +87,10 @@ def _members(module: nn.Module) -> list[nn.Module]:
     return [child for _, child in module.named_children()]
 
 
-def _main_stack(model: nn.Module) -> str | None:
+def _main_stack(modules: list[tuple[str, nn.Module]]) -> str | None:
     """Name of the container of the blocks; None where the model repeats nothing."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         children = _members(module)
