@@ -432,16 +432,18 @@ def _probe_tensors(model: nn.Module, probe: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _renew_transient_buffers(model: PreTrainedModel) -> None:
-    """Buffers that are not stored (rotary frequencies) as a fresh model has them: `model.to(bfloat16)` rounds them."""
+    """Buffers that are not stored (rotary frequencies) as a fresh model has them: `model.to(bfloat16)` rounds them, and
+    what `model.double()` makes of an embedding's scale was rounded before."""
+    others = (torch.float16, torch.bfloat16, torch.float64)
     transient = [
         (name, module, leaf)
         for name, module in model.named_modules()
         for leaf in module._non_persistent_buffers_set
-        if (buffer := getattr(module, leaf, None)) is not None and buffer.dtype in (torch.float16, torch.bfloat16)
+        if (buffer := getattr(module, leaf, None)) is not None and buffer.dtype in others
     ]
     if not transient:
         return
-    fresh = to_be_filled(type(model), model.config)
+    fresh = to_be_filled(type(model), model.config, model.dtype)
     for name, module, leaf in transient:
         setattr(module, leaf, getattr(fresh.get_submodule(name), leaf).to(getattr(module, leaf).device))
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pipeline.layers.kernels import ACTIVATION_LEVELS, SMALLEST, integers_of
 from pipeline.layers.quantize import Grid, Quantized, at_least_float32, quantize_rows, wide
-from pipeline.layers.quantized import float_class
+from pipeline.layers.quantized import form_of
 from pipeline.layers.schemes import require_finite
 
 
@@ -142,13 +142,15 @@ def fake_quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, *
     them, which converts the model once it is trained.
 
     Raises:
-        LeanfitError: no layers, or a weight that holds NaN or infinity (the layer is named); nothing is changed then.
+        LeanfitError: no layers, one without such a form, or a weight that holds NaN or infinity (the layer is named);
+            nothing is changed then.
     """
+    forms = [form_of(FAKE, scheme, model.get_submodule(name), name) for name in layers]
     require_finite(model, layers, f"fake quantization ({scheme})")
     attributes = settings if scheme == "int8" else {"grid": Grid(**settings)}
-    for name in layers:
+    for name, form in zip(layers, forms, strict=True):
         layer = model.get_submodule(name)
-        layer.__class__ = FAKE[scheme, float_class(layer)]
+        layer.__class__ = form
         for key, value in attributes.items():
             setattr(layer, key, value)
     return model

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.errors import LeanfitError
 from pipeline.layers import kernels
 from pipeline.layers.packing import pack_int32, packed_columns, unpack_int32, unpack_unsigned
 from pipeline.layers.quantize import Grid, Quantized, dequantize_rows, quantize_rows
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FloatLayer = nn.Linear | nn.Conv2d | nn.Embedding | nn.EmbeddingBag
-LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.EmbeddingBag)
 """Float layers that have quantized forms; a subclass of one is treated as it is."""
+
+Form = TypeVar("Form", bound=nn.Module)
 
 
 class QuantizedLayer(nn.Module):
@@ -226,16 +229,22 @@ def quantizes(scheme: str, layer: type[nn.Module]) -> Any:
     return add
 
 
-def float_class(layer: nn.Module) -> type[nn.Module]:
-    """Which of LAYERS `layer` is a kind of.
+def form_of(
+    table: Mapping[tuple[str, type[nn.Module]], type[Form]], scheme: str, layer: nn.Module, name: str = "a layer"
+) -> type[Form]:
+    """Which class of `table`, by scheme and float layer's class, is for `layer`; a subclass is taken for its base.
 
     Raises:
-        KeyError: none of them.
+        LeanfitError: none of them.
     """
-    for cls in LAYERS:
+    forms = {cls: form for (of, cls), form in table.items() if of == scheme}
+    for cls, form in forms.items():
         if isinstance(layer, cls):
-            return cls
-    raise KeyError(type(layer).__name__)
+            return form
+    if not forms:
+        raise LeanfitError(f"there is no scheme {scheme!r}; there are {', '.join(sorted({of for of, _ in table}))}")
+    have = ", ".join(sorted(cls.__name__ for cls in forms))
+    raise LeanfitError(f"{name} ({type(layer).__name__}) has no {scheme!r} form; {have} have one")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -18,7 +18,7 @@ from pipeline.errors import LeanfitError
 from pipeline.layers import conv, embedding, float8, linear, lora, nf4, static
 from pipeline.layers.offload import offload_module, place_of_model
 from pipeline.layers.quantize import Quantized, is_finite
-from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, float_class, quantized_layers
+from pipeline.layers.quantized import KINDS, FloatLayer, IntegerLayer, QuantizedLayer, form_of, quantized_layers
 from pipeline.layers.select import select
 from pipeline.layers.sparsity import is_two_of_four
 from pipeline.models.architecture import describe
@@ -37,13 +37,14 @@ def quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, **sett
     """`model` with each of the named `layers` replaced, in place, by its quantized form, rounded to nearest.
 
     Raises:
-        LeanfitError: no layers, or a weight that holds NaN or infinity (the layer is named); nothing is changed then.
+        LeanfitError: no layers, one without such a form, or a weight that holds NaN or infinity (the layer is named);
+            nothing is changed then.
     """
+    kinds = [form_of(KINDS, scheme, model.get_submodule(name), name) for name in layers]
     require_finite(model, layers, scheme)
     place = place_of_model(model)
-    for name in layers:
-        layer = cast(FloatLayer, model.get_submodule(name))
-        replace(model, name, KINDS[scheme, float_class(layer)].from_float(layer, **settings), place)
+    for name, kind in zip(layers, kinds, strict=True):
+        replace(model, name, kind.from_float(cast(FloatLayer, model.get_submodule(name)), **settings), place)
     join_siblings(model)
     return model
 
@@ -97,10 +98,7 @@ def empty_layer(scheme: str, layer: FloatLayer, **settings: Any) -> QuantizedLay
     Raises:
         LeanfitError: no such scheme for this class of layer.
     """
-    kind = KINDS.get((scheme, float_class(layer)))
-    if kind is None:
-        raise LeanfitError(f"there is no {scheme!r} form of {type(layer).__name__}")
-    return kind(layer, **settings)
+    return form_of(KINDS, scheme, layer)(layer, **settings)
 
 
 def with_room(model: nn.Module, layers: Sequence[str], scheme: str, **settings: Any) -> nn.Module:

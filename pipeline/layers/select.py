@@ -57,7 +57,7 @@ def select(
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
     than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; a layer
     with a forward pass of its own; what chooses among experts; what the module around it reads by itself; matrices of
-    modules of another kind (experts in one tensor, the `Conv1D` of GPT-1).
+    modules of another kind (experts in one tensor, the `Conv1D` of GPT-1, convolutions over time).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -146,7 +146,7 @@ def _read_in(nodes: Iterable[ast.AST]) -> set[str]:
 
 def _matrices(module: nn.Module) -> list[str]:
     """The module's own parameters that are matrices, or several in one, but for a known layer's."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd | nn.RNNBase):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | nn.EmbeddingBag):
         return []
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
 

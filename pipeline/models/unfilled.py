@@ -28,14 +28,21 @@ def shapes_alone(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def to_be_filled(cls: Any, config: Any) -> nn.Module:
+def to_be_filled(cls: Any, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """The transformers model `cls(config)`, what is stored of it on the meta device and not tied, for a loader to put
-    there. Buffers that are not stored are made as they are.
+    there. Buffers that are not stored are made as transformers makes them for weights of `dtype` (None: the config's).
     """
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), registering(_to_meta):
-        model = cast(nn.Module, cls(config))
+    # In float32 where weights are of 16 bits: such buffers are rounded where they are used.
+    wide = torch.float64 if (dtype or getattr(config, "dtype", None)) == torch.float64 else torch.float32
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(wide)
+    try:
+        with no_init_weights(), registering(_to_meta):
+            model = cast(nn.Module, cls(config))
+    finally:
+        torch.set_default_dtype(default)
     for module in model.modules():
         for name in module._buffers.keys() - module._non_persistent_buffers_set:
             buffer = module._buffers[name]

@@ -25,6 +25,8 @@ from transformers import (
     FalconForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     Llama4ForCausalLM,
@@ -208,6 +210,20 @@ def test_round_trip_is_exact_and_plain_transformers_agrees(tmp_path, build, sche
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
         theirs = store.output_of(plain, IDS)
         assert (theirs - got).abs().max() <= 1e-3 * got.abs().max()
+
+
+def test_an_embedding_scale_of_64_bits_is_as_plain_transformers_makes_it(tmp_path):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "sliding_window": 32}
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, pad_token_id=0)).double().eval()
+    quantized(model, "int8")
+    store.save(model, tmp_path / "a", chain=[], probe=IDS)
+    want = store.output_of(model, IDS)
+    assert torch.equal(store.output_of(store.load(tmp_path / "a"), IDS), want)
+    theirs = store.output_of(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), IDS)
+    # A scale that was rounded to 32 bits moves activations over edges of int8: 1e-3 of an output each.
+    assert (theirs - want).abs().max() <= 1e-9 * want.abs().max()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "w4"])

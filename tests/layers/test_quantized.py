@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.errors import LeanfitError
 from pipeline.layers import kernels, quantized
-from pipeline.layers.schemes import KINDS
+from pipeline.layers.fake import fake_quantize_layers
+from pipeline.layers.schemes import KINDS, quantize_layers
 from pipeline.memory.measure import measure_peak
 
 CASES = {
@@ -92,3 +94,22 @@ def test_outputs_have_the_shape_that_a_float_layer_gives_where_inputs_are_none_o
 
 def test_flat_tokens_that_share_a_scale_may_be_none():
     assert KINDS["int8", nn.Linear].from_float(nn.Linear(32, 24), share_flat=True)(torch.zeros(0, 32)).shape == (0, 24)
+
+
+@pytest.mark.parametrize(
+    ("layer", "scheme", "told"),
+    [
+        (nn.Conv1d(4, 4, 3), "int8", "1 (Conv1d) has no 'int8' form; Conv2d, Linear have one"),
+        (nn.Embedding(8, 4), "int8", "1 (Embedding) has no 'int8' form; Conv2d, Linear have one"),
+        (nn.Linear(4, 4), "int9", "there is no scheme 'int9'; there are "),
+    ],
+    ids=["convolution over time", "table", "scheme"],
+)
+@pytest.mark.parametrize("quantize", [quantize_layers, fake_quantize_layers])
+def test_a_layer_without_such_a_form_is_named_and_nothing_is_changed(quantize, layer, scheme, told):
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    settings = {"share_flat": False} if quantize is fake_quantize_layers else {}
+    with pytest.raises(LeanfitError) as refused:
+        quantize(model, ["0", "1"], scheme, **settings)
+    assert str(refused.value).startswith(told)
+    assert type(model[0]) is nn.Linear

@@ -42,6 +42,18 @@ def test_experts_in_one_tensor_are_named_among_what_is_left():
     assert {name.removesuffix(".weight") for name in matrices} == told
 
 
+def test_convolutions_over_time_and_recurrences_are_named_among_what_is_left():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.GRU(4, 4), nn.Linear(4, 4))
+    found = select(model, describe(model))
+    assert found.layers == ("3",)
+    assert found.left_in_float == {
+        "0.weight": "weights of Conv1d, which is no layer that is known",
+        "1.weight": "weights of ConvTranspose2d, which is no layer that is known",
+        "2.weight_ih_l0": "weights of GRU, which is no layer that is known",
+        "2.weight_hh_l0": "weights of GRU, which is no layer that is known",
+    }
+
+
 def test_a_model_whose_matrices_are_of_an_unknown_layer_is_refused_by_its_name():
     model = on_meta(GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=2, n_head=2))
     (told,) = selection_problems(model, describe(model), (), "compression.int8")
