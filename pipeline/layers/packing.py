@@ -6,6 +6,8 @@ bits first, across word boundaries where it falls so; the last word is filled wi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,44 +31,32 @@ def pack_unsigned(values: Tensor, bits: int) -> Tensor:
     At 8 bits and whole words it is the memory of `values`.
     """
     rows, columns = values.shape
-    eighths = -(-columns // 8)
-    # Eight values are `bits` whole bytes, whatever the number of bits. Flat: a view as larger elements asks for strides
-    # of whole ones, even of a dimension of one element.
-    data = _padded(values, 8 * eighths).reshape(-1)
-    if 8 % bits:
-        eights = data.view(torch.int64)
-        for lane in LANES:
-            upper = eights & ~_low(lane)
-            eights = eights ^ upper if lane == LANES[0] else eights.bitwise_xor_(upper)  # the first are the caller's
-            eights.bitwise_or_(upper.bitwise_right_shift_(lane - lane * bits // 8))
-        data = _by_column(eights.view(torch.uint8).view(-1, 8), bits)
-    else:
-        for held in _powers(bits):
-            pairs = data.view(torch.int16)
-            data = (pairs >> (8 - held)).bitwise_or_(pairs).to(torch.uint8)
+    parts = -(-columns // 16)
+    # Sixteen values are whole bytes, and fill whole lanes, whatever the number of bits. Flat: a view as larger elements
+    # asks for strides of whole ones, even of a dimension of one element.
+    data = _padded(values, 16 * parts).reshape(-1)
+    for lane, held in _joins(bits):
+        pairs = data.view(INTEGERS[2 * lane])
+        upper = pairs >> lane
+        pairs = torch.sub(pairs, upper, alpha=(1 << lane) - (1 << held), out=upper)
+        data = pairs.to(INTEGERS[lane]) if 2 * held <= lane else pairs
+    data = _resized(data, *_joined(bits))
     words = packed_columns(columns, bits)
-    return _padded(data.reshape(rows, bits * eighths), 4 * words).reshape(-1).view(torch.int32).view(rows, words)
+    return _padded(data.view(rows, 2 * bits * parts), 4 * words).reshape(-1).view(torch.int32).view(rows, words)
 
 
 def unpack_unsigned(packed: Tensor, bits: int, columns: int) -> Tensor:
     """int32 [rows, words] -> uint8 [rows, columns], still offset by 2^(bits-1): for callers that subtract in float."""
     rows, words = packed.shape
-    data = packed.reshape(-1).view(torch.uint8)
-    if 8 % bits:
-        eighths = -(-4 * words // bits)
-        data = _padded(data.view(rows, 4 * words), bits * eighths).reshape(-1, bits)
-        eights = _by_column(data, 8).view(-1).view(torch.int64)
-        for lane in reversed(LANES):
-            held = lane * bits // 8
-            lower = eights & _repeated((1 << held) - 1, 2 * lane)
-            eights.bitwise_xor_(lower).bitwise_left_shift_(lane - held).bitwise_or_(lower)
-        data = eights.view(torch.uint8).view(rows, 8 * eighths)
-    else:
-        for held in reversed(_powers(bits)):
-            pairs = data.to(torch.int16)
-            data = (pairs << (8 - held)).bitwise_or_(pairs).bitwise_and_(((1 << held) - 1) * 0x0101).view(torch.uint8)
-        data = data.view(rows, 4 * words * (8 // bits))
-    return data[:, :columns]
+    parts = -(-4 * words // (2 * bits))
+    data = _padded(packed.reshape(-1).view(torch.uint8).view(rows, 4 * words), 2 * bits * parts).reshape(-1)
+    lane, held = _joined(bits)
+    data = _resized(data, held, lane).view(INTEGERS[lane])
+    for lane, held in reversed(_joins(bits)):
+        pairs = data.to(INTEGERS[2 * lane]) if 2 * held <= lane else data
+        upper = pairs >> held
+        data = torch.add(pairs, upper, alpha=(1 << lane) - (1 << held), out=upper).view(INTEGERS[lane])
+    return data.view(rows, 16 * parts)[:, :columns]
 
 
 def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -74,25 +64,30 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
     return (unpack_unsigned(packed, bits, columns) - (1 << (bits - 1))).view(torch.int8)  # bytes wrap around
 
 
-LANES = (8, 16, 32)
-"""Eight values lie in one int64, a byte each. Neighbours are moved together: bytes in pairs, these in fours, these in
-eights; each time what the higher of two lanes holds goes to the end of what the lower one holds."""
+INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-def _repeated(pattern: int, every: int) -> int:
-    """`pattern` in an int64 again each `every` bits."""
-    unsigned = sum(pattern << at for at in range(0, 64, every))
-    return unsigned - (1 << 64 if unsigned >> 63 else 0)
+def _joins(bits: int) -> list[tuple[int, int]]:
+    """(bits of a lane, how many of them are in use) before each step of packing.
+
+    A step joins neighbours: the upper of two lanes moves down to where the lower one ends. What both hold is kept in
+    one of these lanes where it fits, else in one of twice the size. Full lanes end it, or lanes of 64 bits.
+    """
+    lane, held, found = 8, bits, []
+    while held < lane < 64:
+        found.append((lane, held))
+        held *= 2
+        lane = lane if held <= lane else 2 * lane
+    return found
 
 
-def _low(lane: int) -> int:
-    """A mask of the lower of each two lanes."""
-    return _repeated((1 << lane) - 1, 2 * lane)
-
-
-def _powers(bits: int) -> list[int]:
-    """bits, 2 * bits, ... below 8: how much a byte holds before each step that joins two of them."""
-    return [held for held in (1, 2, 4) if held >= bits]
+def _joined(bits: int) -> tuple[int, int]:
+    """(bits of a lane, how many of them are in use) after the last step."""
+    joins = _joins(bits)
+    if not joins:
+        return 8, bits
+    lane, held = joins[-1]
+    return (lane if 2 * held <= lane else 2 * lane), 2 * held
 
 
 def _padded(data: Tensor, columns: int) -> Tensor:
@@ -101,9 +96,15 @@ def _padded(data: Tensor, columns: int) -> Tensor:
     return F.pad(data, (0, more)) if more else data
 
 
-def _by_column(data: Tensor, columns: int) -> Tensor:
-    """`_padded` for rows of a few bytes, of which a copy row by row takes two to three times as long."""
-    made = data.new_zeros(data.shape[0], columns)
-    for column in range(min(columns, data.shape[1])):
-        made[:, column] = data[:, column]
-    return made
+def _resized(data: Tensor, size: int, wanted: int) -> Tensor:
+    """The bytes of `data`, in parts of `size` bits, of which each then has `wanted`: zeros behind it, or its last ones
+    left out. Column by column: parts of a few bytes take two to three times as long to copy one by one.
+    """
+    if size == wanted:
+        return data.view(torch.uint8)
+    unit = math.gcd(size, wanted)
+    old = data.view(torch.uint8).view(INTEGERS[unit]).view(-1, size // unit)
+    made = (old.new_empty if wanted < size else old.new_zeros)(len(old), wanted // unit)
+    for column in range(min(size, wanted) // unit):
+        made[:, column] = old[:, column]
+    return made.view(-1).view(torch.uint8)
