@@ -26,10 +26,12 @@ def prune_magnitude(model: nn.Module, layers: Sequence[str], sparsity: float, pa
 
     Raises:
         LeanfitError: no layers, NaN or infinity in a weight (the layer is named), or not one weight pruned.
+        ValueError: `sparsity` or `pattern` is none, or M does not divide the inputs of a layer.
     """
     from pipeline.layers.schemes import require_finite
-    from pipeline.layers.sparsity import mask_of, require_pruned, set_mask
+    from pipeline.layers.sparsity import mask_of, require_pruned, require_target, set_mask
 
+    require_target(sparsity, pattern)
     require_finite(model, layers, "magnitude")
     for name in layers:
         layer = model.get_submodule(name)

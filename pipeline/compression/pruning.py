@@ -7,7 +7,6 @@ kept of each M from M to N. A pruner says only which weights go: `prune`.
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from pipeline.compression.base import Context, Kind, Method
+from pipeline.layers.pattern import parse_pattern
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -79,11 +79,10 @@ class Pruner(Method):
             if not self.sparsity:
                 return [f"{key}.sparsity={_shown(self.sparsity)} prunes nothing; choose more than 0, 0.5 say"]
             return []
-        if not re.fullmatch(r"[1-9]\d?:[1-9]\d?", self.pattern):
-            return [f"{key}.pattern={self.pattern} must be N:M such as 2:4, or null"]
-        keep, block = map(int, self.pattern.split(":"))
-        if keep >= block:
-            return [f"{key}.pattern={self.pattern} prunes nothing: N:M keeps N of each M, as 2:4 does"]
+        try:
+            keep, block = parse_pattern(self.pattern)
+        except ValueError as error:
+            return [f"{key}.{error}"]
         if self.sparsity is not None and abs(self.sparsity - (1 - keep / block)) > 1e-3:
             return [
                 f"{key}.pattern={self.pattern} prunes {1 - keep / block:g} of the weights, {key}.sparsity says "
@@ -95,7 +94,7 @@ class Pruner(Method):
         """The share of weights to prune: what the pattern implies where there is one, else `sparsity`."""
         if self.pattern is None:
             return self.sparsity or 0.0
-        keep, block = map(int, self.pattern.split(":"))
+        keep, block = parse_pattern(self.pattern)
         return 1 - keep / block
 
     def adds_to(self, earlier: Pruner) -> bool:
@@ -110,7 +109,7 @@ class Pruner(Method):
             return self.target() > earlier.target() or (self.target() == earlier.target() and not alike)
         if earlier.pattern is None:
             return True
-        (had, wide), (keep, block) = (map(int, pattern.split(":")) for pattern in (earlier.pattern, self.pattern))
+        (had, wide), (keep, block) = map(parse_pattern, (earlier.pattern, self.pattern))
         if block % wide == 0:
             return had * (block // wide) > keep
         return wide % block != 0 or had > keep
@@ -179,7 +178,7 @@ class Pruner(Method):
         """The pattern due at a sparsity on the way: as few kept of each M as it allows; None where that is all M."""
         if self.pattern is None:
             return None
-        keep, block = map(int, self.pattern.split(":"))
+        keep, block = parse_pattern(self.pattern)
         due = max(keep, math.ceil(block * (1 - sparsity) - 1e-6))
         return None if due >= block else f"{due}:{block}"
 

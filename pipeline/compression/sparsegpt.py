@@ -55,8 +55,9 @@ def sparsegpt_prune(
     import torch
 
     from pipeline.layers.hessian import inverse_factor
+    from pipeline.layers.pattern import parse_pattern
     from pipeline.layers.pulse import alike, pulse
-    from pipeline.layers.sparsity import n_of_m_mask, parse_pattern, unstructured_mask
+    from pipeline.layers.sparsity import n_of_m_mask, unstructured_mask
 
     rows, columns = weight.shape
     factor, used = inverse_factor(hessian, damping)
@@ -125,8 +126,9 @@ def prune_sparsegpt(
     from pipeline.layers.blockwise import segments
     from pipeline.layers.hessian import collect, damping_facts
     from pipeline.layers.schemes import require_finite
-    from pipeline.layers.sparsity import MASK, mask_of, require_pruned, set_mask
+    from pipeline.layers.sparsity import MASK, mask_of, require_pruned, require_target, set_mask
 
+    require_target(sparsity, pattern)
     require_finite(model, layers, "sparsegpt")
     dampings: dict[str, float] = {}
     by_magnitude: list[str] = []

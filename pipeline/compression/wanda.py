@@ -55,9 +55,18 @@ def prune_wanda(
     """
     from pipeline.layers.blockwise import segments
     from pipeline.layers.hessian import collect
+    from pipeline.layers.pattern import parse_pattern
     from pipeline.layers.schemes import require_finite
-    from pipeline.layers.sparsity import MASK, n_of_m_mask, parse_pattern, require_pruned, rowwise_mask, set_mask
+    from pipeline.layers.sparsity import (
+        MASK,
+        n_of_m_mask,
+        require_pruned,
+        require_target,
+        rowwise_mask,
+        set_mask,
+    )
 
+    require_target(sparsity, pattern)
     require_finite(model, layers, "wanda")
     by_magnitude: list[str] = []
     for segment in segments(model, architecture, layers, batches, device):

@@ -145,8 +145,8 @@ def fake_quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, *
         LeanfitError: no layers, one without such a form, or a weight that holds NaN or infinity (the layer is named);
             nothing is changed then.
     """
-    forms = [form_of(FAKE, scheme, model.get_submodule(name), name) for name in layers]
     require_finite(model, layers, f"fake quantization ({scheme})")
+    forms = [form_of(FAKE, scheme, model.get_submodule(name), name) for name in layers]
     attributes = settings if scheme == "int8" else {"grid": Grid(**settings)}
     for name, form in zip(layers, forms, strict=True):
         layer = model.get_submodule(name)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pipeline.errors import LeanfitError
+from pipeline.errors import LeanfitError, did_you_mean
 from pipeline.layers import conv, embedding, float8, linear, lora, nf4, static
 from pipeline.layers.offload import offload_module, place_of_model
 from pipeline.layers.quantize import Quantized, is_finite
@@ -40,8 +40,8 @@ def quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, **sett
         LeanfitError: no layers, one without such a form, or a weight that holds NaN or infinity (the layer is named);
             nothing is changed then.
     """
-    kinds = [form_of(KINDS, scheme, model.get_submodule(name), name) for name in layers]
     require_finite(model, layers, scheme)
+    kinds = [form_of(KINDS, scheme, model.get_submodule(name), name) for name in layers]
     place = place_of_model(model)
     for name, kind in zip(layers, kinds, strict=True):
         replace(model, name, kind.from_float(cast(FloatLayer, model.get_submodule(name)), **settings), place)
@@ -53,13 +53,18 @@ def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> None
     """What every method demands of the weights it is about to change.
 
     Raises:
-        LeanfitError: no layers, or a weight that holds NaN or infinity (the layer is named).
+        LeanfitError: no layers, one that is not in the model or has no weight, or a weight that holds NaN or infinity
+            (the layer is named).
     """
     if not layers:
         raise LeanfitError(f"{method}: no layer to work on")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     for name in layers:
-        if not is_finite(cast(torch.Tensor, modules[name].weight)):
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            near = did_you_mean(name, [other for other, module in modules.items() if hasattr(module, "weight")])
+            raise LeanfitError(f"{method}: the model has no layer {name!r} with a weight{near}")
+        if not is_finite(weight):
             raise LeanfitError(f"{method}: the weight of {name} holds NaN or infinity: its training diverged")
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.errors import did_you_mean
 from pipeline.layers.experts import routers, split, stacked_experts
+from pipeline.layers.pattern import parse_pattern
 from pipeline.layers.quantized import quantized_layers
 from pipeline.models.base import Architecture
 
@@ -246,7 +247,7 @@ def group_problems(model: nn.Module, layers: Iterable[str], group_size: int, key
 
 def pattern_problems(model: nn.Module, layers: Iterable[str], pattern: str, key: str) -> list[str]:
     """One message for the layers whose inputs (a convolution's: flattened kernels) M of N:M does not divide."""
-    block = int(pattern.partition(":")[2])
+    _, block = parse_pattern(pattern)
     inputs = {name: model.get_submodule(name).get_parameter("weight")[0].numel() for name in layers}
     wrong = {name: size for name, size in inputs.items() if size % block}
     if not wrong:

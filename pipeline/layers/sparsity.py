@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import LeanfitError
 from pipeline.layers.offload import beside
+from pipeline.layers.pattern import parse_pattern
 
 MASK = "weight_mask"
 
@@ -44,8 +45,13 @@ def rowwise_mask(scores: Tensor, sparsity: float) -> Tensor:
 def n_of_m_mask(scores: Tensor, keep: int, block: int) -> Tensor:
     """bool, shape of `scores` [out, ...]: True for the `keep` highest of each `block` consecutive inputs of a row.
 
-    Rows of a convolution are its flattened kernels. `block` must divide the row.
+    Rows of a convolution are its flattened kernels.
+
+    Raises:
+        ValueError: `block` does not divide the row.
     """
+    if scores[0].numel() % block:
+        raise ValueError(f"pattern={keep}:{block}: {block} does not divide {scores[0].numel()} columns")
     blocks = scores.reshape(scores.shape[0], -1, block)
     kept = torch.topk(blocks, keep, dim=-1, sorted=False).indices
     return torch.zeros(blocks.shape, dtype=torch.bool, device=scores.device).scatter_(-1, kept, True).view(scores.shape)
@@ -76,10 +82,12 @@ def require_pruned(model: nn.Module, layers: Sequence[str], what: str) -> None:
         raise LeanfitError(f"{what} prunes not one weight of {len(layers)} layers")
 
 
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """'2:4' -> (2, 4): keep 2 of each 4."""
-    keep, _, block = pattern.partition(":")
-    return int(keep), int(block)
+def require_target(sparsity: float, pattern: str | None) -> None:
+    """Raises ValueError: `sparsity` is not in [0, 1), or `pattern` is there and not N:M with N below M."""
+    if pattern is not None:
+        parse_pattern(pattern)
+    elif not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} must be at least 0 and less than 1")
 
 
 def set_mask(layer: nn.Module, mask: Tensor) -> None:

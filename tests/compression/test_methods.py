@@ -1,5 +1,7 @@
 """What the quantizers share: what they touch, what they refuse, and what they say."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,14 @@ from torch import nn
 from pipeline.compression.int4 import Int4
 from pipeline.compression.int8 import Int8, quantize_int8
 from pipeline.compression.int8_weight_only import Int8WeightOnly
+from pipeline.compression.magnitude import prune_magnitude
+from pipeline.compression.sparsegpt import prune_sparsegpt
+from pipeline.compression.wanda import prune_wanda
 from pipeline.errors import LeanfitError
 from pipeline.layers.quantized import quantized_layers
-from tests.tiny import context, efficientnet, opt
+from pipeline.layers.sparsity import has_masks
+from pipeline.models.architecture import describe
+from tests.tiny import context, efficientnet, opt, token_batches
 from tests.tiny import odd_llama as llama
 
 
@@ -92,3 +99,23 @@ def test_ignored_layers_stay_and_ignoring_all_is_a_problem():
     assert "quantized already" in method.preflight(made, context(made))[0]
     with pytest.raises(LeanfitError, match="no layer"):
         quantize_int8(opt(), [])
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "told"),
+    [
+        (1.0, None, "sparsity=1.0 must be at least 0 and less than 1"),
+        (-0.1, None, "sparsity=-0.1 must be at least 0 and less than 1"),
+        (0.5, "x", "pattern=x must be N:M such as 2:4"),
+        (0.5, "4:2", "pattern=4:2 prunes nothing: N:M keeps N of each M, as 2:4 does"),
+        (0.6, "2:5", "pattern=2:5: 5 does not divide 32 columns"),
+    ],
+)
+@pytest.mark.parametrize("prune", [prune_magnitude, prune_wanda, prune_sparsegpt])
+def test_pruners_called_from_python_refuse_what_is_no_target(prune, sparsity, pattern, told):
+    model = opt(False)
+    layers = ["model.decoder.layers.0.fc1"]
+    calibrated = () if prune is prune_magnitude else (token_batches(), describe(model))
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        prune(model, layers, sparsity, *calibrated, pattern=pattern)
+    assert not has_masks(model)

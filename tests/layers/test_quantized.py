@@ -7,7 +7,7 @@ from torch import nn
 from pipeline.errors import LeanfitError
 from pipeline.layers import kernels, quantized
 from pipeline.layers.fake import fake_quantize_layers
-from pipeline.layers.schemes import KINDS, quantize_layers
+from pipeline.layers.schemes import KINDS, quantize_layers, require_finite
 from pipeline.memory.measure import measure_peak
 
 CASES = {
@@ -113,3 +113,11 @@ def test_a_layer_without_such_a_form_is_named_and_nothing_is_changed(quantize, l
         quantize(model, ["0", "1"], scheme, **settings)
     assert str(refused.value).startswith(told)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_name_that_is_no_layer_s_is_told_with_what_was_probably_meant():
+    model = nn.ModuleDict({"up": nn.Linear(4, 4), "act": nn.ReLU()})
+    for name, meant in (("down", ""), ("uo", "; did you mean 'up'?"), ("act", ""), ("", "")):
+        with pytest.raises(LeanfitError) as refused:
+            require_finite(model, ["up", name], "int8")
+        assert str(refused.value) == f"int8: the model has no layer {name!r} with a weight{meant}"
