@@ -94,7 +94,8 @@ class QuantizedLayer(nn.Module):
     def like(self, layer: FloatLayer) -> Self:
         """Takes over the mode of `layer` and whether it was masked."""
         self.sparse = hasattr(layer, MASK)
-        return self.train(layer.training)
+        self.training = layer.training
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {self.bits} bits, {'x'.join(map(str, self.weight_dims))}, group_size={self.group_size}"

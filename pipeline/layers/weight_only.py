@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from pipeline.layers.quantize import Grid
@@ -18,4 +17,4 @@ class WeightOnly(IntegerLayer):
         super().__init__(layer, Grid(bits, group_size, symmetric))
 
     def settings(self) -> dict[str, Any]:
-        return asdict(self.grid)
+        return dict(vars(self.grid))
