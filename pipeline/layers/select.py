@@ -103,7 +103,8 @@ def read_by_parents(model: nn.Module) -> dict[str, str]:
     well. Else it asks for the data type, to which it casts what the layer is given: integers, of a quantized layer.
     """
     found: dict[str, str] = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         function: Any = type(module).forward
         while function is not None:
             names = getattr(getattr(function, "__code__", None), "co_freevars", ())
@@ -112,15 +113,17 @@ def read_by_parents(model: nn.Module) -> dict[str, str]:
                 children = held["child_module_names"].cell_contents
                 found |= {f"{name}.{child}" if name else child: type(module).__name__ for child in children}
             function = getattr(function, "__wrapped__", None)
-        for child in read_in(type(module).forward) & module._modules.keys():
-            found[f"{name}.{child}" if name else child] = type(module).__name__
+        for child in read_in(type(module).forward):
+            inner = f"{name}.{child}" if name else child
+            if inner in modules:
+                found[inner] = type(module).__name__
     return found
 
 
 @functools.cache
 def read_in(forward: Callable[..., Any]) -> frozenset[str]:
-    """Children X whose `self.X.weight` the method reads each time: Bloom's does within an `if` alone, which asks for
-    what tensor parallelism was in training."""
+    """Modules X, or X.Y (a ViT's patches), whose `self.X.weight` the method reads each time: Bloom's does within an
+    `if` alone, which asks for what tensor parallelism was in training."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
         (function,) = ast.parse(source).body
@@ -139,10 +142,20 @@ def _read_in(nodes: Iterable[ast.AST]) -> set[str]:
             case ast.IfExp(test, one, other):
                 found |= _read_in([test]) | (_read_in([one]) & _read_in([other]))
                 continue
-            case ast.Attribute(attr="weight", value=ast.Attribute(value=ast.Name(id="self"), attr=child)):
-                found.add(child)
+            case ast.Attribute(attr="weight", value=ast.Attribute() as owner) if path := _path(owner):
+                found.add(path)
         found |= _read_in(ast.iter_child_nodes(node))
     return found
+
+
+def _path(node: ast.expr) -> str:
+    """X.Y of `self.X.Y`; empty where it is anything else."""
+    match node:
+        case ast.Attribute(value=ast.Name(id="self"), attr=child):
+            return child
+        case ast.Attribute(value=ast.Attribute() as owner, attr=child) if around := _path(owner):
+            return f"{around}.{child}"
+    return ""
 
 
 def _matrices(module: nn.Module) -> list[str]:

@@ -15,6 +15,8 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
@@ -86,6 +88,21 @@ def test_a_layer_of_whose_weight_the_data_type_is_asked_stays_in_float():
     assert found.left_in_float[layer] == "DeepseekV32Indexer reads its weight by itself"
     quantize_layers(model, found.layers, "weight_only", bits=8)
     torch.testing.assert_close(model(tokens).logits, float_logits, rtol=0, atol=0.02)
+
+
+def test_a_layer_further_in_of_whose_weight_the_data_type_is_asked_stays_in_float():
+    """A ViT casts its images to the data type of the layer that cuts them into patches: to integers, were it
+    quantized."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_channels=1)).eval()
+    images = torch.randn(4, 1, 16, 16)
+    float_logits = model(images).logits
+    found = select(model, describe(model))
+    layer = "vit.embeddings.patch_embeddings.projection"
+    assert found.left_in_float[layer] == "ViTModel reads its weight by itself"
+    quantize_layers(model, found.layers, "weight_only", bits=8)
+    torch.testing.assert_close(model(images).logits, float_logits, rtol=0, atol=0.02)
 
 
 class Either(nn.Module):
