@@ -3,8 +3,8 @@
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
-packed layers of the model types in `READING`, experts that are not quantized alike or of which transformers knows no
-checkpoints with layers for each (`public_names`).
+packed layers of the model types in `READING`, a classifier's activation scales by row, experts that are not quantized
+alike or of which transformers knows no checkpoints with layers for each (`public_names`).
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -27,6 +27,7 @@ from pipeline.layers.linear import Int8Linear, WeightOnlyLinear
 from pipeline.layers.public_names import EXPERTS_SINCE, Names, public_names
 from pipeline.layers.quantized import IntegerLayer, QuantizedLayer, quantized_layers
 from pipeline.layers.static import Int8StaticLinear
+from pipeline.models.architecture import describe
 
 PUBLIC = ("dense", "int-quantized", "pack-quantized", "float-quantized")
 MODEL_TYPE = "leanfit"
@@ -50,6 +51,8 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
     reading = getattr(getattr(model, "config", None), "model_type", None) in READING
     if (reading and form == "pack-quantized") or any(map(_exchanged, model.modules())):
         return "leanfit", {}
+    if any(map(_by_row, layers)) and not describe(model).embeddings:
+        return "leanfit", {}
     names = _names_of_experts(model, quantized) if linear else {}
     return ("leanfit", {}) if names is None else (form, names)
 
@@ -70,6 +73,12 @@ def _is_public(layer: QuantizedLayer) -> bool:
     if isinstance(layer, Float8Linear):
         return True
     return isinstance(layer, Int8Linear | Int8StaticLinear | WeightOnlyLinear) and layer.grid.symmetric
+
+
+def _by_row(layer: QuantizedLayer) -> bool:
+    """Whether each row of a flat input, an image's of those that a classifier is given, has an activation scale of its
+    own, where the public format has one for all rows. Language models flatten tokens alone, and rarely."""
+    return isinstance(layer, Int8Linear | Float8Linear) and _activations(layer) is not None and not layer.share_flat
 
 
 def _exchanged(module: nn.Module) -> bool:

@@ -678,3 +678,17 @@ def test_the_receipt_finds_other_outputs(artifact):
     found = receipt.examine(artifact)
     assert not found.ok
     assert "differ by 0.01" in found.problems[0]
+
+
+@pytest.mark.parametrize(("scheme", "settings"), [("int8", {}), ("fp8", {"activations": "dynamic"})])
+def test_a_classifier_whose_images_have_activation_scales_of_their_own_is_of_no_public_format(
+    tmp_path, scheme, settings
+):
+    """compressed-tensors takes one scale for all of a batch: the outputs would be others, by chance much or little."""
+    model, batch = efficientnet(), {"pixel_values": torch.randn(8, 1, 16, 16)}
+    quantize_layers(model, ["classifier"], scheme, **settings)
+    manifest = store.save(model, tmp_path / "a", chain=[], probe=batch)
+    assert (manifest["format"], manifest["opens_with"]) == ("leanfit", ["pipeline.load"])
+    assert torch.equal(store.output_of(store.load(tmp_path / "a"), batch), store.output_of(model, batch))
+    weights = quantize_layers(efficientnet(), ["classifier"], "weight_only", bits=4)
+    assert store.save(weights, tmp_path / "b", chain=[], probe=batch)["format"] == "pack-quantized"
