@@ -25,6 +25,8 @@ class Convolution(QuantizedLayer):
     def take_geometry(self, layer: FloatLayer) -> None:
         conv = cast(nn.Conv2d, layer)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        # For the module around it: MobileNets pad by it.
+        self.kernel_size, self.in_channels, self.out_channels = conv.kernel_size, conv.in_channels, conv.out_channels
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)

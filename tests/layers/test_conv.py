@@ -32,3 +32,21 @@ def test_weight_only_convolution_is_the_dequantized_one(bits, error):
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.dequantized(), conv.bias, 1, "same", 1, 6))
     assert ((layer(x) - conv(x)).norm() / conv(x).norm()) < error
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [
+        ("int8", {}),
+        ("int8_static", {}),
+        ("weight_only", {"bits": 4}),
+        ("nf4", {"block_size": 16, "double_quant": False}),
+        ("fp8", {}),
+    ],
+)
+def test_a_quantized_convolution_tells_its_geometry_to_the_module_around_it(scheme, settings):
+    """MobileNets pad by it before they call the layer, as TensorFlow does."""
+    conv = nn.Conv2d(4, 6, (3, 1), stride=2, padding=(1, 0), dilation=(2, 1), groups=2)
+    layer = KINDS[scheme, nn.Conv2d].from_float(conv, **settings)
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
+        assert getattr(layer, name) == getattr(conv, name)
