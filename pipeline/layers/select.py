@@ -62,6 +62,7 @@ def select(
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    vocabulary = _vocabulary(model, architecture)
     tied = {name: group for group in architecture.tied for name in group}
     routing, read = routers(model), read_by_parents(model)
     layers: list[str] = []
@@ -87,13 +88,26 @@ def select(
             left[name] = "chooses among experts"
         elif name in read:
             left[name] = f"{read[name]} reads its weight by itself"
-        elif name == architecture.head and architecture.embeddings:
+        elif name == vocabulary:
             left[name] = "projects to the vocabulary"
         elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             left[name] = f"pads with '{module.padding_mode}'"
         else:
             layers.append(name)
     return Selection(tuple(layers), left)
+
+
+def _vocabulary(model: nn.Module, architecture: Architecture) -> str | None:
+    """Name of the projection to the vocabulary; None where the head is a classifier's, which may have embeddings too:
+    of places, as CLIP has, or of words."""
+    if architecture.head is None or not architecture.embeddings:
+        return None
+    head = model.get_submodule(architecture.head)
+    output = getattr(model, "get_output_embeddings", None)
+    if output is not None:
+        return architecture.head if output() is head else None
+    words = {model.get_submodule(name).num_embeddings for name in architecture.embeddings}
+    return architecture.head if getattr(head, "out_features", None) in words else None
 
 
 def read_by_parents(model: nn.Module) -> dict[str, str]:

@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
     FalconConfig,
@@ -103,6 +105,17 @@ def test_a_layer_further_in_of_whose_weight_the_data_type_is_asked_stays_in_floa
     assert found.left_in_float[layer] == "ViTModel reads its weight by itself"
     quantize_layers(model, found.layers, "weight_only", bits=8)
     torch.testing.assert_close(model(images).logits, float_logits, rtol=0, atol=0.02)
+
+
+def test_a_classifier_s_head_is_worked_on_though_the_model_has_embeddings():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = on_meta(BertForSequenceClassification, BertConfig(**sizes, num_attention_heads=2))
+    assert describe(model).embeddings
+    assert "classifier" in select(model, describe(model)).layers
+    model = nn.ModuleDict({"words": nn.EmbeddingBag(64, 8), "head": nn.Linear(8, 4)})
+    assert select(model, describe(model)).layers == ("head",)
+    model = nn.ModuleDict({"words": nn.Embedding(64, 8), "head": nn.Linear(8, 64)})
+    assert select(model, describe(model)).left_in_float == {"head": "projects to the vocabulary"}
 
 
 class Either(nn.Module):
