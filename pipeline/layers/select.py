@@ -55,10 +55,11 @@ def select(
     """Layers of `types` (nn.Linear and nn.Conv2d where none are given) that a method works on.
 
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
-    model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a convolution that pads other
-    than with zeros; an embedding that is tied, renormalises its rows, or looks them up in a way of its own; a layer
-    with a forward pass of its own; what chooses among experts; what the module around it reads by itself; matrices of
-    modules of another kind (experts in one tensor, the `Conv1D` of GPT-1, convolutions over time).
+    model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a layer whose weight is computed
+    from other parameters (weight norm, parametrizations); a convolution that pads other than with zeros; an embedding
+    that is tied, renormalises its rows, or looks them up in a way of its own; a layer with a forward pass of its own;
+    what chooses among experts; what the module around it reads by itself; matrices of modules of another kind (experts
+    in one tensor, the `Conv1D` of GPT-1, convolutions over time).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -74,6 +75,8 @@ def select(
         pattern = next((p for p in ignore if matches(name, p)), None)
         if pattern is not None:
             left[name] = f"ignored by '{pattern}'"
+        elif not isinstance(module._parameters.get("weight"), nn.Parameter):
+            left[name] = "its weight is computed from others, as by weight norm"
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             reason = _embedding_stays(module, name, tied)
             if reason is None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -116,6 +117,14 @@ def test_a_classifier_s_head_is_worked_on_though_the_model_has_embeddings():
     assert select(model, describe(model)).layers == ("head",)
     model = nn.ModuleDict({"words": nn.Embedding(64, 8), "head": nn.Linear(8, 64)})
     assert select(model, describe(model)).left_in_float == {"head": "projects to the vocabulary"}
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_layer_whose_weight_is_computed_from_other_parameters_stays_in_float(norm):
+    model = nn.Sequential(norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    found = select(model, describe(model))
+    assert found.layers == ("1",)
+    assert found.left_in_float["0"] == "its weight is computed from others, as by weight norm"
 
 
 class Either(nn.Module):
