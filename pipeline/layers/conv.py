@@ -25,11 +25,15 @@ class Convolution(QuantizedLayer):
     def take_geometry(self, layer: FloatLayer) -> None:
         conv = cast(nn.Conv2d, layer)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.padding_mode, self.padded = conv.padding_mode, tuple(conv._reversed_padding_repeated_twice)
         # For the module around it: MobileNets pad by it.
         self.kernel_size, self.in_channels, self.out_channels = conv.kernel_size, conv.in_channels, conv.out_channels
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = F.pad(x, self.padded, mode=self.padding_mode)
+        return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 @quantizes("int8", nn.Conv2d)

@@ -115,11 +115,13 @@ def input_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield from torch.split(x.reshape(-1, x.shape[-1]), ROWS)
         return
     kernel, dilation = layer.kernel_size, layer.dilation
-    if isinstance(layer.padding, str):
+    padding: Any = 0
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    elif isinstance(layer.padding, str):
         spans = [d * (k - 1) if layer.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
         top, left = (span // 2 for span in spans)
         x = F.pad(x, (left, spans[1] - left, top, spans[0] - top))
-        padding: Any = 0
     else:
         padding = layer.padding
     for image in alike(torch.split(x if x.ndim == 4 else x.unsqueeze(0), 1)):

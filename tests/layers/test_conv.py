@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -50,3 +52,19 @@ def test_a_quantized_convolution_tells_its_geometry_to_the_module_around_it(sche
     layer = KINDS[scheme, nn.Conv2d].from_float(conv, **settings)
     for name in ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels"):
         assert getattr(layer, name) == getattr(conv, name)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [(1, 2), "same"])
+def test_a_quantized_convolution_pads_as_the_float_one_does(mode, padding):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=padding, dilation=(1, 2), padding_mode=mode)
+    x = torch.randn(2, 4, 9, 9)
+    exact = copy.deepcopy(conv)
+    layer = KINDS["weight_only", nn.Conv2d].from_float(conv, bits=4)
+    exact.weight.data = layer.dequantized()
+    torch.testing.assert_close(layer(x), exact(x))
+    for scheme in ("int8", "fp8"):
+        made = KINDS[scheme, nn.Conv2d].from_float(conv)
+        assert (made(x) - conv(x)).norm() / conv(x).norm() < 0.05
+        assert made(x[0]).shape == conv(x[0]).shape

@@ -97,6 +97,8 @@ CONVOLUTIONS = [
     {"kernel_size": 1, "padding": "same"},
     {"kernel_size": 3, "padding": 1, "groups": 3},
     {"kernel_size": 3, "padding": "same", "groups": 6},
+    {"kernel_size": (3, 5), "padding": (2, 1), "stride": 2, "padding_mode": "reflect"},
+    {"kernel_size": 4, "padding": "same", "padding_mode": "circular"},
 ]
 
 
