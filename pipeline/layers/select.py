@@ -56,10 +56,10 @@ def select(
 
     Left alone: what `ignore` names; a layer whose weight is an embedding's; the vocabulary projection of a language
     model, tied or not, as llm-compressor leaves it (a classifier's head is worked on); a layer whose weight is computed
-    from other parameters (weight norm, parametrizations); a convolution that pads other than with zeros; an embedding
-    that is tied, renormalises its rows, or looks them up in a way of its own; a layer with a forward pass of its own;
-    what chooses among experts; what the module around it reads by itself; matrices of modules of another kind (experts
-    in one tensor, the `Conv1D` of GPT-1, convolutions over time).
+    from other parameters (weight norm, parametrizations); an embedding that is tied, renormalises its rows, or looks
+    them up in a way of its own; a layer with a forward pass of its own; what chooses among experts; what the module
+    around it reads by itself; matrices of modules of another kind (experts in one tensor, the `Conv1D` of GPT-1,
+    convolutions over time).
     """
     types = types or (nn.Linear, nn.Conv2d)
     embedded = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -93,8 +93,6 @@ def select(
             left[name] = f"{read[name]} reads its weight by itself"
         elif name == vocabulary:
             left[name] = "projects to the vocabulary"
-        elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            left[name] = f"pads with '{module.padding_mode}'"
         else:
             layers.append(name)
     return Selection(tuple(layers), left)

@@ -48,7 +48,8 @@ def test_experts_in_one_tensor_are_named_among_what_is_left():
 
 
 def test_convolutions_over_time_and_recurrences_are_named_among_what_is_left():
-    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.GRU(4, 4), nn.Linear(4, 4))
+    circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.GRU(4, 4), circular)
     found = select(model, describe(model))
     assert found.layers == ("3",)
     assert found.left_in_float == {
