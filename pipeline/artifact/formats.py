@@ -51,7 +51,7 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
     reading = getattr(getattr(model, "config", None), "model_type", None) in READING
     if (reading and form == "pack-quantized") or any(map(_exchanged, model.modules())):
         return "leanfit", {}
-    if any(map(_by_row, layers)) and not describe(model).embeddings:
+    if _scales_rows(model, quantized):
         return "leanfit", {}
     names = _names_of_experts(model, quantized) if linear else {}
     return ("leanfit", {}) if names is None else (form, names)
@@ -75,10 +75,20 @@ def _is_public(layer: QuantizedLayer) -> bool:
     return isinstance(layer, Int8Linear | Int8StaticLinear | WeightOnlyLinear) and layer.grid.symmetric
 
 
-def _by_row(layer: QuantizedLayer) -> bool:
-    """Whether each row of a flat input, an image's of those that a classifier is given, has an activation scale of its
-    own, where the public format has one for all rows. Language models flatten tokens alone, and rarely."""
-    return isinstance(layer, Int8Linear | Float8Linear) and _activations(layer) is not None and not layer.share_flat
+def _scales_rows(model: nn.Module, layers: dict[str, QuantizedLayer]) -> bool:
+    """Whether layers give each row of a flat input, an image's in a classifier's head, an activation scale of its own,
+    where the public format has one for all rows. In blocks with attention inputs are [images, patches, features]."""
+    own = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, Int8Linear | Float8Linear) and _activations(layer) is not None and not layer.share_flat
+    ]
+    if not own:
+        return False
+    architecture = describe(model)
+    inside = tuple(f"{block.name}." for block in architecture.blocks if block.attention)
+    # Language models flatten tokens alone, and rarely.
+    return not architecture.embeddings and not all(name.startswith(inside) for name in own)
 
 
 def _exchanged(module: nn.Module) -> bool:

@@ -45,6 +45,8 @@ from transformers import (
     OPTForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from pipeline.artifact import receipt, store
@@ -692,3 +694,21 @@ def test_a_classifier_whose_images_have_activation_scales_of_their_own_is_of_no_
     assert torch.equal(store.output_of(store.load(tmp_path / "a"), batch), store.output_of(model, batch))
     weights = quantize_layers(efficientnet(), ["classifier"], "weight_only", bits=4)
     assert store.save(weights, tmp_path / "b", chain=[], probe=batch)["format"] == "pack-quantized"
+
+
+def test_blocks_of_a_vision_transformer_with_activation_scales_open_in_plain_transformers(tmp_path):
+    """Their inputs are never flat; a classifier's head has one row for each image."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4, num_channels=1, num_labels=10)
+    batch = {"pixel_values": torch.randn(8, 1, 16, 16)}
+    model = ViTForImageClassification(config).eval()
+    layers = select(model, describe(model)).layers
+    whole = quantize_layers(copy.deepcopy(model), layers, "int8")
+    assert store.save(whole, tmp_path / "whole", chain=[], probe=batch)["format"] == "leanfit"
+    blocks = quantize_layers(model, [name for name in layers if name != "classifier"], "int8")
+    manifest = store.save(blocks, tmp_path / "blocks", chain=[], probe=batch)
+    assert manifest["format"] == "int-quantized"
+    plain = ViTForImageClassification.from_pretrained(tmp_path / "blocks").eval()
+    want = store.output_of(blocks, batch)
+    assert (store.output_of(plain, batch) - want).abs().max() <= 1e-3 * want.abs().max()
