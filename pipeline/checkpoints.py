@@ -95,6 +95,14 @@ def step(path: Path) -> int:
     return int(torch.load(file, map_location="cpu", weights_only=False)["global_step"])
 
 
+def callback_states(path: Path) -> dict[str, Any]:
+    """What each callback of the fit had to keep, by its `state_key`."""
+    import torch
+
+    file = path / EXTRA if is_sharded(path) else path
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)["callbacks"]  # type: ignore[no-any-return]
+
+
 def read(path: Path) -> dict[str, Any]:
     """All of a checkpoint of either kind, whole, as one device's training left it. It may run code: for own runs."""
     import torch

@@ -13,12 +13,13 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from pipeline import checkpoints
@@ -238,6 +239,7 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
     """The stage's own fit, here or in workers; `model` holds the trained weights afterwards."""
     if stage.fit is None:
         return None
+    method = stage.method
     if run.config.parallelism.distributed:
         last = checkpoint_directory(run.directory, stage) / "last.ckpt"
         goes_on = run.config.resume and checkpoints.exists(last)
@@ -247,8 +249,9 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
             )
         fitted = launch(run.config, stage, run.directory, resume=run.config.resume, nodes=run.nodes)
         load_checkpoint(model, last)
+        if method:
+            take_over(method.callbacks(context), last)
         return fitted
-    method = stage.method
     fitted = fit(
         run.config, stage, model, run.task, run.data, context.architecture, run.directory,
         callbacks=method.callbacks(context) if method else [], loss=method.loss(context) if method else None,
@@ -256,6 +259,14 @@ def run_fit(run: Run, stage: Stage, model: nn.Module, context: Context) -> Fitte
     )  # fmt: skip
     gc.collect()  # the optimizer's state goes round in circles with the trainer, and would stay
     return fitted
+
+
+def take_over(callbacks: Iterable[Callback], path: Path) -> None:
+    """What a method's callbacks came to know in workers, from the checkpoint that these left."""
+    states = checkpoints.callback_states(path)
+    for callback in callbacks:
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
 
 
 def teacher_tensors(teacher: Teacher | None) -> list[Tensor]:

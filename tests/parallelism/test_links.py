@@ -57,3 +57,12 @@ def test_a_teacher_is_measured_in_two_processes_as_it_is_planned(tmp_path):
     assert main(asked) == 0
     (stage,) = read_result(tmp_path / "result.json")["stages"]
     assert stage["memory"]["train"] == pytest.approx(stage["memory"]["train_predicted"], rel=0.005)
+
+
+@pytest.mark.slow
+def test_what_a_pruner_on_a_schedule_finds_in_two_processes_is_told(tmp_path):
+    words = ["compression=sparsegpt", "compression.sparsegpt.schedule=cubic", "compression.sparsegpt.steps=3"]
+    assert main([*TINY, *words, "parallelism=ddp", "plan.calibrate=false", f"hydra.run.dir={tmp_path}"]) == 0
+    (stage,) = read_result(tmp_path / "result.json")["stages"]
+    assert stage["detail"]["damping_largest"] == 0.01
+    assert stage["detail"]["by_magnitude"] == []
