@@ -40,17 +40,17 @@ def quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, **sett
         LeanfitError: no layers, one without such a form, or a weight that holds NaN or infinity (the layer is named);
             nothing is changed then.
     """
-    require_finite(model, layers, scheme)
-    kinds = [form_of(KINDS, scheme, model.get_submodule(name), name) for name in layers]
+    modules = require_finite(model, layers, scheme)
+    kinds = {name: form_of(KINDS, scheme, modules[name], name) for name in layers}
     place = place_of_model(model)
-    for name, kind in zip(layers, kinds, strict=True):
-        replace(model, name, kind.from_float(cast(FloatLayer, model.get_submodule(name)), **settings), place)
+    for name, kind in kinds.items():
+        replace(model, name, kind.from_float(cast(FloatLayer, modules.pop(name)), **settings), place)
     join_siblings(model)
     return model
 
 
-def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> None:
-    """What every method demands of the weights it is about to change.
+def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> dict[str, nn.Module]:
+    """What every method demands of the weights it is about to change. Returns the modules of `model` by name.
 
     Raises:
         LeanfitError: no layers, one that is not in the model or has no weight, or a weight that holds NaN or infinity
@@ -66,6 +66,7 @@ def require_finite(model: nn.Module, layers: Sequence[str], method: str) -> None
             raise LeanfitError(f"{method}: the model has no layer {name!r} with a weight{near}")
         if not is_finite(weight):
             raise LeanfitError(f"{method}: the weight of {name} holds NaN or infinity: its training diverged")
+    return modules
 
 
 def put(model: nn.Module, name: str, quantized: Quantized, scheme: str, **settings: Any) -> IntegerLayer:
