@@ -136,8 +136,8 @@ class Histogram:
         self.counts = torch.zeros(BINS, dtype=torch.int64)
 
     def __call__(self, x: Tensor) -> None:
-        width = self.largest / BINS or 1.0
-        bins = (wide(x).abs().flatten() / width).long().clamp_(max=BINS - 1)
+        # In this order: the width of a bin of tiny magnitudes may be zero.
+        bins = (wide(x).abs().flatten() / (self.largest or 1.0) * BINS).long().clamp_(max=BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def percentile(self, percent: float) -> float:

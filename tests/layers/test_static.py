@@ -109,6 +109,15 @@ def test_the_range_of_least_error_clips_a_lone_outlier_and_is_better_than_its_ne
     assert error(limit) <= 1.05 * min(error(limit * factor) for factor in (0.5, 0.7, 0.9, 1.1, 1.3, 1.6))
 
 
+@pytest.mark.parametrize("largest", [1e-35, 1e-38, 1e-40])
+def test_inputs_so_small_that_a_bin_has_no_width_have_a_histogram_too(largest):
+    x = torch.linspace(0, 1, 101) * largest
+    histogram = Histogram(float(x.max()))
+    histogram(x)
+    assert int(histogram.counts.sum()) == 101
+    assert histogram.percentile(50) == pytest.approx(largest / 2, rel=0.01)
+
+
 def test_inputs_that_are_all_zero_have_a_histogram_too():
     histogram = Histogram(0.0)
     histogram(torch.zeros(10))
