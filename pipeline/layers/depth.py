@@ -32,6 +32,8 @@ PLACES = ("mlp_only_layers", "moe_layers")
 """Names of configs' lists of the places of blocks of one kind."""
 STEP, DENSE = "decoder_sparse_step", "mlp_only_layers"
 """Qwen's: every so manieth block is a mixture, if it is not in the list."""
+STAGES = "stage_names"
+"""Names of the stem and of each block, in configs of models that may be a backbone of others (BEiT, DINOv2)."""
 INDICES = ("layer_idx", "layer_index", "layer_id")
 """Attributes in which a block's modules keep its place in the stack: the key-value cache goes by it."""
 
@@ -143,6 +145,10 @@ def _count(config: Any, total: int, kept: Sequence[int]) -> bool:
         places = getattr(config, name, None)
         if isinstance(places, list | tuple):
             setattr(config, name, [new for new, old in enumerate(kept) if old in places])
+    stages = getattr(config, STAGES, None)
+    if isinstance(stages, list) and len(stages) == total + 1:
+        setattr(config, STAGES, stages[: len(kept) + 1])
+        config.out_features = stages[len(kept) : len(kept) + 1]
     return bool(counts)
 
 

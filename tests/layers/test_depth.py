@@ -8,10 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForImageClassification,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
     Llama4ForCausalLM,
@@ -286,3 +291,19 @@ def test_kept_blocks_are_in_order_with_the_ends_and_even_gaps(sizes):
     gaps = {after - before for before, after in itertools.pairwise(places)}
     assert min(gaps) >= 1
     assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"), [(BeitForImageClassification, BeitConfig), (Dinov2ForImageClassification, Dinov2Config)]
+)
+def test_a_classifier_that_may_be_a_backbone_opens_with_fewer_blocks(tmp_path, cls, config):
+    """Its config names each block as a stage, and refuses to be read where one that is named is not there."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    model = keep_blocks(built := cls(config(**sizes)).eval(), describe(built), (0, 3))
+    assert model.config.stage_names == ["stem", "stage1", "stage2"]
+    model.save_pretrained(tmp_path)
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert len(describe(opened).blocks) == 2
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(opened(images).logits, model(images).logits)
