@@ -137,7 +137,7 @@ class Histogram:
 
     def __call__(self, x: Tensor) -> None:
         # In this order: the width of a bin of tiny magnitudes may be zero.
-        bins = (wide(x).abs().flatten() / (self.largest or 1.0) * BINS).long().clamp_(max=BINS - 1)
+        bins = (wide(x).abs().flatten() / (self.largest or 1.0)).mul_(BINS).long().clamp_(max=BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def percentile(self, percent: float) -> float:
