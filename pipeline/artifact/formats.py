@@ -3,8 +3,9 @@
 Formats: `dense` (a plain transformers directory), `int-quantized`, `pack-quantized` and `float-quantized`
 (compressed-tensors; int8 W8A8, integer weights of 2 to 8 bits, E4M3 floats), and `leanfit` for what no public format
 holds or no public reader opens: quantized convolutions and tables, NF4, zero points, bitmasks, several schemes at once,
-packed layers of the model types in `READING`, a classifier's activation scales by row, experts that are not quantized
-alike or of which transformers knows no checkpoints with layers for each (`public_names`).
+packed layers of the model types in `READING` and any of those in `RENAMED`, a classifier's activation scales by row,
+experts that are not quantized alike or of which transformers knows no checkpoints with layers for each
+(`public_names`).
 transformers ignores a quantization method that it does not know and fills in random weights; so a `leanfit` config
 names a model type that it does not know and a quantization without a method, each of which it refuses to open.
 """
@@ -32,10 +33,16 @@ from pipeline.models.architecture import describe
 PUBLIC = ("dense", "int-quantized", "pack-quantized", "float-quantized")
 MODEL_TYPE = "leanfit"
 READING = frozenset(
-    {"falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma"}
-)
+    {
+        "bit", "dinov2", "dinov2_with_registers", "efficientnet", "falcon", "falcon_mamba", "gpt_bigcode", "hiera",
+        "ijepa", "mamba", "mamba2", "modernbert-decoder", "nanochat", "pvt", "pvt_v2", "recurrent_gemma", "regnet",
+        "resnet", "siglip", "swiftformer",
+    }
+)  # fmt: skip
 """Model types of which transformers reads weights of linear layers, where packed ones have none: Falcon's in a forward
 pass of their own, the others' to initialise what a file may lack."""
+RENAMED = frozenset({"dinov2", "dinov2_with_registers"})
+"""Model types whose feed-forward layers transformers 5 renames as it opens them, and not what a scheme adds to them."""
 
 
 def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
@@ -48,8 +55,8 @@ def format_of(model: nn.Module, encodings: dict[str, Any]) -> tuple[str, Names]:
     if not layers or encodings or not all(map(_is_public, layers)) or len({layer.scheme for layer in layers}) > 1:
         return "leanfit", {}
     form = {"weight_only": "pack-quantized", "fp8": "float-quantized"}.get(layers[0].scheme, "int-quantized")
-    reading = getattr(getattr(model, "config", None), "model_type", None) in READING
-    if (reading and form == "pack-quantized") or any(map(_exchanged, model.modules())):
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if (kind in READING and form == "pack-quantized") or kind in RENAMED or any(map(_exchanged, model.modules())):
         return "leanfit", {}
     if _scales_rows(model, quantized):
         return "leanfit", {}

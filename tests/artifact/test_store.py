@@ -19,6 +19,8 @@ import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     EfficientNetConfig,
     EfficientNetForImageClassification,
     FalconConfig,
@@ -29,6 +31,8 @@ from transformers import (
     Gemma3TextConfig,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
+    IJepaConfig,
+    IJepaForImageClassification,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -692,8 +696,40 @@ def test_a_classifier_whose_images_have_activation_scales_of_their_own_is_of_no_
     manifest = store.save(model, tmp_path / "a", chain=[], probe=batch)
     assert (manifest["format"], manifest["opens_with"]) == ("leanfit", ["pipeline.load"])
     assert torch.equal(store.output_of(store.load(tmp_path / "a"), batch), store.output_of(model, batch))
-    weights = quantize_layers(efficientnet(), ["classifier"], "weight_only", bits=4)
-    assert store.save(weights, tmp_path / "b", chain=[], probe=batch)["format"] == "pack-quantized"
+    weights = quantize_layers(efficientnet(), ["classifier"], "fp8")
+    assert store.save(weights, tmp_path / "b", chain=[], probe=batch)["format"] == "float-quantized"
+
+
+VISION = {"num_channels": 1, "image_size": 16, "num_labels": 4}
+WIDE = {**VISION, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLASSIFIERS = {
+    "EfficientNet": (efficientnet, {"weight_only": "leanfit", "fp8": "float-quantized"}),
+    "ViT": (
+        lambda: ViTForImageClassification(ViTConfig(**WIDE, intermediate_size=48)),
+        {"weight_only": "pack-quantized", "fp8": "float-quantized"},
+    ),
+    "I-JEPA": (
+        lambda: IJepaForImageClassification(IJepaConfig(**WIDE, intermediate_size=48)),
+        {"weight_only": "leanfit", "fp8": "float-quantized"},
+    ),
+    "DINOv2": (
+        lambda: Dinov2ForImageClassification(Dinov2Config(**WIDE)),
+        {"weight_only": "leanfit", "fp8": "leanfit"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "formats"), CLASSIFIERS.values(), ids=CLASSIFIERS)
+def test_a_classifier_whose_linear_layers_are_quantized_opens_with_what_is_said(tmp_path, build, formats):
+    torch.manual_seed(0)
+    for scheme, form in formats.items():
+        model, batch = build().eval(), {"pixel_values": torch.randn(2, 1, 16, 16)}
+        layers = select(model, describe(model), (), (nn.Linear,)).layers
+        quantize_layers(model, layers, scheme, **({"bits": 4} if scheme == "weight_only" else {}))
+        assert store.save(model, tmp_path / scheme, chain=[], probe=batch)["format"] == form
+        found = receipt.examine(tmp_path / scheme)
+        assert found.ok, found.problems
+        assert (found.transformers_max_rel_diff is None) == (form == "leanfit")
 
 
 def test_blocks_of_a_vision_transformer_with_activation_scales_open_in_plain_transformers(tmp_path):
