@@ -91,16 +91,20 @@ def step(path: Path) -> int:
     """Optimizer steps that were taken when it was saved."""
     import torch
 
-    file = path / EXTRA if is_sharded(path) else path
-    return int(torch.load(file, map_location="cpu", weights_only=False)["global_step"])
+    return int(torch.load(_beside_shards(path), map_location="cpu", weights_only=False)["global_step"])
 
 
 def callback_states(path: Path) -> dict[str, Any]:
     """What each callback of the fit had to keep, by its `state_key`."""
     import torch
 
-    file = path / EXTRA if is_sharded(path) else path
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)["callbacks"]  # type: ignore[no-any-return]
+    held = torch.load(_beside_shards(path), map_location="cpu", mmap=True, weights_only=False)
+    return held["callbacks"]  # type: ignore[no-any-return]
+
+
+def _beside_shards(path: Path) -> Path:
+    """The file of a checkpoint of either kind that holds all that is no weight and no optimizer's state."""
+    return path / EXTRA if is_sharded(path) else path
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -34,9 +34,9 @@ PUBLIC = ("dense", "int-quantized", "pack-quantized", "float-quantized")
 MODEL_TYPE = "leanfit"
 READING = frozenset(
     {
-        "bit", "dinov2", "dinov2_with_registers", "efficientnet", "falcon", "falcon_mamba", "gpt_bigcode", "hiera",
-        "ijepa", "mamba", "mamba2", "modernbert-decoder", "nanochat", "pvt", "pvt_v2", "recurrent_gemma", "regnet",
-        "resnet", "siglip", "swiftformer",
+        "bit", "efficientnet", "falcon", "falcon_mamba", "gpt_bigcode", "hiera", "ijepa", "mamba", "mamba2",
+        "modernbert-decoder", "nanochat", "pvt", "pvt_v2", "recurrent_gemma", "regnet", "resnet", "siglip",
+        "swiftformer",
     }
 )  # fmt: skip
 """Model types of which transformers reads weights of linear layers, where packed ones have none: Falcon's in a forward

@@ -120,6 +120,7 @@ def prune_sparsegpt(
     Raises:
         LeanfitError: no layers, NaN or infinity in a weight or in a layer's inputs (the layer is named), or not one
             weight pruned.
+        ValueError: `sparsity` or `pattern` is none, or M does not divide the inputs of a layer.
     """
     import torch
 

@@ -52,19 +52,13 @@ def prune_wanda(
     Raises:
         LeanfitError: no layers, NaN or infinity in a weight or in a layer's inputs (the layer is named), or not one
             weight pruned.
+        ValueError: `sparsity` or `pattern` is none, or M does not divide the inputs of a layer.
     """
     from pipeline.layers.blockwise import segments
     from pipeline.layers.hessian import collect
     from pipeline.layers.pattern import parse_pattern
     from pipeline.layers.schemes import require_finite
-    from pipeline.layers.sparsity import (
-        MASK,
-        n_of_m_mask,
-        require_pruned,
-        require_target,
-        rowwise_mask,
-        set_mask,
-    )
+    from pipeline.layers.sparsity import MASK, n_of_m_mask, require_pruned, require_target, rowwise_mask, set_mask
 
     require_target(sparsity, pattern)
     require_finite(model, layers, "wanda")

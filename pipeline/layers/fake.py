@@ -145,11 +145,11 @@ def fake_quantize_layers(model: nn.Module, layers: Sequence[str], scheme: str, *
         LeanfitError: no layers, one without such a form, or a weight that holds NaN or infinity (the layer is named);
             nothing is changed then.
     """
-    require_finite(model, layers, f"fake quantization ({scheme})")
-    forms = [form_of(FAKE, scheme, model.get_submodule(name), name) for name in layers]
+    modules = require_finite(model, layers, f"fake quantization ({scheme})")
+    forms = {name: form_of(FAKE, scheme, modules[name], name) for name in layers}
     attributes = settings if scheme == "int8" else {"grid": Grid(**settings)}
-    for name, form in zip(layers, forms, strict=True):
-        layer = model.get_submodule(name)
+    for name, form in forms.items():
+        layer = modules[name]
         layer.__class__ = form
         for key, value in attributes.items():
             setattr(layer, key, value)

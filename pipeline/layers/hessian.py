@@ -115,15 +115,11 @@ def input_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield from torch.split(x.reshape(-1, x.shape[-1]), ROWS)
         return
     kernel, dilation = layer.kernel_size, layer.dilation
-    padding: Any = 0
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    elif isinstance(layer.padding, str):
-        spans = [d * (k - 1) if layer.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-        top, left = (span // 2 for span in spans)
-        x = F.pad(x, (left, spans[1] - left, top, spans[0] - top))
-    else:
-        padding = layer.padding
+    zeros = layer.padding_mode == "zeros"
+    padding: Any = layer.padding
+    if isinstance(padding, str) or not zeros:  # which unfolding does not know
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode="constant" if zeros else layer.padding_mode)
+        padding = 0
     for image in alike(torch.split(x if x.ndim == 4 else x.unsqueeze(0), 1)):
         patches = F.unfold(image, kernel, dilation=dilation, padding=padding, stride=cast(Any, layer.stride))
         yield patches[0].t()

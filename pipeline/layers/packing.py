@@ -35,12 +35,13 @@ def pack_unsigned(values: Tensor, bits: int) -> Tensor:
     # Sixteen values are whole bytes, and fill whole lanes, whatever the number of bits. Flat: a view as larger elements
     # asks for strides of whole ones, even of a dimension of one element.
     data = _padded(values, 16 * parts).reshape(-1)
-    for lane, held in _joins(bits):
+    *joins, (full, used) = _lanes(bits)
+    for lane, held in joins:
         pairs = data.view(INTEGERS[2 * lane])
         upper = pairs >> lane
         pairs = torch.sub(pairs, upper, alpha=(1 << lane) - (1 << held), out=upper)
         data = pairs.to(INTEGERS[lane]) if 2 * held <= lane else pairs
-    data = _resized(data, *_joined(bits))
+    data = _resized(data, full, used)
     words = packed_columns(columns, bits)
     return _padded(data.view(rows, 2 * bits * parts), 4 * words).reshape(-1).view(torch.int32).view(rows, words)
 
@@ -50,9 +51,9 @@ def unpack_unsigned(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows, words = packed.shape
     parts = -(-4 * words // (2 * bits))
     data = _padded(packed.reshape(-1).view(torch.uint8).view(rows, 4 * words), 2 * bits * parts).reshape(-1)
-    lane, held = _joined(bits)
-    data = _resized(data, held, lane).view(INTEGERS[lane])
-    for lane, held in reversed(_joins(bits)):
+    *joins, (full, used) = _lanes(bits)
+    data = _resized(data, used, full).view(INTEGERS[full])
+    for lane, held in reversed(joins):
         pairs = data.to(INTEGERS[2 * lane]) if 2 * held <= lane else data
         upper = pairs >> held
         data = torch.add(pairs, upper, alpha=(1 << lane) - (1 << held), out=upper).view(INTEGERS[lane])
@@ -67,27 +68,19 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
 INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-def _joins(bits: int) -> list[tuple[int, int]]:
-    """(bits of a lane, how many of them are in use) before each step of packing.
+def _lanes(bits: int) -> list[tuple[int, int]]:
+    """(bits of a lane, how many of them are in use) before each step of packing, and after the last.
 
     A step joins neighbours: the upper of two lanes moves down to where the lower one ends. What both hold is kept in
     one of these lanes where it fits, else in one of twice the size. Full lanes end it, or lanes of 64 bits.
     """
-    lane, held, found = 8, bits, []
+    lane, held = 8, bits
+    found = [(lane, held)]
     while held < lane < 64:
-        found.append((lane, held))
         held *= 2
         lane = lane if held <= lane else 2 * lane
+        found.append((lane, held))
     return found
-
-
-def _joined(bits: int) -> tuple[int, int]:
-    """(bits of a lane, how many of them are in use) after the last step."""
-    joins = _joins(bits)
-    if not joins:
-        return 8, bits
-    lane, held = joins[-1]
-    return (lane if 2 * held <= lane else 2 * lane), 2 * held
 
 
 def _padded(data: Tensor, columns: int) -> Tensor:

@@ -79,19 +79,23 @@ def test_falcon_s_linear_layers_are_worked_on_though_their_product_is_written_ou
     )
 
 
+def assert_left_in_float(model, inputs, layer, told):
+    """`layer` is left for the reason `told`, and the model runs with all others quantized."""
+    float_logits = model(inputs).logits
+    found = select(model, describe(model))
+    assert found.left_in_float[layer] == told
+    quantize_layers(model, found.layers, "weight_only", bits=8)
+    torch.testing.assert_close(model(inputs).logits, float_logits, rtol=0, atol=0.02)
+
+
 def test_a_layer_of_whose_weight_the_data_type_is_asked_stays_in_float():
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "v_head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 4, "index_head_dim": 32}
     ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}
     model = DeepseekV32ForCausalLM(DeepseekV32Config(**sizes, **heads, **ranks, index_topk=16, pad_token_id=0)).eval()
-    tokens = torch.arange(16)[None]
-    float_logits = model(tokens).logits
-    found = select(model, describe(model))
     layer = "model.layers.0.self_attn.indexer.weights_proj"
-    assert found.left_in_float[layer] == "DeepseekV32Indexer reads its weight by itself"
-    quantize_layers(model, found.layers, "weight_only", bits=8)
-    torch.testing.assert_close(model(tokens).logits, float_logits, rtol=0, atol=0.02)
+    assert_left_in_float(model, torch.arange(16)[None], layer, "DeepseekV32Indexer reads its weight by itself")
 
 
 def test_a_layer_further_in_of_whose_weight_the_data_type_is_asked_stays_in_float():
@@ -100,13 +104,8 @@ def test_a_layer_further_in_of_whose_weight_the_data_type_is_asked_stays_in_floa
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_channels=1)).eval()
-    images = torch.randn(4, 1, 16, 16)
-    float_logits = model(images).logits
-    found = select(model, describe(model))
     layer = "vit.embeddings.patch_embeddings.projection"
-    assert found.left_in_float[layer] == "ViTModel reads its weight by itself"
-    quantize_layers(model, found.layers, "weight_only", bits=8)
-    torch.testing.assert_close(model(images).logits, float_logits, rtol=0, atol=0.02)
+    assert_left_in_float(model, torch.randn(4, 1, 16, 16), layer, "ViTModel reads its weight by itself")
 
 
 def test_a_classifier_s_head_is_worked_on_though_the_model_has_embeddings():
